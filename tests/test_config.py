@@ -1,0 +1,607 @@
+"""The configuration: what it accepts, what it refuses, and what its errors say."""
+
+import pickle
+import re
+import subprocess
+import sys
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vllm_mac
+from vllm_mac.config import (
+    ENV_VAR,
+    INLINE,
+    LayerSelection,
+    MacConfig,
+    MacConfigError,
+    bundled_configs,
+    resolve,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULTS = {
+    "enabled": True,
+    "window": 512,
+    "band": 256,
+    "sink": 0,
+    "threshold": 0.45,
+    "min_context": 2048,
+    "lag_weight": 0.0,
+    "reuse": "anchored",
+    "max_chain": None,
+    "ring_dtype": "auto",
+    "max_sequences": None,
+    "ring_memory_gib": 4.0,
+    "layers": {"include": None, "exclude": []},
+}
+
+
+def keys_of(config: MacConfig) -> dict:
+    return config.model_dump(mode="json")
+
+
+def refusal(inline: object, environ: dict[str, str] | None = None) -> str:
+    """The message with which `resolve` refuses."""
+    with pytest.raises(MacConfigError) as caught:
+        resolve(inline, environ or {})
+    return str(caught.value)
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    """Writes a YAML file and returns its path as text."""
+
+    def write(text: str | bytes, name: str = "mac.yaml") -> str:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+# Defaults and types
+
+
+def test_no_keys_give_the_defaults():
+    assert keys_of(resolve(None, {})) == DEFAULTS
+    assert keys_of(resolve({}, {})) == DEFAULTS
+    assert resolve({}, {}) == MacConfig()
+
+
+def test_every_field_is_described():
+    for model in (MacConfig, LayerSelection):
+        assert [name for name, field in model.model_fields.items() if not field.description] == []
+
+
+def test_is_frozen_hashable_and_survives_a_process_boundary():
+    config = resolve({"layers": {"include": [1, "2-3"]}}, {})
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.window = 1
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.layers.include = None
+    assert config.layers.include == (1, "2-3")
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy == config
+    assert hash(copy) == hash(config)
+
+
+INTEGERS = ["window", "band", "sink", "min_context", "max_chain", "max_sequences"]
+FLOATS = ["threshold", "lag_weight", "ring_memory_gib"]
+
+
+@pytest.mark.parametrize("field", INTEGERS)
+@pytest.mark.parametrize("value", ["512", 512.5, 512.0, True, [512], {"a": 1}])
+def test_an_integer_takes_nothing_else(field, value):
+    message = refusal({field: value})
+    assert f"{field}: received {value!r} ({type(value).__name__}) from {INLINE}" in message
+    assert "must be an integer" in message
+
+
+@pytest.mark.parametrize("field", FLOATS)
+def test_a_float_takes_an_integer(field):
+    value = getattr(resolve({field: 1}, {}), field)
+    assert (value, type(value)) == (1.0, float)
+
+
+@pytest.mark.parametrize("field", FLOATS)
+@pytest.mark.parametrize(
+    "value", ["0.5", True, None, float("nan"), float("inf"), -float("inf"), 10**400]
+)
+def test_a_float_takes_no_text_no_truth_value_and_nothing_infinite(field, value):
+    assert f"{field}: received" in refusal({field: value})
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", None])
+def test_a_truth_value_takes_nothing_else(value):
+    assert f"enabled: received {value!r}" in refusal({"enabled": value})
+    assert "must be true or false" in refusal({"enabled": value})
+
+
+@pytest.mark.parametrize(
+    "field", ["window", "band", "sink", "min_context", "reuse", "ring_dtype", "layers"]
+)
+def test_null_only_where_it_has_a_meaning(field):
+    assert f"{field}: received None (NoneType)" in refusal({field: None})
+
+
+# Ranges
+
+BOUNDS = [
+    ("window", [1, 65536], [0, -1, 65537], "an integer from 1 to 65536"),
+    ("band", [1, 2046], [0, -256], "an integer of at least 1"),
+    ("sink", [0, 1790], [-1], "an integer of at least 0"),
+    ("threshold", [0, 0.45, 1, 1.0], [-0.01, 1.01], "a finite number from 0 to 1"),
+    ("min_context", [258, 10**6], [0, -1], "an integer of at least 1"),
+    ("lag_weight", [0, 4.5], [-0.1], "a finite number of at least 0"),
+    ("reuse", ["anchored", "chained"], ["nearest", "Anchored", 1], "one of anchored, chained"),
+    ("max_chain", [None, 1, 99], [0, -1], "an integer of at least 1 or null"),
+    (
+        "ring_dtype",
+        ["auto", "float32", "bfloat16", "float16"],
+        ["fp8", "bf16"],
+        "one of auto, float32, bfloat16, float16",
+    ),
+    ("max_sequences", [None, 1, 512], [0], "an integer of at least 1 or null"),
+    ("ring_memory_gib", [0.001, 80], [0, -1.0], "a finite number greater than 0"),
+]
+
+
+@pytest.mark.parametrize(("field", "good", "bad", "valid"), BOUNDS)
+def test_range(field, good, bad, valid):
+    for value in good:
+        assert getattr(resolve({field: value}, {}), field) == value
+    for value in bad:
+        message = refusal({field: value})
+        assert f"{field}: received {value!r} " in message
+        assert message.endswith(f"from {INLINE}; must be {valid}")
+
+
+def matchable(band: int, sink: int, min_context: int, window: int) -> bool:
+    """The match rule by enumeration: is any entry eligible at the first attempt?"""
+    m = min_context - 1
+    return any(p + 1 - band > sink for p in range(max(0, m - window), m))
+
+
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 80), st.integers(1, 40))
+def test_band_and_sink_leave_a_summary_to_match(band, sink, min_context, window):
+    keys = {"band": band, "sink": sink, "min_context": min_context, "window": window}
+    if matchable(band, sink, min_context, window):
+        assert resolve(keys, {}).band == band
+        return
+    message = refusal(keys)
+    assert f"band={band}, sink={sink}, min_context={min_context}" in message
+    least = int(re.search(r"set min_context to (\d+) or more", message)[1])
+    assert resolve(keys | {"min_context": least}, {}).min_context == least
+    assert not matchable(band, sink, least - 1, window)
+
+
+def test_disagreeing_fields_name_the_origin_of_each(yaml_file):
+    path = yaml_file("sink: 4\n")
+    message = refusal({"config": path, "band": 2043})
+    assert "band + sink must be less than min_context - 1" in message
+    assert "received band=2043, sink=4, min_context=2048" in message
+    assert f"band from {INLINE}, sink from {path} (named by {INLINE}.config)" in message
+    assert "min_context from the defaults" in message
+    assert resolve({"config": path, "band": 2042}, {}).band == 2042
+
+
+# Layers
+
+NAME = "model.layers.{}.self_attn.attn"
+
+
+@pytest.mark.parametrize(
+    ("layers", "covered"),
+    [
+        ({}, range(8)),
+        ({"include": None}, range(8)),
+        ({"include": []}, []),
+        ({"include": [0, 7]}, [0, 7]),
+        ({"include": ["2-4"]}, [2, 3, 4]),
+        ({"include": ["3-3", 5]}, [3, 5]),
+        ({"include": ["model.layers.[12].*"]}, [1, 2]),
+        ({"include": ["MODEL.*"]}, []),
+        ({"exclude": [0]}, range(1, 8)),
+        ({"include": ["0-5"], "exclude": ["*.layers.3.*", "5-9"]}, [0, 1, 2, 4]),
+        ({"exclude": ["*"]}, []),
+    ],
+)
+def test_covers(layers, covered):
+    config = resolve({"layers": layers}, {})
+    assert [i for i in range(8) if config.covers(NAME.format(i), i)] == list(covered)
+
+
+def test_covers_takes_the_index_from_the_caller_not_from_the_name():
+    config = resolve({"layers": {"include": [1]}}, {})
+    assert config.covers("encoder.attn", 1)
+    assert not config.covers("model.layers.1.attn", 2)
+
+
+@pytest.mark.parametrize("list_name", ["include", "exclude"])
+@pytest.mark.parametrize("item", [-1, True, 1.0, None, "", "3", "-1", "3-1", "0:3", "0-", ["0-3"]])
+def test_a_pattern_that_can_match_nothing_is_refused(list_name, item):
+    message = refusal({"layers": {list_name: [0, item]}})
+    assert f"layers.{list_name}.1: received {item!r}" in message
+    assert "an inclusive range such as '0-3'" in message
+
+
+@pytest.mark.parametrize("value", [3, "0-3", {"a": 1}])
+def test_patterns_come_as_a_list(value):
+    message = refusal({"layers": {"include": value}})
+    assert f"layers.include: received {value!r}" in message
+    assert "must be a list" in message
+
+
+def test_layers_is_a_mapping_with_known_keys():
+    assert "layers: received [1] (list)" in refusal({"layers": [1]})
+    assert "must be a mapping with keys from include, exclude" in refusal({"layers": [1]})
+    message = refusal({"layers": {"inculde": [1], 3: 4}})
+    assert "layers.inculde: unknown key, received [1] (list)" in message
+    assert "did you mean 'include'? Known keys: include, exclude" in message
+    assert "layers.3: unknown key" in message
+
+
+# Unknown keys, and several errors at once
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("bnad", "band"), ("Window", "window"), ("ring_memory_gb", "ring_memory_gib")],
+)
+def test_an_unknown_key_names_the_nearest_and_all_known(key, nearest):
+    message = refusal({key: 7})
+    assert f"{key}: unknown key, received 7 (int) from {INLINE}" in message
+    assert f"did you mean {nearest!r}?" in message
+    assert f"Known keys: {', '.join([*DEFAULTS, 'config'])}" in message
+
+
+def test_an_unknown_key_like_no_other_has_no_suggestion():
+    message = refusal({"zzz": 7})
+    assert "did you mean" not in message
+    assert "Known keys: enabled, window" in message
+
+
+def test_keys_that_are_not_text_are_unknown():
+    assert "1: unknown key, received 2 (int)" in refusal({1: 2})
+
+
+def test_all_errors_are_reported_at_once(yaml_file):
+    path = yaml_file("windw: 1\nthreshold: 2\nconfig: other.yaml\n")
+    message = refusal({"config": path, "reuse": "x", "bnad": 1, "band": 5000, "layers": {"a": 1}})
+    lines = message.splitlines()
+    assert lines[0] == "invalid MAC configuration:"
+    fields = sorted(line.strip().split(":")[0] for line in lines[1:])
+    assert fields == sorted(
+        ["windw", "threshold", "config", "reuse", "bnad", "min_context", "layers.a"]
+    )
+    origin = {line.strip().split(":")[0]: path in line for line in lines[1:]}
+    assert origin["windw"] and origin["threshold"] and origin["config"]
+    assert not (origin["reuse"] or origin["bnad"] or origin["layers.a"])
+
+
+@pytest.mark.parametrize("value", [[1], "default", 3, True])
+def test_inline_keys_come_as_a_mapping(value):
+    message = refusal(value)
+    assert f"{INLINE}: received {value!r} ({type(value).__name__})" in message
+    assert "must be a mapping with keys from enabled, window" in message
+
+
+# Where values come from
+
+
+def test_inline_overrides_the_file_and_the_file_the_defaults(yaml_file):
+    path = yaml_file("window: 1024\nband: 128\nthreshold: 0.6\n")
+    config = resolve({"config": path, "band": 64}, {})
+    assert keys_of(config) == DEFAULTS | {"window": 1024, "band": 64, "threshold": 0.6}
+
+
+def test_inline_layers_replace_the_whole_value_of_the_file(yaml_file):
+    path = yaml_file("layers:\n  include: [0-3]\n  exclude: [1]\n")
+    from_file = resolve({"config": path}, {}).layers
+    assert (from_file.include, from_file.exclude) == (("0-3",), (1,))
+    inline = resolve({"config": path, "layers": {"exclude": [2]}}, {}).layers
+    assert (inline.include, inline.exclude) == (None, (2,))
+
+
+def test_the_environment_names_a_file_unless_config_does(yaml_file):
+    by_environ, by_key = yaml_file("window: 7\n", "a.yaml"), yaml_file("band: 9\n", "b.yaml")
+    environ = {ENV_VAR: by_environ}
+    assert keys_of(resolve(None, environ)) == DEFAULTS | {"window": 7}
+    assert keys_of(resolve({"config": None}, environ)) == DEFAULTS | {"window": 7}
+    assert keys_of(resolve({"config": by_key}, environ)) == DEFAULTS | {"band": 9}
+    assert keys_of(resolve(None, {ENV_VAR: ""})) == DEFAULTS
+
+
+def test_the_process_environment_is_read_by_default(yaml_file, monkeypatch):
+    monkeypatch.setenv(ENV_VAR, yaml_file("window: 7\n"))
+    assert resolve().window == 7
+
+
+def test_a_wrong_value_of_a_file_names_the_file_and_what_named_it(yaml_file):
+    path = yaml_file("window: 0\n")
+    assert f"window: received 0 (int) from {path} (named by {ENV_VAR})" in refusal(
+        None, {ENV_VAR: path}
+    )
+    assert f"from {path} (named by {INLINE}.config)" in refusal({"config": path})
+
+
+def test_inline_keys_are_left_as_they_were():
+    inline = {"config": "default", "window": 7}
+    resolve(inline, {})
+    assert inline == {"config": "default", "window": 7}
+
+
+def test_a_path_may_be_relative_or_start_at_home(yaml_file, tmp_path, monkeypatch):
+    yaml_file("window: 7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve({"config": "mac.yaml"}, {}).window == 7
+    assert resolve({"config": "~/mac.yaml"}, {}).window == 7
+
+
+# Files that cannot be used
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n", "null\n", "{}\n"])
+def test_an_empty_file_has_no_keys(yaml_file, text):
+    assert keys_of(resolve({"config": yaml_file(text)}, {})) == DEFAULTS
+
+
+def test_a_missing_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for message in (refusal({"config": "nope.yaml"}), refusal(None, {ENV_VAR: "nope.yaml"})):
+        assert f"received 'nope.yaml': no file at {tmp_path / 'nope.yaml'}" in message
+        assert "one of the bundled default, long_reasoning" in message
+    assert message.startswith(f"{ENV_VAR}: ")
+
+
+def test_a_directory(tmp_path):
+    message = refusal({"config": str(tmp_path)})
+    assert message.startswith(f"{INLINE}.config: received {str(tmp_path)!r}: a directory at")
+
+
+@pytest.mark.parametrize("location", [3, True, ["a.yaml"], ""])
+def test_a_location_is_text(location):
+    assert refusal({"config": location}).startswith(f"{INLINE}.config: received {location!r}")
+
+
+def test_a_file_without_permission(yaml_file, monkeypatch):
+    path = yaml_file("window: 7\n")
+
+    def denied(*_args, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)  # root reads whatever the mode says
+    assert f"{path} (named by {INLINE}.config): cannot be read: Permission denied" in refusal(
+        {"config": path}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("window: 1\nband: [1\nsink: 0\n", ", line 3: not valid YAML"),
+        ("window: 1\n\tband: 2\n", ", line 2: not valid YAML"),
+        ("window: 1\n---\nwindow: 2\n", ", line 2: not valid YAML"),
+        ("window: !!python/tuple [1]\n", ", line 1: not valid YAML"),
+        ("window: *nowhere\n", ", line 1: not valid YAML"),
+        ("[1]: 2\n? [3]\n: 4\n", ", line 1: not valid YAML"),
+        ("window: 2020-13-45\n", "not valid YAML: month must be in"),
+        ("window: 1\x00\n", "not valid YAML"),
+        (b"window: \xff\xfe\xfa\n", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_yaml(yaml_file, text, says):
+    path = yaml_file(text)
+    message = refusal({"config": path})
+    assert message.startswith(f"{path} (named by {INLINE}.config)")
+    assert says in message
+
+
+@pytest.mark.parametrize("text", ["- window\n", "window\n", "12\n", "true\n"])
+def test_a_file_that_is_no_mapping(yaml_file, text):
+    path = yaml_file(text)
+    message = refusal({"config": path})
+    assert f"{path} (named by {INLINE}.config): received {yaml.safe_load(text)!r}" in message
+    assert "must be a mapping with keys from enabled" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("window: 1\nband: 2\nwindow: 1\n", ", line 3: not valid YAML: duplicate key 'window', "),
+        ("{window: 1, window: 2}\n", ", line 1: not valid YAML: duplicate key 'window', "),
+        ("layers:\n  exclude: [1]\n  exclude: [2]\n", ", line 3: not valid YAML: duplicate key"),
+    ],
+)
+def test_a_key_given_twice(yaml_file, text, says):
+    assert says in refusal({"config": yaml_file(text)})
+
+
+def test_the_same_key_at_two_levels_is_no_duplicate(yaml_file):
+    assert "duplicate" not in refusal({"config": yaml_file("layers: {window: 1}\nwindow: 2\n")})
+
+
+def test_a_byte_order_mark_is_skipped(yaml_file):
+    assert resolve({"config": yaml_file(b"\xef\xbb\xbfwindow: 7\n")}, {}).window == 7
+
+
+# The round trip
+
+PATTERNS = st.lists(
+    st.integers(0, 200)
+    | st.tuples(st.integers(0, 99), st.integers(0, 99)).map(lambda t: f"{min(t)}-{max(t)}")
+    | st.text(min_size=1, max_size=12).map(lambda text: f"*{text}"),
+    max_size=4,
+)
+FINITE = {"allow_nan": False, "allow_infinity": False}
+CONFIGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "enabled": st.booleans(),
+        "window": st.integers(1, 65536),
+        "band": st.integers(1, 900),
+        "sink": st.integers(0, 900),
+        "threshold": st.floats(0, 1) | st.integers(0, 1),
+        "min_context": st.integers(2000, 10**9),
+        "lag_weight": st.floats(0, **FINITE) | st.integers(0, 9),
+        "reuse": st.sampled_from(["anchored", "chained"]),
+        "max_chain": st.none() | st.integers(1, 10**6),
+        "ring_dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
+        "max_sequences": st.none() | st.integers(1, 4096),
+        "ring_memory_gib": st.floats(0, exclude_min=True, **FINITE) | st.integers(1, 80),
+        "layers": st.fixed_dictionaries(
+            {}, optional={"include": st.none() | PATTERNS, "exclude": PATTERNS}
+        ),
+    },
+)
+
+
+@given(CONFIGS)
+@settings(max_examples=150, deadline=None)
+def test_round_trip(tmp_path_factory, keys):
+    config = resolve(keys, {})
+    path = tmp_path_factory.mktemp("round") / "mac.yaml"
+    path.write_text(yaml.safe_dump(keys_of(config)), encoding="utf-8")
+    assert resolve({"config": str(path)}, {}) == config
+    assert resolve(keys_of(config), {}) == config
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(
+    VALUES
+    | st.dictionaries(st.sampled_from(list(DEFAULTS)) | st.text(max_size=8), VALUES, max_size=4)
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_comes_is_accepted_in_full_or_refused_by_the_one_exception(inline):
+    try:
+        config = resolve(inline, {})
+    except MacConfigError as error:
+        assert str(error)
+    else:
+        given_keys = {} if inline is None else inline
+        assert {key: getattr(config, key) for key in given_keys if key != "layers"} == {
+            key: value for key, value in given_keys.items() if key not in ("layers", "config")
+        }
+
+
+# The log line
+
+
+def test_describe_is_one_line_with_every_key():
+    line = resolve({"max_chain": 3, "layers": {"include": ["0-3", 5]}}, {}).describe()
+    assert "\n" not in line
+    assert line.startswith("enabled=true window=512 band=256 sink=0 threshold=0.45 ")
+    assert "reuse=anchored max_chain=3 ring_dtype=auto max_sequences=null" in line
+    assert line.endswith('layers.include=["0-3", 5] layers.exclude=[]')
+    assert all(f"{key}=" in line for key in DEFAULTS if key != "layers")
+
+
+# The bundled files
+
+
+def test_the_default_file_states_every_default_and_explains_it():
+    path = bundled_configs()["default"]
+    text = path.read_text()
+    assert yaml.safe_load(text) == DEFAULTS
+    assert resolve({"config": "default"}, {}) == MacConfig()
+
+
+def test_the_long_reasoning_file_states_only_what_it_changes():
+    keys = yaml.safe_load(bundled_configs()["long_reasoning"].read_text())
+    assert keys == {key: value for key, value in keys.items() if value != DEFAULTS[key]}
+    config = resolve({"config": "long_reasoning"}, {})
+    assert keys_of(config) == DEFAULTS | keys
+    assert config.lag_weight > 0
+
+
+@pytest.mark.parametrize("name", ["default", "long_reasoning"])
+def test_every_key_of_a_bundled_file_has_a_comment_above_it(name):
+    lines = bundled_configs()[name].read_text().splitlines()
+    bare = [
+        line
+        for before, line in pairwise(["", *lines])
+        if re.match(r"\s*\w+:", line) and not before.lstrip().startswith("#")
+    ]
+    assert bare == []
+
+
+def test_a_bundled_name_yields_to_a_file_but_not_to_a_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(None, {ENV_VAR: "long_reasoning"}).lag_weight > 0
+    (tmp_path / "long_reasoning").mkdir()
+    assert resolve({"config": "long_reasoning"}, {}).lag_weight > 0
+    (tmp_path / "long_reasoning").rmdir()
+    (tmp_path / "long_reasoning").write_text("window: 7\n")
+    assert keys_of(resolve({"config": "long_reasoning"}, {})) == DEFAULTS | {"window": 7}
+
+
+# The package
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("vllm_mac", ["vllm", "torch", "pydantic", "yaml"]),
+        ("vllm_mac.config", ["vllm", "torch"]),
+    ],
+)
+def test_importing_it_imports_neither_vllm_nor_torch(module, absent):
+    script = f"import sys, {module}; print(sorted({{*{absent}}} & {{*sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict:
+    path = ROOT / "pyproject.toml"
+    if not path.exists():
+        pytest.skip("needs a checkout: pyproject.toml is not installed")
+    return tomllib.loads(path.read_text())
+
+
+def test_both_statements_of_the_version_agree(pyproject):
+    assert pyproject["project"]["version"] == vllm_mac.__version__
+
+
+def test_every_folder_with_modules_is_installed(pyproject):
+    setuptools = pyproject["tool"]["setuptools"]
+    listed = {setuptools["package-dir"].get(p, p.replace(".", "/")) for p in setuptools["packages"]}
+    found = {
+        str(path.parent.relative_to(ROOT))
+        for top in ("vllm_mac", "kernels")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    assert found <= listed
+
+
+def test_no_top_level_module_but_the_package_is_installed(pyproject):
+    assert {name.partition(".")[0] for name in pyproject["tool"]["setuptools"]["packages"]} == {
+        "vllm_mac"
+    }
+
+
+def test_plugin_groups_share_one_entry_point_name(pyproject):
+    groups = pyproject["project"]["entry-points"]
+    assert {group: list(names) for group, names in groups.items()} == {
+        "vllm.general_plugins": ["mac"],
+        "vllm.platform_plugins": ["mac"],
+    }

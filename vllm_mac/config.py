@@ -1,0 +1,344 @@
+"""The configuration: its keys, their checks, and where their values come from.
+
+`resolve` is the one way in. It knows neither vLLM nor torch.
+"""
+
+import difflib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+ENV_VAR = "MAC_ATTENTION_CONFIG"  # vLLM warns about unknown VLLM_* names
+INLINE = "--additional-config mac"
+FILE_KEY = "config"  # the inline key that names a YAML file
+
+_SUMMARY_FIELDS = ("band", "sink", "min_context")
+_RANGE = re.compile(r"(\d+)-(\d+)")
+_PATTERN_RULE = (
+    "a layer index such as 3, an inclusive range such as '0-3', or a glob on the "
+    "layer's full name such as 'model.layers.*.self_attn.attn'"
+)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 120
+
+
+class MacConfigError(ValueError):
+    """The configuration is wrong. The message lists every problem found."""
+
+
+def _check_pattern(item: object) -> object:
+    if isinstance(item, int) and not isinstance(item, bool) and item >= 0:
+        return item
+    if isinstance(item, str):
+        if span := _RANGE.fullmatch(item):
+            if int(span[1]) <= int(span[2]):
+                return item
+        # A glob without a letter or a wildcard matches no layer name: it is a slip.
+        elif re.search(r"[A-Za-z*?]", item):
+            return item
+    raise ValueError("not a layer pattern")
+
+
+LayerPattern = Annotated[int | str, BeforeValidator(_check_pattern)]
+# YAML and JSON have lists; a tuple keeps the configuration hashable.
+LayerPatterns = Annotated[
+    tuple[LayerPattern, ...],
+    BeforeValidator(lambda items: tuple(items) if isinstance(items, list) else items),
+]
+
+
+def _pattern_matches(pattern: int | str, name: str, index: int) -> bool:
+    if isinstance(pattern, int):
+        return pattern == index
+    if span := _RANGE.fullmatch(pattern):
+        return int(span[1]) <= index <= int(span[2])
+    return fnmatchcase(name, pattern)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class LayerSelection(_Section):
+    """Which attention layers MAC serves; the others run exact attention."""
+
+    include: LayerPatterns | None = Field(
+        None, description="Layers to serve: indices, ranges or globs; null for all."
+    )
+    exclude: LayerPatterns = Field(
+        (), description="Layers to leave exact, whatever `include` says."
+    )
+
+
+class MacConfig(_Section):
+    """The resolved configuration of one worker. Lengths and positions are in tokens."""
+
+    enabled: bool = Field(True, description="Whether MAC runs at all; false is exact attention.")
+    window: int = Field(
+        512, ge=1, le=65536, description="Ring length: the last tokens a query can match."
+    )
+    band: int = Field(256, ge=1, description="The most recent tokens, which no summary contains.")
+    sink: int = Field(0, ge=0, description="The leading tokens, which no summary contains.")
+    threshold: float = Field(
+        0.45,
+        ge=0,
+        le=1,
+        description="Hit when |q-q'|^2 < 2 d (1-threshold)^2; higher is stricter, 1 never hits.",
+    )
+    # Validated as a default too: the check below needs the three fields together.
+    min_context: int = Field(
+        2048,
+        ge=1,
+        validate_default=True,
+        description="Context length, the token being decoded included, from which a match "
+        "is attempted.",
+    )
+    lag_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Among candidates under the threshold the lowest "
+        "d^2/thr^2 + lag_weight*lag/window wins; 0 takes the nearest query.",
+    )
+    reuse: Literal["anchored", "chained"] = Field(
+        "anchored",
+        description="Match against the query that read the prefix (anchored) "
+        "or against the one that last reused it (chained).",
+    )
+    max_chain: int | None = Field(
+        None, ge=1, description="Longest chain of hits built on one exact read; null for no cap."
+    )
+    ring_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What rings are stored in; auto is the model's dtype."
+    )
+    max_sequences: int | None = Field(
+        None, ge=1, description="Rings to allocate; null for as many as max_num_seqs."
+    )
+    ring_memory_gib: float = Field(
+        4.0, gt=0, description="Most GiB the rings of one worker may take, over all its layers."
+    )
+    layers: LayerSelection = Field(
+        LayerSelection(), description="Which attention layers MAC serves."
+    )
+
+    @field_validator("min_context", mode="after")
+    @classmethod
+    def _first_match_is_possible(cls, min_context: int, info: ValidationInfo) -> int:
+        """At the first attempt m = min_context-1, and the newest entry is p = m-1.
+
+        It can be matched when p+1-band > sink, hence band + sink < min_context - 1.
+        """
+        if not {"band", "sink"} <= info.data.keys():
+            return min_context  # one of them is wrong by itself and reported so
+        band, sink = info.data["band"], info.data["sink"]
+        if band + sink < min_context - 1:
+            return min_context
+        raise PydanticCustomError(
+            "fields_disagree",
+            "band + sink must be less than min_context - 1, or no summary is left to match "
+            "when matching begins: received {received}; set min_context to {least} or more",
+            {
+                "received": f"band={band}, sink={sink}, min_context={min_context}",
+                "least": band + sink + 2,
+            },
+        )
+
+    def covers(self, layer_name: str, layer_index: int) -> bool:
+        """Whether `layers` selects the layer of this full name and 0-based index."""
+
+        def listed(patterns: tuple[int | str, ...]) -> bool:
+            return any(_pattern_matches(p, layer_name, layer_index) for p in patterns)
+
+        include = self.layers.include
+        return (include is None or listed(include)) and not listed(self.layers.exclude)
+
+    def describe(self) -> str:
+        """One line for the log: every key with its value, `layers` by its dotted keys."""
+        values = self.model_dump(mode="json")
+        layers = values.pop("layers")
+        values |= {f"layers.{key}": value for key, value in layers.items()}
+        return " ".join(
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in values.items()
+        )
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The YAML files that come with the package, by the name that selects each."""
+    here = Path(__file__).resolve().parent
+    installed = here / "configs"
+    # In a checkout the folder lies beside the package.
+    folder = installed if installed.is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def resolve(inline: object = None, environ: Mapping[str, str] = os.environ) -> MacConfig:
+    """The configuration from defaults, overridden by a file, overridden by inline keys.
+
+    Args:
+        inline: `vllm_config.additional_config.get("mac")`: a mapping, or None for no keys.
+            Its key `config` names a YAML file or a bundled configuration. `layers`
+            replaces the file's value as a whole.
+        environ: where `MAC_ATTENTION_CONFIG` names the file if `config` does not.
+
+    Raises:
+        MacConfigError: with every problem found in the keys, each with its field, the
+            value received, the valid ones and its source.
+    """
+    inline_keys = _as_mapping(inline, INLINE)
+    location, named_by = inline_keys.pop(FILE_KEY, None), f"{INLINE}.{FILE_KEY}"
+    if location is None:
+        location, named_by = environ.get(ENV_VAR) or None, ENV_VAR
+    fields = tuple(MacConfig.model_fields)
+    stages = [(inline_keys, INLINE, (*fields, FILE_KEY))]
+    if location is not None:
+        path = _find(location, named_by)
+        source = f"{path} (named by {named_by})"
+        stages.insert(0, (_as_mapping(_read(path, source), source), source, fields))
+
+    problems: list[str] = []
+    values: dict[str, object] = {}
+    sources: dict[str, str] = {}
+    for keys, source, known in stages:
+        for key, value in keys.items():
+            if key in fields:
+                values[key], sources[key] = value, source
+            else:
+                problems.append(_unknown_key(str(key), value, source, known))
+    try:
+        config = MacConfig.model_validate(values)
+    except ValidationError as invalid:
+        problems += [_problem(error, sources) for error in invalid.errors()]
+    if problems:
+        raise MacConfigError("invalid MAC configuration:\n  " + "\n  ".join(problems))
+    return config
+
+
+def _as_mapping(value: object, source: str) -> dict:
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise MacConfigError(
+        f"{source}: received {_show(value)}; must be a mapping with keys from "
+        f"{', '.join(MacConfig.model_fields)}"
+    )
+
+
+def _find(location: object, named_by: str) -> Path:
+    bundled = bundled_configs()
+    choices = f"must be a YAML file, or one of the bundled {', '.join(bundled)}"
+    if not isinstance(location, str):
+        raise MacConfigError(f"{named_by}: received {_show(location)}; {choices}")
+    path = os.path.expanduser(location)
+    if os.path.exists(path) and not os.path.isdir(path):
+        return Path(path)
+    if location in bundled:
+        return bundled[location]
+    fault = "a directory" if os.path.isdir(path) else "no file"
+    raise MacConfigError(
+        f"{named_by}: received {location!r}: {fault} at {os.path.abspath(path)}; {choices}"
+    )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML readers keep the last of two equal keys in silence; here they are an error."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in first:
+                raise yaml.MarkedYAMLError(
+                    problem=f"duplicate key {key.value!r}, "
+                    f"first on line {first[key.tag, key.value]}",
+                    problem_mark=key.start_mark,
+                )
+            first[key.tag, key.value] = key.start_mark.line + 1
+        return node
+
+
+def _read(path: Path, source: str) -> object:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise MacConfigError(f"{source}: cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise MacConfigError(f"{source}{where}: not valid YAML: {error.problem}") from error
+    # Bytes that are no UTF-8, and scalars such as the date 2020-13-45, raise ValueError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise MacConfigError(f"{source}: not valid YAML: {error}") from error
+
+
+def _show(value: object) -> str:
+    return f"{_SHORT.repr(value)} ({type(value).__name__})"
+
+
+def _unknown_key(name: str, value: object, source: str, known: Iterable[str]) -> str:
+    leaf = name.rpartition(".")[2]
+    nearest = difflib.get_close_matches(leaf.lower(), known, n=1, cutoff=0.6)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    return (
+        f"{name}: unknown key, received {_show(value)} from {source}{hint} "
+        f"Known keys: {', '.join(known)}"
+    )
+
+
+def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
+    """One line for one of pydantic's errors, in the terms of the configuration."""
+    loc = error["loc"]
+    name, value = ".".join(map(str, loc)), error["input"]
+    source = sources.get(str(loc[0]), "the defaults")
+    if error["type"] == "fields_disagree":
+        origins = (f"{key} from {sources.get(key, 'the defaults')}" for key in _SUMMARY_FIELDS)
+        return f"{name}: {error['msg']} ({', '.join(origins)})"
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown_key(name, value, source, tuple(LayerSelection.model_fields))
+    return f"{name}: received {_show(value)} from {source}; must be {_valid(loc)}"
+
+
+def _valid(loc: tuple[int | str, ...]) -> str:
+    """What the field at `loc` takes, in words."""
+    if loc[0] != "layers":
+        return _in_words(MacConfig.model_json_schema()["properties"][loc[0]])
+    if len(loc) == 1:
+        return f"a mapping with keys from {', '.join(LayerSelection.model_fields)}"
+    if len(loc) == 2:
+        return f"a list, each item {_PATTERN_RULE}" + (", or null" if loc[1] == "include" else "")
+    return _PATTERN_RULE
+
+
+def _in_words(schema: dict) -> str:
+    if "anyOf" in schema:
+        return " or ".join(map(_in_words, schema["anyOf"]))
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    words = {"boolean": "true or false", "integer": "an integer", "number": "a finite number"}
+    text = words.get(schema["type"], schema["type"])
+    if "maximum" in schema:
+        return f"{text} from {schema['minimum']} to {schema['maximum']}"
+    if "minimum" in schema:
+        return f"{text} of at least {schema['minimum']}"
+    if "exclusiveMinimum" in schema:
+        return f"{text} greater than {schema['exclusiveMinimum']}"
+    return text

@@ -1,0 +1,178 @@
+"""MAC as a backend of vLLM's CPU engine: the method in PyTorch, all else as CPU_ATTN runs it.
+
+Served layers keep their KV cache in plain rows (`[blocks, K, block, 2 D]`, keys then values),
+not in the packed form of vLLM's CPU kernels, and read it with `paged`.
+"""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_mac import paged
+from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED, MacLayer, mac_layers
+from vllm_mac.steps import Group, Step
+
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+
+
+class MacCPUBackend(CPUAttentionBackend):
+    supported_kv_cache_dtypes: ClassVar[list] = list(KV_CACHE_DTYPES)
+
+    @staticmethod
+    def get_name() -> str:
+        return "MAC"
+
+    @staticmethod
+    def get_impl_cls() -> type["MacCPUImpl"]:
+        return MacCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["MacCPUMetadataBuilder"]:
+        return MacCPUMetadataBuilder
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        # Ring ownership follows writes into KV blocks, and a connector's are not seen.
+        return False
+
+    @classmethod
+    def supports_combination(
+        cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix, device_capability
+    ) -> str | None:  # fmt: skip
+        if kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
+            return f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(KV_CACHE_DTYPES)}"
+        return None
+
+
+@dataclass
+class MacCPUMetadata(CPUAttentionMetadata):
+    step: Step | None = None
+
+
+class MacCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = [layer for layer in mac_layers(vllm_config) if layer.name in layer_names]
+        self.group = Group(layers, kv_cache_spec.block_size, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> MacCPUMetadata:
+        base = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        values = {field.name: getattr(base, field.name) for field in fields(base)}
+        return MacCPUMetadata(**values, step=self.group.step(common_attn_metadata))
+
+
+class MacCPUImpl(CPUAttentionBackendImpl):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
+            logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks,
+        )  # fmt: skip
+        self.mac = MacLayer(
+            get_current_vllm_config(),
+            num_heads,
+            num_kv_heads,
+            head_size,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_sharing=kv_sharing_target_layer_name,
+        )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        self.mac.load(act_dtype, torch.device("cpu"))
+
+    def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        if self.mac.store is None:
+            return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        token = (slot_mapping >= 0).nonzero()[:, 0]
+        slot, size = slot_mapping[token], kv_cache.shape[2]
+        rows = torch.cat((key[token], value[token]), -1)
+        kv_cache[slot // size, :, slot % size] = rows.to(kv_cache.dtype)
+
+    def forward(
+        self,
+        layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: MacCPUMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        if attn_metadata is None or self.mac.store is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("MAC does not quantise its output")
+        step, blocks = attn_metadata.step, attn_metadata.block_table
+        for chunk in step.chunks:
+            output[chunk.begin : chunk.end] = self._prefill(query, kv_cache, blocks[chunk.row], chunk)
+        if len(step.row):
+            output[step.token] = self._decode(query[step.token], kv_cache, blocks[step.row], step)
+        return output
+
+    def _prefill(self, query, kv_cache, blocks, chunk) -> Tensor:
+        mac, tokens = self.mac, slice(chunk.begin, chunk.end)
+        position = torch.arange(chunk.start, chunk.start + chunk.end - chunk.begin)
+        pre_query = mac.rotary.undo(query[tokens], position) if chunk.ring >= 0 else None
+        return paged.prefill(
+            chunk.start, query[tokens], pre_query, kv_cache, blocks, chunk.ring, mac.store, mac.config, self.scale
+        ).to(query.dtype)
+
+    def _decode(self, query, kv_cache, blocks, step: Step) -> Tensor:
+        mac = self.mac
+        pre_query = mac.rotary.undo(query, step.position)
+        decoded = paged.decode(
+            step.position, query, pre_query, kv_cache, blocks, step.ring, step.first, mac.store, mac.config, self.scale
+        )
+        length = step.position + 1
+        short = length < mac.config.min_context
+        absent = ~short & (step.ring < 0)
+        hits = decoded.hit.sum(1) * self.num_queries_per_kv
+        tried = ~short & ~absent
+        read = decoded.read.sum()
+        mac.counts[HIT] += hits.sum()
+        mac.counts[MISS] += (self.num_heads - hits)[tried].sum()
+        mac.counts[SHORT_CONTEXT] += short.sum() * self.num_heads
+        mac.counts[NO_RING] += absent.sum() * self.num_heads
+        mac.counts[READ] += read
+        mac.counts[SKIPPED] += length.sum() * self.num_kv_heads - read
+        return decoded.out.to(query.dtype)

@@ -1,0 +1,184 @@
+"""One attention layer under MAC: whether the method serves it, its rotation, rings, counts.
+
+vLLM builds its attention layers one by one, loads the weights, and then lets each layer
+finish. Only then are all layers known and their rotations complete, so that is when the
+layers are settled and the rings allocated; vLLM profiles its memory after that.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_mac.config import MacConfig, MacConfigError, resolve
+from vllm_mac.ring import RingStore, ring_bytes
+from vllm_mac.rope import Rotary, RotaryError, find_rotary
+
+logger = init_logger("vllm.mac")
+
+HEAD_SIZES = range(32, 257)
+
+# Order of `MacLayer.counts`, which kernels add to as well.
+HIT, MISS, SHORT_CONTEXT, NO_RING, READ, SKIPPED = range(6)
+
+
+class MacLayer:
+    """What MAC keeps for one `Attention` layer of one worker.
+
+    exact: why no step of the layer uses MAC, or None when it is served. Reasons that depend
+        on the row of a batch instead (`short_context`, `no_ring`) are counted, not kept.
+    counts: `[6]` int64 on the layer's device, totals over decode steps: heads hit, missed,
+        exact for a short context, exact for want of a ring; KV tokens read and skipped,
+        each once per KV head.
+    group: the totals of the layer's KV-cache group; set by the metadata builder.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        sliding_window: int | None,
+        logits_soft_cap: float | None,
+        alibi_slopes: list[float] | None,
+        sinks: Tensor | None,
+        kv_sharing: str | None,
+    ):
+        self.vllm_config = vllm_config
+        self.config: MacConfig = resolve((vllm_config.additional_config or {}).get("mac"))
+        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
+        self.sliding_window = sliding_window
+        own = {
+            "disabled": not self.config.enabled,
+            "sliding_window": sliding_window is not None,
+            "soft_cap": bool(logits_soft_cap),
+            "alibi": alibi_slopes is not None,
+            "attention_sinks": sinks is not None,
+            "kv_sharing": kv_sharing is not None,
+            "head_size": head_size not in HEAD_SIZES,
+        }
+        self.exact: str | None = next((reason for reason, holds in own.items() if holds), None)
+        self.settled = False
+        self.name: str | None = None
+        self.holder: nn.Module | None = None
+        self.rotary: Rotary | None = None
+        self.store: RingStore | None = None
+        self.counts: Tensor | None = None
+        self.group = None
+
+    def bind(self, holder: nn.Module, name: str) -> None:
+        """Note the module that holds the layer, where its rotation is found, and its name."""
+        self.holder, self.name = holder, name
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Settle whether the layer is served and allocate its rings; `dtype` is the model's.
+
+        Raises MacConfigError where the byte budget does not hold one ring.
+        """
+        if self.store is not None:
+            return  # weights were reloaded
+        layers = mac_layers(self.vllm_config)
+        if not self.settled:
+            settle(layers, dtype)
+        self.counts = torch.zeros(6, dtype=torch.int64, device=device)
+        if self.exact is None:
+            self.store = RingStore.allocate(
+                ring_count(layers, dtype),
+                self.num_heads,
+                self.config.window,
+                self.head_size,
+                ring_dtype(self.config, dtype),
+                device,
+            )
+
+
+def mac_layers(vllm_config: VllmConfig) -> list[MacLayer]:
+    """The layers of this worker whose backend is MAC, in the model's order."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [x.impl.mac for x in layers if isinstance(getattr(getattr(x, "impl", None), "mac", None), MacLayer)]
+
+
+def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
+    """Decide which layers are served, find their rotations, and log all of it once."""
+    vllm_config, config = layers[0].vllm_config, layers[0].config
+    context = vllm_config.compilation_config.static_forward_context
+    targets = {getattr(x, "kv_sharing_target_layer_name", None) for x in context.values()}
+    text_config = vllm_config.model_config.hf_text_config
+    has_rope = any(getattr(text_config, key, None) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
+    unknown: dict[str, list[str]] = {}
+    for layer in layers:
+        layer.settled = True
+        if layer.exact is None and layer.name in targets:
+            layer.exact = "kv_sharing"
+        if layer.exact is None and not config.covers(layer.name, extract_layer_index(layer.name)):
+            layer.exact = "excluded"
+        if layer.exact is None:
+            try:
+                layer.rotary = find_rotary(layer.holder, has_rope, layer.head_size)
+            except RotaryError as error:
+                layer.exact = "rotary"
+                unknown.setdefault(str(error), []).append(layer.name)
+        layer.holder = None
+    logger.info("MAC configuration: %s", config.describe())
+    for error, names in unknown.items():
+        logger.warning("MAC leaves %s exact: %s", ", ".join(names), error)
+    if vllm_config.speculative_config is not None:
+        logger.warning("MAC leaves steps that verify speculated tokens exact")
+    reasons: dict[str, int] = {}
+    for layer in layers:
+        if layer.exact is not None:
+            reasons[layer.exact] = reasons.get(layer.exact, 0) + 1
+    served = [layer for layer in layers if layer.exact is None]
+    exact = f"; exact: {', '.join(f'{n} ({r})' for r, n in reasons.items())}" if reasons else ""
+    if not served:
+        logger.warning("MAC serves none of %d attention layers%s", len(layers), exact)
+        return
+    rings = ring_count(layers, dtype)
+    size = rings * sum(_ring_bytes(layer, dtype) for layer in served)
+    logger.info(
+        "MAC serves %d of %d attention layers%s; %d rings, %.1f MiB",
+        len(served), len(layers), exact, rings, size / 2**20,
+    )  # fmt: skip
+
+
+def ring_dtype(config: MacConfig, model_dtype: torch.dtype) -> torch.dtype:
+    return model_dtype if config.ring_dtype == "auto" else getattr(torch, config.ring_dtype)
+
+
+def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:
+    """Rings that each served layer gets: as many as sequences, within the byte budget."""
+    served = [layer for layer in layers if layer.exact is None]
+    config = layers[0].config
+    wanted = config.max_sequences or layers[0].vllm_config.scheduler_config.max_num_seqs
+    one = sum(_ring_bytes(layer, dtype) for layer in served)
+    fitting = int(config.ring_memory_gib * 2**30 // one)
+    if fitting < 1:
+        raise MacConfigError(
+            f"ring_memory_gib: {config.ring_memory_gib} holds no ring; one takes {one / 2**30:.3f} GiB over "
+            f"{len(served)} layers with window {config.window}. Raise ring_memory_gib or lower window."
+        )
+    if fitting < wanted:
+        logger.warning_once(
+            "MAC: ring_memory_gib %s holds %d rings, not %d; sequences beyond that decode exactly",
+            config.ring_memory_gib, fitting, wanted,
+        )  # fmt: skip
+    return min(wanted, fitting)
+
+
+def _ring_bytes(layer: MacLayer, dtype: torch.dtype) -> int:
+    return ring_bytes(layer.num_heads, layer.config.window, layer.head_size, ring_dtype(layer.config, dtype))
+
+
+def _tell_layer(holder: nn.Module, _name: str, child: nn.Module | None) -> None:
+    mac = getattr(getattr(child, "impl", None), "mac", None)
+    if isinstance(mac, MacLayer):
+        mac.bind(holder, child.layer_name)
+
+
+# An attention layer does not know the module that holds it, where its rotation is. PyTorch
+# tells when one module becomes part of another.
+register_module_module_registration_hook(_tell_layer)

@@ -1,0 +1,229 @@
+"""MAC-Attention over paged KV for a whole batch, in PyTorch: the engine on CPUs.
+
+The same method as `reference`, head for head, on vLLM's block tables. Arithmetic is float32
+whatever the KV cache and the rings are stored in.
+
+Letters: `B` rows, `H` query heads, `K` KV heads, `G = H / K`, `D` head size, `W` window,
+`T` KV tokens gathered for a row. Positions are 0-based, intervals half-open, LSE natural log.
+
+kv: `[blocks, K, block_size, 2 D]`, any strides; keys are `[..., :D]`, values `[..., D:]`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_mac.config import MacConfig
+from vllm_mac.reference import Partial, limit, merge, split
+from vllm_mac.ring import RingStore
+
+# Scores of one block of queries are held at once; this many keeps them within some 64 MB.
+SCORES_AT_ONCE = 1 << 24
+
+
+class Decoded(NamedTuple):
+    """One decode step of a batch.
+
+    out: `[B, H, D]` float32. hit: `[B, K]` bool. source: `[B, H]` int64, position matched by
+    each head or -1. read: `[B, K]` int64, KV tokens read for each KV head.
+    """
+
+    out: Tensor
+    hit: Tensor
+    source: Tensor
+    read: Tensor
+
+
+def gather(kv: Tensor, blocks: Tensor, token: Tensor, heads: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Keys and values `[K, T, D]` (float32) at the positions `token` `[T]` of one row.
+
+    blocks: the row's block table. heads: KV heads to gather, all by default.
+    """
+    if heads is None:
+        heads = torch.arange(kv.shape[1], device=kv.device)
+    block = blocks[token // kv.shape[2]].to(torch.int64)
+    rows = kv[block, heads[:, None], token % kv.shape[2]]
+    return rows.float().chunk(2, dim=-1)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, token: Tensor, start: Tensor, stop: Tensor, scale: float
+) -> Partial:
+    """Partial attention of many queries, each over its own interval.
+
+    query: `[K, n, D]`; key and value: `[K, T, D]`, the KV of the positions `token` `[T]`.
+    start, stop: positions that broadcast to `[K, n]`; a query sees the tokens of
+    `[start, stop)`. Returns out `[K, n, D]` and lse `[K, n]`.
+    """
+    hidden = (token < start[..., None]) | (token >= stop[..., None])
+    score = torch.baddbmm(query.new_zeros(()), query, key.transpose(1, 2), beta=0, alpha=scale)
+    score = score.masked_fill_(hidden, -torch.inf)
+    lse = torch.logsumexp(score, -1)
+    # An empty interval has lse -inf; subtracting 0 there keeps its weights at 0.
+    weight = torch.exp(score - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+    return Partial(weight @ value, lse)
+
+
+def match(
+    position: Tensor, pre_query: Tensor, ring: Tensor, first: Tensor, store: RingStore, config: MacConfig
+) -> Tensor:
+    """`[B, H]` position whose summary each head may reuse, or -1 (`reference.match`).
+
+    position, ring, first: `[B]` int64; pre_query: `[B, H, D]` float32.
+    """
+    rows, heads, d = pre_query.shape
+    window = config.window
+    index = torch.clamp(ring, min=0)
+    distance = ((pre_query[:, :, None] - store.query[index].float()) ** 2).sum(-1)
+    slot = torch.arange(window, device=ring.device)
+    # The latest position before `position` that falls into each slot.
+    p = position[:, None] - 1 - (position[:, None] - 1 - slot) % window
+    usable = (ring[:, None] >= 0) & (p >= first[:, None]) & (p + 1 - config.band > config.sink)
+    usable &= (position[:, None] + 1 >= config.min_context) & (p >= 0)
+    bound = limit(d, config)
+    usable = usable[:, None] & (distance < bound)
+    if config.max_chain is not None:
+        usable &= store.chain[index] < config.max_chain
+    lag = (position[:, None] - p).float()[:, None]
+    score = torch.where(usable, distance + config.lag_weight * lag / window * bound, torch.inf)
+    best = score.amin(-1, keepdim=True)
+    source = torch.where(usable & (score == best), p[:, None], -1)
+    return source.amax(-1)  # the later of equals
+
+
+def decode(
+    position: Tensor,
+    query: Tensor,
+    pre_query: Tensor,
+    kv: Tensor,
+    block_table: Tensor,
+    ring: Tensor,
+    first: Tensor,
+    store: RingStore,
+    config: MacConfig,
+    scale: float,
+) -> Decoded:
+    """Decode one token of each row and record it in the row's ring, where it has one.
+
+    position: `[B]` int64, the position decoded (its KV is in the cache already). query and
+    pre_query: `[B, H, D]`, after and before RoPE. block_table: `[B, *]`. ring, first: as
+    `RingTable.assign` gives them. Rows without a ring are exact.
+    """
+    rows, heads, d = query.shape
+    kv_heads = kv.shape[1]
+    query, pre_query = query.float(), pre_query.float()
+    source = match(position, pre_query, ring, first, store, config)
+    hit = (source >= 0).view(rows, kv_heads, -1).all(-1)
+
+    grouped = query.view(rows, kv_heads, -1, d)
+    reused = source.view(rows, kv_heads, -1)
+    empty = torch.full_like(grouped[..., 0], -torch.inf)
+    prefix = Partial(torch.zeros_like(grouped), empty)
+    rest = Partial(torch.zeros_like(grouped), empty.clone())
+    read = torch.zeros_like(hit, dtype=torch.int64)
+    for b, m in enumerate(position.tolist()):
+        sink_end, band_start = split(m, config)
+        for reuse in (True, False):
+            some = (hit[b] == reuse).nonzero()[:, 0]
+            if not len(some):
+                continue
+            q = grouped[b, some]
+            # Where the keys that the prefix part must still read begin, for each head.
+            begin = reused[b, some] + 1 - config.band if reuse else torch.full(q.shape[:2], sink_end)
+            token = torch.cat((torch.arange(sink_end), torch.arange(int(begin.amin()), m + 1)))
+            key, value = gather(kv, block_table[b], token, some)
+            at = begin.new_tensor
+            prefix.out[b, some], prefix.lse[b, some] = attend(q, key, value, token, begin, at(band_start), scale)
+            band = attend(q, key, value, token, at(band_start), at(m + 1), scale)
+            sink = attend(q, key, value, token, at(0), at(sink_end), scale)
+            rest.out[b, some], rest.lse[b, some] = merge(band, sink)
+            read[b, some] = m + 1 - begin.amin(-1) + sink_end
+
+    by_head = lambda x: Partial(x.out.view(rows, heads, d), x.lse.view(rows, heads))  # noqa: E731
+    head_hit = hit.repeat_interleave(heads // kv_heads, 1)
+    index, head = torch.clamp(ring, min=0)[:, None], torch.arange(heads, device=query.device)
+    slot = torch.clamp(source, min=0) % config.window
+    found = Partial(store.out[index, head, slot].float(), store.lse[index, head, slot])
+    # Rings hold uninitialised memory: select, do not multiply.
+    found = Partial(
+        torch.where(head_hit[..., None], found.out, 0.0), torch.where(head_hit, found.lse, -torch.inf)
+    )
+    summary = merge(by_head(prefix), found)
+    out = merge(summary, by_head(rest)).out
+
+    chain = torch.where(head_hit, store.chain[index, head, slot] + 1, 0)
+    kept = pre_query
+    if config.reuse == "anchored":
+        kept = torch.where(head_hit[..., None], store.query[index, head, slot].float(), pre_query)
+    _record(store, ring, position, kept, summary, chain, config.window)
+    return Decoded(out, hit, source, read)
+
+
+def prefill(
+    start: int,
+    query: Tensor,
+    pre_query: Tensor | None,
+    kv: Tensor,
+    blocks: Tensor,
+    ring: int,
+    store: RingStore,
+    config: MacConfig,
+    scale: float,
+) -> Tensor:
+    """Exact causal attention of one row's chunk; records its last `window` positions.
+
+    start: position of the chunk's first token. query `[n, H, D]`; pre_query `[n, H, D]` or
+    None where `ring` is -1. blocks: the row's block table. Returns `[n, H, D]` float32.
+    """
+    n = len(query)
+    token = torch.arange(start + n)
+    position = token[start:]
+    keys = *gather(kv, blocks, token), token
+    out = _attend_heads(query, *keys, torch.zeros_like(position), position + 1, scale).out
+    if ring >= 0:
+        kept = slice(max(n - config.window, 0), n)
+        position = position[kept]
+        sink_end = torch.clamp(position + 1, max=config.sink)
+        band_start = torch.maximum(position + 1 - config.band, sink_end)
+        summary = _attend_heads(query[kept], *keys, sink_end, band_start, scale)
+        chain = torch.zeros(summary.lse.shape, dtype=torch.int32)
+        rings = torch.full_like(position, ring)
+        _record(store, rings, position, pre_query[kept], summary, chain, config.window)
+    return out
+
+
+def _attend_heads(query, key, value, token, start, stop, scale: float) -> Partial:
+    """`attend` for queries `[n, H, D]` and intervals `[n]`, in blocks of bounded memory."""
+    n, heads, d = query.shape
+    kv_heads = len(key)
+    block = max(1, SCORES_AT_ONCE // (heads * len(token)))
+    parts = []
+    for i in range(0, n, block):
+        j = min(i + block, n)
+        seen = slice(0, int(stop[i:j].max()))  # later keys are hidden from the whole block
+        q = query[i:j].float().view(j - i, kv_heads, -1, d).transpose(0, 1)
+        group = q.shape[2]
+        low, high = start[i:j].repeat_interleave(group), stop[i:j].repeat_interleave(group)
+        part = attend(
+            q.reshape(kv_heads, -1, d), key[:, seen], value[:, seen], token[seen], low, high, scale
+        )
+        parts.append(
+            Partial(
+                part.out.view(kv_heads, j - i, group, d).transpose(0, 1).reshape(j - i, heads, d),
+                part.lse.view(kv_heads, j - i, group).transpose(0, 1).reshape(j - i, heads),
+            )
+        )
+    return Partial(*map(torch.cat, zip(*parts)))
+
+
+def _record(
+    store: RingStore, ring: Tensor, position: Tensor, query: Tensor, summary: Partial, chain: Tensor, window: int
+) -> None:
+    """Write one entry per row with a ring; query and summary.out `[B, H, D]`, chain `[B, H]`."""
+    rows = (ring >= 0).nonzero()[:, 0]
+    r, slot = ring[rows], position[rows] % window
+    store.query[r, :, slot] = query[rows].to(store.query.dtype)
+    store.out[r, :, slot] = summary.out[rows].to(store.out.dtype)
+    store.lse[r, :, slot] = summary.lse[rows]
+    store.chain[r, :, slot] = chain[rows].to(store.chain.dtype)

@@ -1,0 +1,99 @@
+"""From a batch's metadata to what each of its rows does in this step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_mac.layers import MacLayer
+from vllm_mac.ring import RingTable
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One row that is prefilled (or verifies speculated tokens): tokens `[begin, end)` of the
+    batch, from position `start` on, recorded in `ring` (-1: nowhere)."""
+
+    row: int
+    begin: int
+    end: int
+    start: int
+    ring: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the rows of a batch do; tensors `[B]` int64 over the rows that decode one token.
+
+    row: row of the block table. token: index of the row's token in the batch. position: its
+    position. ring, first: see `RingTable.assign`. chunks: the other rows.
+    """
+
+    row: Tensor
+    token: Tensor
+    position: Tensor
+    ring: Tensor
+    first: Tensor
+    chunks: list[Chunk]
+
+
+class Group:
+    """The layers of one KV-cache group, which share block tables and so ring ownership.
+
+    decoded: rows decoded so far, one token each. context: KV tokens that full attention reads
+        for them (per KV head). windowed: the same within each sliding window of the group.
+    """
+
+    def __init__(self, layers: list[MacLayer], block_size: int, vllm_config: VllmConfig, device: torch.device):
+        self.decoded, self.context = 0, 0
+        self.windowed = {layer.sliding_window: 0 for layer in layers if layer.sliding_window}
+        for layer in layers:
+            layer.group = self
+        stores = [layer.store for layer in layers if layer.store is not None]
+        self.table = None
+        if stores:
+            cache = vllm_config.cache_config
+            # Block tables may address parts of the blocks that the cache is managed in.
+            blocks = cache.num_gpu_blocks * max(1, cache.block_size // block_size)
+            # With pipeline stages that many batches are in flight, each with its own rows.
+            idle = vllm_config.parallel_config.pipeline_parallel_size
+            rings = len(stores[0].query)
+            self.table = RingTable(rings, blocks, block_size, layers[0].config, device, idle)
+
+    def step(self, common: CommonAttentionMetadata) -> Step | None:
+        """Plan a batch whose metadata is on the CPU; None when no layer of the group is served."""
+        rows = common.num_reqs
+        begin = common.query_start_loc[: rows + 1].long()
+        length = common.seq_lens[:rows].long()
+        count = begin.diff()
+        start = length - count
+        prefilling = common.is_prefilling
+        prefilling = count > 1 if prefilling is None else prefilling[:rows]
+        decodes = (count == 1) & ~prefilling
+        self._tally(length[decodes])
+        if self.table is None:
+            return None
+        request = None if common.req_idx is None else torch.as_tensor(common.req_idx[:rows]).long()
+        assigned = self.table.assign(
+            start,
+            length,
+            prefilling,
+            common.block_table_tensor[:rows],
+            common.slot_mapping[: begin[-1]].long(),
+            torch.arange(rows).repeat_interleave(count),
+            request,
+        )
+        row = decodes.nonzero()[:, 0]
+        chunks = [
+            Chunk(r, int(begin[r]), int(begin[r + 1]), int(start[r]), int(assigned.ring[r]))
+            for r in ((count > 0) & ~decodes).nonzero()[:, 0].tolist()
+        ]
+        return Step(row, begin[row], start[row], assigned.ring[row], assigned.first[row], chunks)
+
+    def _tally(self, length: Tensor) -> None:
+        self.decoded += len(length)
+        self.context += int(length.sum())
+        for window in self.windowed:
+            self.windowed[window] += int(length.clamp(max=window).sum())
