@@ -54,8 +54,8 @@ class Assignment:
     """Which ring each row of a batch uses in this step; `B` includes rows without one.
 
     ring: `[B]` int64, -1 where the row has none.
-    first: `[B]` int64, the oldest position of the ring that this row may read, and
-        from which on it writes.
+    first: `[B]` int64, the oldest position of the ring that this row may read; the sequence's
+        length, so none, where it has no ring or still reads its prompt.
     """
 
     ring: Tensor
@@ -113,7 +113,10 @@ class RingTable:
         """
         self.step += 1
         rows = torch.arange(len(start), device=start.device)
-        active = length > start
+        active = (length > start) & (start >= 0)
+        absent = len(self.owner) - 1
+        # A block may be written anew and shared within one step: forget whose it was.
+        self.owner[torch.where(slots % self.block_size == 0, slots // self.block_size, absent)] = -1
         ring = self._continued(start, active, prefilling, block_table, request, rows)
 
         # A summary recorded at p serves m <= p + window, and no match is attempted before
@@ -131,10 +134,11 @@ class RingTable:
             self.request[index] = request
         self.last[-1] = self.request[-1] = -1
 
-        block = torch.where(slots >= 0, slots // self.block_size, len(self.owner) - 1)
+        block = torch.where(slots >= 0, slots // self.block_size, absent)
         self.owner[block] = ring[row_of_token]
         self.owner[-1] = -1
-        return Assignment(ring, torch.where(ring >= 0, self.first[index], length))
+        # A prompt is read exactly, also where its last chunk is a single token.
+        return Assignment(ring, torch.where((ring >= 0) & ~prefilling, self.first[index], length))
 
     def states(self) -> dict[str, int]:
         """Rings by state: used in the latest step, idle (kept from an earlier one), free."""

@@ -13,7 +13,7 @@ from vllm_mac.ring import RingTable
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One row that is prefilled (or verifies speculated tokens): tokens `[begin, end)` of the
+    """One row of several tokens, prefilled or verifying speculated ones: tokens `[begin, end)` of the
     batch, from position `start` on, recorded in `ring` (-1: nowhere)."""
 
     row: int
@@ -25,7 +25,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the rows of a batch do; tensors `[B]` int64 over the rows that decode one token.
+    """What the rows of a batch do; tensors `[B]` int64 over the rows of one token.
 
     row: row of the block table. token: index of the row's token in the batch. position: its
     position. ring, first: see `RingTable.assign`. chunks: the other rows.
@@ -71,7 +71,7 @@ class Group:
         start = length - count
         prefilling = common.is_prefilling
         prefilling = count > 1 if prefilling is None else prefilling[:rows]
-        decodes = (count == 1) & ~prefilling
+        decodes = count == 1
         self._tally(length[decodes])
         if self.table is None:
             return None

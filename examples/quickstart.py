@@ -1,0 +1,194 @@
+"""Serve a model with MAC and with vLLM's own attention, ask both the same, and compare.
+
+Run by quickstart.sh, in an environment with vLLM and this project. The servers listen on
+loopback only and are stopped at the end, also on Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+
+from vllm_mac.metrics import summarise
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / ".quickstart"
+QUESTION = "\n\nThe text above is a licence. What may its readers do with the work?\n"
+console = Console()
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="examples/quickstart.sh", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", help="model folder or name; by default a small random one is made")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens to generate (default 128)")
+    parser.add_argument("--context", type=int, default=6144, help="characters of the prompt (default 6144)")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds to wait for a server (default 600)")
+    args = parser.parse_args()
+    for name in ("tokens", "context", "timeout"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    return args
+
+
+def default_model() -> str:
+    folder = WORK / "model"
+    if not (folder / "generation_config.json").exists():  # written last
+        with console.status("making a small Llama with random weights"):
+            subprocess.run([sys.executable, ROOT / "examples" / "byte_model.py", folder], check=True, stdout=subprocess.DEVNULL)
+    return str(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def server(model: str, backend: str | None, timeout: int):
+    """A vLLM server on loopback; yields its address. `backend` None is the platform's own."""
+    port, log = free_port(), WORK / f"server-{backend or 'default'}.log"
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model",
+        "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "4", "--no-enable-log-requests",
+    ]  # fmt: skip
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # it offers /collective_rpc
+    if torch.cuda.is_available():
+        command += ["--dtype", "bfloat16"]
+    else:
+        command += ["--dtype", "float32", "--enforce-eager"]
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if backend:
+        command += ["--attention-backend", backend, "--worker-extension-cls", "vllm_mac.metrics.WorkerExtension"]
+    address = f"http://127.0.0.1:{port}"
+    with log.open("w") as out:
+        # A process group of its own, so that the server's children end with it.
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        try:
+            with console.status(f"starting vLLM with {backend or 'its own attention'} (log: {log.relative_to(ROOT)})"):
+                wait(address, process, log, timeout)
+            yield address
+        finally:
+            stop(process)
+
+
+def wait(address: str, process: subprocess.Popen, log: Path, timeout: int) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            sys.exit(f"The server ended with code {process.returncode}. The end of {log}:\n" + tail(log))
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    sys.exit(f"The server was not ready after {timeout} s (--timeout). The end of {log}:\n" + tail(log))
+
+
+def tail(log: Path, lines: int = 25) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def stop(process: subprocess.Popen) -> None:
+    for sign, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def ask(address: str, prompt: str, tokens: int, show: bool) -> tuple[str, int, float]:
+    """One streamed completion: its text, the prompt's tokens and milliseconds per token."""
+    client = OpenAI(base_url=f"{address}/v1", api_key="none")
+    text, times, prompt_tokens = "", [], 0
+    stream = client.completions.create(
+        model="model", prompt=prompt, max_tokens=tokens, temperature=0, stream=True,
+        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    for chunk in stream:
+        if chunk.usage:
+            prompt_tokens = chunk.usage.prompt_tokens
+            generated = chunk.usage.completion_tokens
+        if chunk.choices:
+            times.append(time.perf_counter())
+            text += chunk.choices[0].text
+            if show:
+                console.print(chunk.choices[0].text, end="", markup=False, highlight=False, soft_wrap=True)
+    if show:
+        console.print()
+    return text, prompt_tokens, 1000 * (times[-1] - times[0]) / max(generated - 1, 1)
+
+
+def counters(address: str) -> list:
+    request = urllib.request.Request(
+        f"{address}/collective_rpc",
+        data=json.dumps({"method": "mac_counters"}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return [sample for worker in json.load(reply)["results"] for sample in worker]
+
+
+def main() -> None:
+    args = options()
+    WORK.mkdir(exist_ok=True)
+    model = args.model or default_model()
+    text = (ROOT / "LICENSE").read_text()
+    prompt = (text * (args.context // len(text) + 1))[: args.context] + QUESTION
+
+    answers, times = {}, {}
+    for backend in (None, "MAC"):
+        with server(model, backend, args.timeout) as address:
+            ask(address, prompt, 2, show=False)  # warms the server up, and its prefix cache
+            if backend:
+                console.rule(f"streamed with {backend}")
+            answers[backend], length, times[backend] = ask(address, prompt, args.tokens, show=bool(backend))
+            if backend:
+                after = summarise(counters(address))
+    console.rule("MAC against vLLM's own attention")
+    table = Table("", "vLLM's own", "MAC")
+    table.add_row("time per token", f"{times[None]:.2f} ms", f"{times['MAC']:.2f} ms")
+    table.add_row("KV tokens read in decode", "100 %", percent(after.read_share))
+    table.add_row("query heads that hit", "", percent(after.hit_rate))
+    console.print(table)
+    same = len(os.path.commonprefix([answers[None], answers["MAC"]]))
+    console.print(
+        f"Prompt of {length} tokens, {args.tokens} generated, greedy, on {'GPU' if torch.cuda.is_available() else 'CPU'}; "
+        f"the two answers agree on the first {same} of {len(answers[None])} characters.",
+        highlight=False,
+    )
+    for reason, heads in after.exact.items():
+        console.print(f"Exact for {reason}: {heads} heads")
+    if not args.model:
+        console.print("The model has random weights: its text means nothing, and its hit rate is not a trained model's.")
+    if not torch.cuda.is_available():
+        console.print("On CPU MAC runs in PyTorch, to show the method; it is on GPUs that it is built to be fast.")
+
+
+def percent(share: float | None) -> str:
+    return "none decoded" if share is None else f"{100 * share:.1f} %"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up an environment and run the tests in it.
+#   usage: tests/run.sh [PYTEST ARGUMENT...]
+# The environment is .cache/test-venv, kept between runs; MAC_TEST_VENV names another.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${MAC_TEST_VENV:-.cache/test-venv}
+bash examples/install.sh "$venv" pytest hypothesis
+exec "$venv/bin/python" -m pytest "$@"
