@@ -6,7 +6,8 @@
 
 The shadow knows what the engine may not: which request each row of a batch belongs to. It
 keeps one ring per request, KV group and layer, and empties them whenever the request does
-not go on where it stopped. It checks every row of every layer as it passes.
+not go on where it stopped, or under another index of the runner's (V2 gives a resumed request
+a new one, V1 tells none). It checks every row of every layer as it passes.
 """
 
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ class Rings:
     """One request's rings in one layer, `groups[k][g]`, and the last position they know."""
 
     groups: list
+    index: int
     last: int = -1
 
 
@@ -51,17 +53,18 @@ def shadow(llm):
 
         runner.prepare_inputs = prepare_inputs
     forward, step = cpu.MacCPUImpl.forward, steps.Group.step
-    prompts = []
+    facts = []  # of each row: whether it still reads its prompt, and its index
 
     def watched_step(group, common):
-        prompts[:] = common.is_prefilling.tolist()
+        prompts = common.is_prefilling.tolist()
+        facts[:] = zip(prompts, [-1] * len(prompts) if common.req_idx is None else common.req_idx.tolist())
         return step(group, common)
 
     def watched(impl, layer, query, key, value, kv_cache, metadata, output, **scales):
         result = forward(impl, layer, query, key, value, kv_cache, metadata, output, **scales)
         if metadata is not None and impl.mac.store is not None:
             rows = names if prepare is not None else runner.input_batch.req_ids
-            _check(watch, impl, query, kv_cache, metadata, output, rows, prompts)
+            _check(watch, impl, query, kv_cache, metadata, output, rows, facts)
         return result
 
     cpu.MacCPUImpl.forward, steps.Group.step = watched, watched_step
@@ -73,28 +76,29 @@ def shadow(llm):
             del runner.prepare_inputs
 
 
-def _check(watch, impl, query, kv_cache, metadata, output, rows, prompts) -> None:
+def _check(watch, impl, query, kv_cache, metadata, output, rows, facts) -> None:
     begin, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
     for row, name in enumerate(rows):
         b, e = begin[row], begin[row + 1]
         start = lengths[row] - (e - b)
-        rings = _rings(watch, impl, name, start)
+        prompt, index = facts[row]
+        rings = _rings(watch, impl, name, index, start)
         rings.last = lengths[row] - 1
         key, value = paged.gather(kv_cache, metadata.block_table[row], torch.arange(lengths[row]))
         pre = impl.mac.rotary.undo(query[b:e], torch.arange(start, lengths[row]))
-        run = _decode if e - b == 1 and not prompts[row] else _prefill
+        run = _decode if e - b == 1 and not prompt else _prefill
         wanted = run(watch, impl, start, query[b:e].float(), pre, key, value, rings)
         error = (output[b:e].float() - wanted).abs().amax() / wanted.abs().amax()
         watch.worst = max(watch.worst, float(error))
 
 
-def _rings(watch, impl, name, start) -> Rings:
+def _rings(watch, impl, name, index, start) -> Rings:
     mac = impl.mac
     group = mac.num_heads // mac.num_kv_heads
     known = watch.rings.get((name, mac.name))
-    if known is None or known.last != start - 1:
+    if known is None or known.last != start - 1 or known.index != index:
         watch.restarts += known is not None
-        known = Rings([[{} for _ in range(group)] for _ in range(mac.num_kv_heads)])
+        known = Rings([[{} for _ in range(group)] for _ in range(mac.num_kv_heads)], index)
         watch.rings[name, mac.name] = known
     return known
 

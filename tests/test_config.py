@@ -39,6 +39,7 @@ DEFAULTS = {
     "ring_dtype": "auto",
     "max_sequences": None,
     "ring_memory_gib": 4.0,
+    "miss_engine": "triton",
     "layers": {"include": None, "exclude": []},
 }
 
@@ -140,6 +141,7 @@ BOUNDS = [
     ("threshold", [0, 0.45, 1, 1.0], [-0.01, 1.01], "a finite number from 0 to 1"),
     ("min_context", [258, 10**6], [0, -1], "an integer of at least 1"),
     ("lag_weight", [0, 4.5], [-0.1], "a finite number of at least 0"),
+    ("miss_engine", ["flashinfer", "triton"], ["flash", 1], "one of flashinfer, triton"),
     ("reuse", ["anchored", "chained"], ["nearest", "Anchored", 1], "one of anchored, chained"),
     ("max_chain", [None, 1, 99], [0, -1], "an integer of at least 1 or null"),
     (
@@ -456,6 +458,7 @@ CONFIGS = st.fixed_dictionaries(
         "reuse": st.sampled_from(["anchored", "chained"]),
         "max_chain": st.none() | st.integers(1, 10**6),
         "ring_dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
+        "miss_engine": st.sampled_from(["flashinfer", "triton"]),
         "max_sequences": st.none() | st.integers(1, 4096),
         "ring_memory_gib": st.floats(0, exclude_min=True, **FINITE) | st.integers(1, 80),
         "layers": st.fixed_dictionaries(

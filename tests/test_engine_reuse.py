@@ -19,7 +19,7 @@ SMALL = dict(window=32, band=16, min_context=64, threshold=0.45)
 VARIANTS = {
     "anchored": SMALL,
     "chained": SMALL | dict(reuse="chained", sink=4, lag_weight=1.0),
-    "capped": SMALL | dict(max_chain=3, threshold=0.3, sink=20),
+    "capped": SMALL | dict(max_chain=3, threshold=0.5, sink=20),
 }
 # Both sides sum the same float32 products in other orders. A score is a dot product of 32
 # terms near 3 and enters an exponential: relative error near 32 eps |score| = 2e-5 at most.

@@ -2,12 +2,14 @@
 
 from vllm.platforms import current_platform
 
-if not current_platform.is_cpu():
+if current_platform.is_cpu():
+    from vllm_mac.cpu import MacCPUBackend as MacBackend
+elif current_platform.is_cuda():
+    from vllm_mac.cuda import MacCUDABackend as MacBackend
+else:
     raise ImportError(
-        f"MAC runs on vLLM's CPU platform only in this version, and this is {current_platform.device_name}; "
+        f"MAC runs on NVIDIA GPUs and on CPUs, and this platform is {current_platform.device_name}; "
         "choose another --attention-backend"
     )
-
-from vllm_mac.cpu import MacCPUBackend as MacBackend
 
 __all__ = ["MacBackend"]

@@ -134,6 +134,9 @@ class MacConfig(_Section):
     ring_memory_gib: float = Field(
         4.0, gt=0, description="Most GiB the rings of one worker may take, over all its layers."
     )
+    miss_engine: Literal["flashinfer", "triton"] = Field(
+        "triton", description="What reads the prefix for missed heads on GPUs."
+    )
     layers: LayerSelection = Field(
         LayerSelection(), description="Which attention layers MAC serves."
     )

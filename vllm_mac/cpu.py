@@ -5,7 +5,6 @@ not in the packed form of vLLM's CPU kernels, and read it with `paged`.
 """
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,17 +20,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm_mac import paged
 from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED, MacLayer, mac_layers
 from vllm_mac.steps import Group, Step
+from vllm_mac.support import MacSupport
 
-KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
-
-class MacCPUBackend(CPUAttentionBackend):
-    supported_kv_cache_dtypes: ClassVar[list] = list(KV_CACHE_DTYPES)
-
-    @staticmethod
-    def get_name() -> str:
-        return "MAC"
-
+class MacCPUBackend(MacSupport, CPUAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type["MacCPUImpl"]:
         return MacCPUImpl
@@ -39,27 +31,6 @@ class MacCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type["MacCPUMetadataBuilder"]:
         return MacCPUMetadataBuilder
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type == AttentionType.DECODER
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        # Ring ownership follows writes into KV blocks, and a connector's are not seen.
-        return False
-
-    @classmethod
-    def supports_combination(
-        cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix, device_capability
-    ) -> str | None:  # fmt: skip
-        if kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
-            return f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(KV_CACHE_DTYPES)}"
-        return None
 
 
 @dataclass
@@ -105,6 +76,7 @@ class MacCPUImpl(CPUAttentionBackendImpl):
             num_heads,
             num_kv_heads,
             head_size,
+            scale,
             sliding_window=sliding_window,
             logits_soft_cap=logits_soft_cap,
             alibi_slopes=alibi_slopes,

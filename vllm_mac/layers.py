@@ -33,6 +33,7 @@ class MacLayer:
         exact for a short context, exact for want of a ring; KV tokens read and skipped,
         each once per KV head.
     group: the totals of the layer's KV-cache group; set by the metadata builder.
+    decoder: the buffers that a GPU decodes with, on one layer for all that share them.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class MacLayer:
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
+        scale: float,
         *,
         sliding_window: int | None,
         logits_soft_cap: float | None,
@@ -51,6 +53,7 @@ class MacLayer:
         self.vllm_config = vllm_config
         self.config: MacConfig = resolve((vllm_config.additional_config or {}).get("mac"))
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
+        self.scale = scale
         self.sliding_window = sliding_window
         own = {
             "disabled": not self.config.enabled,
@@ -69,6 +72,7 @@ class MacLayer:
         self.store: RingStore | None = None
         self.counts: Tensor | None = None
         self.group = None
+        self.decoder = None
 
     def bind(self, holder: nn.Module, name: str) -> None:
         """Note the module that holds the layer, where its rotation is found, and its name."""

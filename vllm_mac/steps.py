@@ -51,16 +51,24 @@ class Group:
         self.windowed = {layer.sliding_window: 0 for layer in layers if layer.sliding_window}
         for layer in layers:
             layer.group = self
-        stores = [layer.store for layer in layers if layer.store is not None]
-        self.table = None
-        if stores:
-            cache = vllm_config.cache_config
-            # Block tables may address parts of the blocks that the cache is managed in.
-            blocks = cache.num_gpu_blocks * max(1, cache.block_size // block_size)
-            # With pipeline stages that many batches are in flight, each with its own rows.
-            idle = vllm_config.parallel_config.pipeline_parallel_size
-            rings = len(stores[0].query)
-            self.table = RingTable(rings, blocks, block_size, layers[0].config, device, idle)
+        self._layers, self._block_size, self._vllm_config, self._device = layers, block_size, vllm_config, device
+        self._table: RingTable | None = None
+
+    @property
+    def table(self) -> RingTable | None:
+        """Who owns which ring; None when no layer of the group is served, and as long as
+        vLLM, which builds metadata to estimate its memory too, has no KV cache."""
+        if self._table is None:
+            stores = [layer.store for layer in self._layers if layer.store is not None]
+            cache = self._vllm_config.cache_config
+            if stores and cache.num_gpu_blocks:
+                # Block tables may address parts of the blocks that the cache is managed in.
+                blocks = cache.num_gpu_blocks * max(1, cache.block_size // self._block_size)
+                # With pipeline stages that many batches are in flight, each with its own rows.
+                idle = self._vllm_config.parallel_config.pipeline_parallel_size
+                rings, config = len(stores[0].query), self._layers[0].config
+                self._table = RingTable(rings, blocks, self._block_size, config, self._device, idle)
+        return self._table
 
     def step(self, common: CommonAttentionMetadata) -> Step | None:
         """Plan a batch whose metadata is on the CPU; None when no layer of the group is served."""
@@ -91,6 +99,14 @@ class Group:
             for r in ((count > 0) & ~decodes).nonzero()[:, 0].tolist()
         ]
         return Step(row, begin[row], start[row], assigned.ring[row], assigned.first[row], chunks)
+
+    def tally_host(self, common: CommonAttentionMetadata) -> None:
+        """Count a batch from what the CPU knows of it (lengths may be upper bounds)."""
+        count = common.query_start_loc_cpu[: common.num_reqs + 1].diff()
+        length = common.seq_lens_cpu_upper_bound
+        if length is not None:
+            length = length[: len(count)].long()
+            self._tally(length[(count[: len(length)] == 1) & (length > 0)])
 
     def _tally(self, length: Tensor) -> None:
         self.decoded += len(length)

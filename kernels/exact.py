@@ -1,0 +1,350 @@
+"""Exact attention over the prefix of the missed (row, KV head) groups, in one launch.
+
+The second engine for misses; `flashinfer_exact.FlashInferExact` is the other one and has the
+same methods, arguments and results. The oracle of both is `paged.attend` over `[lo, m+1-band)`.
+
+The work of all missed groups is one line of units of `BN` tokens, cut into as many equal
+pieces as there are programs: whatever the number of misses and the lengths of their
+prefixes, every program reads the same number of tokens. A program therefore meets at most
+one group that began in an earlier program and one that goes on in a later one. Those leave
+partial results, and the program that arrives last merges them.
+
+Letters: `B` rows, `H` query heads, `K` KV heads, `G = H / K`, `D` head size. Positions are
+0-based and intervals half-open. **LSE base 2.** Variables: `i_` index, `o_` offsets of a
+block, `b_` block in registers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2E = 1.4426950408889634
+_DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixProblem:
+    """What is the same in every layer and every step, for both engines.
+
+    max_rows: most rows of a batch. max_blocks: most KV pages of one row. dtype: of queries and
+    KV. scale: multiplies the scores. The prefix of position `m` is `[first, m+1-band)`, where
+    `first` is `sink` rounded up to a whole page, so that it can begin at a page.
+    """
+
+    max_rows: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    page_size: int
+    max_blocks: int
+    dtype: torch.dtype
+    band: int
+    sink: int
+    scale: float
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads: {self.heads}, choose a multiple of kv_heads ({self.kv_heads})"
+            )
+        if self.dtype not in _DOT_TYPES:
+            raise ValueError(f"dtype: {self.dtype}, choose one of {list(_DOT_TYPES)}")
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def first(self) -> int:
+        return -(-self.sink // self.page_size) * self.page_size
+
+
+@triton.jit
+def _finish(out, lse, b_o, b_l, stride_h, o_g, o_d, G: tl.constexpr, D: tl.constexpr):
+    """Write a group's result, `[heads, BD]` and `[heads]`."""
+    ok = (o_g < G)[:, None] & (o_d < D)[None, :]
+    tl.store(out + o_g[:, None] * stride_h + o_d[None, :], b_o.to(out.dtype.element_ty), mask=ok)
+    tl.store(lse + o_g, b_l, mask=o_g < G)
+
+
+@triton.jit
+def _put(part_out, part_lse, program, first, b_o, b_l, o_g, o_d, G: tl.constexpr, D: tl.constexpr):
+    """Keep a program's partial result of the group that begins in program `first`."""
+    slot = (2 * program + (program == first).to(tl.int32)) * G
+    _finish(part_out + slot.to(tl.int64) * D, part_lse + slot, b_o, b_l, D, o_g, o_d, G, D)
+
+
+@triton.jit
+def _merge(
+    part_out, part_lse, low, step, count, first, o_g, o_d, o_p,
+    G: tl.constexpr, D: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Merge what the programs `low, low + step, ...` (not before `first`) have put."""
+    # .cg: written by other multiprocessors, so not from this one's L1.
+    program = tl.maximum(low + o_p * step, first)
+    slot = (2 * program + (program == first).to(tl.int32)) * G
+    ok = (o_p < count)[:, None] & (o_g < G)[None, :]
+    at = part_lse + slot[:, None] + o_g[None, :]
+    b_each = tl.load(at, mask=ok, other=float("-inf"), cache_modifier=".cg")  # [BP, BM]
+    b_max = tl.where(o_g < G, tl.max(b_each, 0), 0.0)
+    b_sum = tl.where(o_g < G, tl.sum(tl.exp2(b_each - b_max[None, :]), 0), 1.0)
+    b_l = b_max + tl.log2(b_sum)
+    # The weights are final before the first value is read: no turn waits for the one before.
+    b_o = tl.zeros([o_g.shape[0], o_d.shape[0]], tl.float32)
+    row = o_g[:, None] + tl.zeros_like(o_d)[None, :]
+    ok = (o_g < G)[:, None] & (o_d < D)[None, :]
+    for i in tl.range(0, count, 1, loop_unroll_factor=UNROLL):
+        i_p = tl.maximum(low + i * step, first)
+        i_s = (2 * i_p + (i_p == first).to(tl.int32)) * G
+        b_one = tl.load(part_lse + i_s + row, mask=ok, other=0.0, cache_modifier=".cg")  # [BM, BD]
+        at_one = part_out + (i_s + row).to(tl.int64) * D + o_d[None, :]
+        b_x = tl.load(at_one, mask=ok, other=0.0, cache_modifier=".cg")  # [BM, BD]
+        b_o += tl.exp2(b_one - b_l[:, None]) * b_x
+    return b_o, b_l
+
+
+@triton.jit
+def _prefix_kernel(
+    query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived,
+    groups, first_token, band, scale_log2,
+    stride_qb, stride_qh, stride_page, stride_head, stride_token, stride_table,
+    stride_ob, stride_oh, stride_lb,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    BN: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    P: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    i_p, programs = tl.program_id(0), tl.num_programs(0)
+    o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
+    o_g, o_m, o_p = tl.arange(0, BG), tl.arange(0, BM), tl.arange(0, 2 * P)
+
+    # Every program lays out the whole line of work by itself: no other launch, no waiting.
+    o_r = tl.arange(0, BR)
+    b_hit = tl.load(hit + o_r, mask=o_r < groups, other=1)  # [BR]
+    b_m = tl.load(position + o_r // K, mask=o_r < groups, other=-1).to(tl.int32)  # [BR]
+    b_tokens = tl.where(b_hit == 0, tl.maximum(b_m + 1 - band - first_token, 0), 0)
+    b_units = (b_tokens + BN - 1) // BN  # [BR]
+    b_end = tl.cumsum(b_units, 0)
+    total = tl.sum(b_units, 0)
+    share = tl.maximum((total + programs - 1) // programs, 1)
+
+    i_r = i_p
+    while i_r < groups:
+        m = tl.load(position + i_r // K)
+        if (tl.load(hit + i_r) != 0) | (m + 1 - band <= first_token):
+            row, head = (i_r // K).to(tl.int64), (i_r % K) * G
+            at_none = out + row * stride_ob + head * stride_oh
+            b_zero = tl.zeros([BM, BD], tl.float32)
+            b_empty = tl.full([BM], float("-inf"), tl.float32)
+            _finish(
+                at_none, lse + row * stride_lb + head, b_zero, b_empty, stride_oh, o_m, o_d, G, D
+            )
+        i_r += programs
+
+    unit = i_p * share
+    stop = tl.minimum(unit + share, total)
+    while unit < stop:
+        i_r = tl.sum((b_end <= unit).to(tl.int32), 0)
+        group_end = tl.min(tl.where(b_end > unit, b_end, 2147483647), 0)
+        group_start = group_end - tl.sum(tl.where(o_r == i_r, b_units, 0), 0)
+        segment_end = tl.minimum(stop, group_end)
+        row, i_k = (i_r // K).to(tl.int64), i_r % K
+        token_end = tl.load(position + row).to(tl.int32) + 1 - band
+        begin = first_token + (unit - group_start) * BN
+        end = tl.minimum(first_token + (segment_end - group_start) * BN, token_end)
+
+        at_q = query + row * stride_qb + (i_k * G + o_g)[:, None] * stride_qh + o_d[None, :]
+        b_q = tl.load(at_q, mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0)  # [BG, BD]
+        b_max = tl.full([BG], float("-inf"), tl.float32)
+        b_sum = tl.zeros([BN, BG], tl.float32)  # added up over the tokens at the end only
+        b_o = tl.zeros([BD, BG], tl.float32)
+        head_kv = kv + i_k.to(tl.int64) * stride_head
+        for t in tl.range(begin, end, BN, num_stages=STAGES):
+            # The last block repeats its last token instead of masking loads.
+            token = tl.minimum(t + o_n, end - 1)
+            page = tl.load(block_table + row * stride_table + token // PAGE).to(tl.int64)  # [BN]
+            at_kv = head_kv + page * stride_page + (token % PAGE) * stride_token  # [BN]
+            if BD == D:
+                b_k = tl.load(at_kv[:, None] + o_d[None, :])  # [BN, BD]
+                b_v = tl.load(at_kv[:, None] + D + o_d[None, :])  # [BN, BD]
+            else:
+                b_k = tl.load(at_kv[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+                b_v = tl.load(at_kv[:, None] + D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+            # Keys and values, not the few queries, are the tall operand: Hopper's tensor cores
+            # then read them from shared memory, without a pass through registers.
+            b_s = (
+                tl.dot(b_k.to(DOT), tl.trans(b_q).to(DOT), input_precision="ieee") * scale_log2
+            )  # [BN, BG]
+            b_s = tl.where((t + o_n < end)[:, None], b_s, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_s, 0))
+            b_w = tl.exp2(b_s - b_new[None, :])
+            b_old = tl.exp2(b_max - b_new)
+            b_sum = b_sum * b_old[None, :] + b_w
+            b_w = b_w.to(b_v.dtype).to(DOT)
+            b_o = tl.dot(
+                tl.trans(b_v).to(DOT), b_w, b_o * b_old[None, :], input_precision="ieee"
+            )  # [BD, BG]
+            b_max = b_new
+        b_total = tl.sum(b_sum, 0)  # [BG]
+        b_o = tl.trans(b_o / b_total[None, :])  # [BG, BD]
+        b_l = b_max + tl.log2(b_total)
+
+        at_out = out + row * stride_ob + i_k * G * stride_oh
+        at_lse = lse + row * stride_lb + i_k * G
+        if (unit == group_start) & (segment_end == group_end):
+            _finish(at_out, at_lse, b_o, b_l, stride_oh, o_g, o_d, G, D)
+        else:
+            # A program has two slots: 0 for a group begun earlier, 1 for one that begins here.
+            first, last = group_start // share, (group_end - 1) // share  # programs of this group
+            _put(part_out, part_lse, i_p, first, b_o, b_l, o_g, o_d, G, D)
+            tl.debug_barrier()  # all threads' stores precede the one thread's atomic
+            # The last to arrive merges, first within blocks of P programs, then the blocks.
+            low = tl.maximum(first, i_p // P * P)
+            high = tl.minimum(last, i_p // P * P + P - 1)
+            blocks = last // P - first // P + 1
+            ready = (unit < stop).to(tl.int32)
+            if high > low:
+                counter = arrived + 2 * low + (low == first).to(tl.int32)
+                ready = (tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == high - low).to(
+                    tl.int32
+                )
+                if ready != 0:
+                    tl.debug_barrier()
+                    tl.store(counter, 0)  # for the next launch
+                    b_o1, b_l1 = _merge(
+                        part_out, part_lse, low, 1, high - low + 1, first, o_m, o_d, o_p,
+                        G, D, UNROLL,
+                    )  # fmt: skip
+                    if blocks == 1:
+                        _finish(at_out, at_lse, b_o1, b_l1, stride_oh, o_m, o_d, G, D)
+                    else:
+                        _put(part_out, part_lse, low, first, b_o1, b_l1, o_m, o_d, G, D)
+                        tl.debug_barrier()
+            if (blocks > 1) & (ready != 0):
+                counter2 = arrived + 2 * programs + 2 * first + 1
+                if tl.atomic_add(counter2, 1, sem="acq_rel", scope="gpu") == blocks - 1:
+                    tl.debug_barrier()
+                    tl.store(counter2, 0)
+                    b_o2, b_l2 = _merge(
+                        part_out, part_lse, first // P * P, P, blocks, first, o_m, o_d, o_p,
+                        G, D, UNROLL,
+                    )  # fmt: skip
+                    _finish(at_out, at_lse, b_o2, b_l2, stride_oh, o_m, o_d, G, D)
+        unit = segment_end
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the kernel is cut: tokens of a block, warps of a program, stages of its pipeline,
+    programs on a multiprocessor."""
+
+    block: int
+    warps: int
+    stages: int
+    per_sm: int
+
+    @classmethod
+    def default(cls, head_size: int, dtype: torch.dtype, shared: int = 227 << 10) -> "Tuning":
+        """shared: bytes of shared memory that a program, or several together, may have.
+
+        Page numbers and KV are loaded one after the other, so that `stages` hold `stages - 2`
+        blocks of KV. Blocks of 32 KB measured best: 64 tokens of head size 128.
+        """
+        token = 2 * triton.next_power_of_2(head_size) * dtype.itemsize
+        block, stages = max((32 << 10) // token, 16), 5
+
+        def needed() -> int:
+            return (stages - 2) * block * token + (12 << 10)
+
+        while needed() > shared and (block > 16 or stages > 3):
+            stages, block = (stages - 1, block) if stages > 3 else (5, block // 2)
+        return cls(block, warps=4, stages=stages, per_sm=2 if 2 * needed() <= shared else 1)
+
+
+class TritonExact:
+    """Exact prefix attention of missed groups by `_prefix_kernel`. One object serves all layers.
+
+    Buffers are allocated here; `run` allocates nothing and waits for nothing, so it may be
+    captured in a CUDA graph. Calls that share an object must not overlap.
+    """
+
+    lse_base = 2
+    launches = 1  # kernels a layer
+
+    def __init__(
+        self,
+        problem: PrefixProblem,
+        device,
+        programs: int | None = None,
+        tuning: Tuning | None = None,
+    ):
+        """programs: how many share the work; by default as many as the device holds at once."""
+        self.problem = problem
+        self.out_dtype = problem.dtype  # what callers may allocate for either engine
+        limits, sms, self.pdl = {}, 4, False
+        if torch.device(device).type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            sms = properties.multi_processor_count
+            limits = {"shared": properties.shared_memory_per_block_optin}
+            # Programmatic dependent launch, as in `hit` and `complete`.
+            self.pdl = properties.major >= 9
+        self.tuning = tuning or Tuning.default(problem.head_size, problem.dtype, **limits)
+        self.programs = programs = programs or sms * self.tuning.per_sm
+        # Triton's interpreter multiplies the bits of bf16 numbers; GPUs take KV's own type.
+        self._dot = tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[problem.dtype]
+        # Merging in blocks of about the square root of the programs makes two short steps of it;
+        # the kernel merges at most twice this many at once.
+        self._block = 2
+        while self._block * (2 * self._block - 2) < programs:
+            self._block *= 2
+        slots = 2 * programs * problem.group
+        self._part_out = torch.empty(slots, problem.head_size, dtype=torch.float32, device=device)
+        self._part_lse = torch.empty(slots, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(4 * programs, dtype=torch.int32, device=device)
+
+    def begin_step(self, block_table: Tensor, position: Tensor, kv: Tensor) -> None:
+        """Once a step, before the layers. This engine has nothing to prepare."""
+
+    def run(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        block_table: Tensor,
+        position: Tensor,
+        hit: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Attention of missed groups over `[first, m+1-band)`; `(0, -inf)` everywhere else.
+
+        query: `[B, H, D]` after RoPE. kv: `[blocks, K, page, 2 D]`, any strides but the last,
+        which is 1. block_table: `[B, *]` int32. position: `[B]` int32, `m`, or -1 for a padded
+        row. hit: `[B, K]` int32, contiguous, nonzero where nothing is to be read. Writes out
+        `[B, H, D]` (any float dtype) and lse `[B, H]` float32, **base 2**.
+        """
+        p, t = self.problem, self.tuning
+        rows = query.shape[0]
+        if rows > p.max_rows:
+            raise ValueError(f"query: {rows} rows, choose at most max_rows ({p.max_rows})")
+        groups = rows * p.kv_heads
+        heads, width = triton.next_power_of_2(p.group), triton.next_power_of_2(p.head_size)
+        _prefix_kernel[(self.programs,)](
+            query, kv, block_table, position, hit, out, lse,
+            self._part_out, self._part_lse, self._arrived,
+            groups, p.first, p.band, p.scale * LOG2E,
+            query.stride(0), query.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
+            block_table.stride(0), out.stride(0), out.stride(1), lse.stride(0),
+            K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
+            BN=t.block, BG=max(16, heads), BM=heads,
+            BD=width, BR=max(16, triton.next_power_of_2(groups)),
+            P=self._block, UNROLL=max(1, min(8, 8192 // (heads * width))),
+            STAGES=t.stages, DOT=self._dot, PDL=self.pdl, num_warps=t.warps, num_stages=t.stages,
+            **({"launch_pdl": True} if self.pdl else {}),
+        )  # fmt: skip

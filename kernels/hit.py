@@ -1,0 +1,359 @@
+"""One kernel for match, amend and complete of the KV groups that hit.
+
+The programs of a (row, KV head) pair are independent of one another: some attend to the band
+and the sink, the others each scan a part of one head's ring. Whichever arrives last reads what
+all of them found, decides, attends to what the match left to read, merges and records. So the
+step is one launch, and the last part of one group overlaps the first parts of the others.
+
+`paged.decode` is the oracle.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vllm_mac.kernels.amend import attend, combine, finish, unfinish
+from vllm_mac.kernels.match import LAST, NO_KEY, scan, unrotate
+
+COUNTERS = ("heads_hit", "heads_missed", "heads_short", "heads_without_ring", "tokens_read", "tokens_skipped")
+
+
+@triton.jit
+def _hit_kernel(
+    p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
+    p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
+    p_out, p_source, p_hit, p_counters, p_key, p_band_acc, p_band_sum, p_part_out, p_part_lse, p_arrived,
+    s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
+    log2_scale, bound, lag_weight,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
+    BAND: tl.constexpr, SINK: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
+    LAGGED: tl.constexpr, ANCHORED: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
+    S: tl.constexpr, BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, SCAN_STAGES: tl.constexpr,
+    NB: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
+    MP: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, TP: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    i_part, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    H: tl.constexpr = K * G
+    m = tl.load(p_position + i_row).to(tl.int32)
+    ring = tl.load(p_ring + i_row).to(tl.int64)
+    first = tl.load(p_first + i_row).to(tl.int32)
+    if m < 0:
+        return
+    matching = (ring >= 0) & (m + 1 >= MIN_CONTEXT)
+    if (i_part >= NB) & (not matching):
+        return
+
+    sink_end = tl.minimum(m + 1, SINK)
+    band_start = tl.maximum(m + 1 - BAND, sink_end)
+    o_d = tl.arange(0, DP)
+    m_d = o_d < D
+    # The matrix unit wants MP >= 16 rows; those past the group's heads see no token.
+    o_r = tl.arange(0, MP)
+    m_r = o_r < G
+    p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
+    p_q = p_group_query + (o_r * s_query_head)[:, None] + o_d[None, :]
+    m_q = m_r[:, None] & m_d[None, :]
+    p_row_table = p_table + i_row * s_table
+    p_head_kv = p_kv + i_k.to(tl.int64) * s_head
+
+    if TP > 0:
+        # The pages before the band, in whatever position the match is: one trip to memory less after it.
+        page = tl.maximum(m + 1 - BAND - W, 0) // PAGE
+        o_p = page + tl.arange(0, TP)
+        pages = tl.load(p_row_table + o_p, mask=o_p <= m // PAGE, other=0)  # [TP]
+
+    if i_part < NB:
+        # Band and sink, one after the other: token i of them is band_start+i, or else a sink token.
+        q = tl.load(p_q, mask=m_q, other=0.0)  # [MP, DP]
+        band = m + 1 - band_start
+        stop = tl.minimum((i_part + 1) * CHUNK, band + sink_end)
+        peak = tl.full((MP,), float("-inf"), tl.float32)
+        total = tl.zeros((MP,), tl.float32)
+        acc = tl.zeros((MP, DP), tl.float32)
+        for i in tl.range(i_part * CHUNK, stop, BN, num_stages=STAGES):
+            o_i = i + tl.arange(0, BN)
+            m_i = o_i < stop
+            token = tl.where(o_i < band, band_start + o_i, o_i - band)
+            block = tl.load(p_row_table + token // PAGE, mask=m_i, other=0)
+            peak, total, acc = attend(
+                q, peak, total, acc, token, block, m_i, m_r[:, None] & m_i[None, :], p_head_kv, s_block, s_token,
+                log2_scale, o_d, m_d, D, PAGE,
+            )  # fmt: skip
+        o_part = ((i_row * K + i_k) * NB + i_part) * G + o_r
+        tl.store(p_band_sum + o_part * 2, peak, mask=m_r)
+        tl.store(p_band_sum + o_part * 2 + 1, total, mask=m_r)
+        tl.store(p_band_acc + o_part[:, None] * D + o_d[None, :], acc, mask=m_q)
+    else:
+        i_scan = i_part - NB
+        i_h = i_k * G + i_scan // S
+        i_s = i_scan % S
+        o_ring = (ring * H + i_h) * W
+        key = scan(
+            p_group_query + (i_scan // S) * s_query_head, p_cos_sin, p_ring_query + o_ring * D, p_ring_chain + o_ring, m, first,
+            i_s * SPAN, tl.minimum((i_s + 1) * SPAN, W), bound, lag_weight,
+            D, DP, ROTARY, NEOX, W, BAND, SINK, MAX_CHAIN, LAGGED,
+            BW, SPAN, HALVES, SCAN_STAGES,
+        )  # fmt: skip
+        tl.store(p_key + (i_row * H + i_h) * S + i_s, key)
+
+    # Everything above must be visible before this program counts as arrived.
+    tl.debug_barrier()
+    p_count = p_arrived + i_row * K + i_k
+    arrived = tl.atomic_add(p_count, 1, sem="acq_rel", scope="gpu")
+    if arrived != tl.where(matching, NB + G * S, NB) - 1:
+        return
+    tl.store(p_count, 0)  # for the next step
+
+    o_g = tl.arange(0, M)
+    m_g = o_g < G
+    m_gd = m_g[:, None] & m_d[None, :]
+    o_h = i_k * G + o_g
+    # Loads that need not wait for the match.
+    q = tl.load(p_q, mask=m_q, other=0.0)  # [MP, DP]
+    rest = tl.full((M,), float("-inf"), tl.float32)
+    rest_total = tl.zeros((M,), tl.float32)
+    rest_acc = tl.zeros((M, DP), tl.float32)
+    for i in tl.static_range(NB):
+        o_part = ((i_row * K + i_k) * NB + i) * G + o_g
+        peak = tl.load(p_band_sum + o_part * 2, mask=m_g, other=float("-inf"), cache_modifier=".cg")
+        total = tl.load(p_band_sum + o_part * 2 + 1, mask=m_g, other=0.0, cache_modifier=".cg")
+        acc = tl.load(p_band_acc + o_part[:, None] * D + o_d[None, :], mask=m_gd, other=0.0, cache_modifier=".cg")
+        rest, rest_total, rest_acc = combine(rest, rest_total, rest_acc, peak, total, acc)
+
+    if matching:
+        o_s = tl.arange(0, SP)
+        o_key = ((i_row * H + o_h) * S)[:, None] + o_s[None, :]
+        keys = tl.load(p_key + o_key, mask=m_g[:, None] & (o_s < S)[None, :], other=NO_KEY, cache_modifier=".cg")
+        key = tl.min(keys, 1)
+        source = tl.where(key < NO_KEY, -(key & LAST).to(tl.int32) + LAST, -1)
+    else:
+        source = tl.full((M,), -1, tl.int32)
+    hit = tl.min(tl.where(m_g, source, 0), 0) >= 0
+    o_head = i_row * H + o_h
+    tl.store(p_source + o_head, source, mask=m_g)
+    tl.store(p_hit + i_row * K + i_k, hit.to(tl.int32))
+
+    # On a hit each head amends from its own match on; on a miss all read up to the first whole page.
+    m_reuse = o_g < tl.where(hit, G, 0)
+    lo = tl.minimum((SINK + PAGE - 1) // PAGE * PAGE, band_start)
+    begin = tl.where(hit, source + 1 - BAND, sink_end)
+    stop = tl.where(hit, band_start, lo)
+    least = tl.min(tl.where(m_g, begin, stop), 0)
+
+    if TP > 0:
+        if not hit:
+            page = sink_end // PAGE
+            pages = tl.load(p_row_table + page + tl.zeros((TP,), tl.int32))
+
+    # Loads that the amendment need not wait for.
+    o_match = (ring * H + o_h) * W + source % W
+    o_match_d = o_match[:, None] * D + o_d[None, :]
+    m_reuse_d = m_reuse[:, None] & m_d[None, :]
+    ring_lse = tl.load(p_ring_lse + o_match, mask=m_reuse, other=float("-inf"))
+    ring_out = tl.load(p_ring_out + o_match_d, mask=m_reuse_d, other=0.0)
+    chain = tl.load(p_ring_chain + o_match, mask=m_reuse, other=0) + 1
+    if ANCHORED:
+        kept = tl.load(p_ring_query + o_match_d, mask=m_reuse_d, other=0.0)
+
+    near = tl.full((MP,), float("-inf"), tl.float32)
+    near_total = tl.zeros((MP,), tl.float32)
+    near_acc = tl.zeros((MP, DP), tl.float32)
+    begin = tl.sum(tl.where(o_r[:, None] == o_g[None, :], begin[None, :], 0), 1)  # [MP]
+    for i in tl.range(least, stop, BT, num_stages=NEAR_STAGES):
+        token = i + tl.arange(0, BT)
+        m_i = token < stop
+        if TP > 0:
+            block = tl.gather(pages, tl.where(m_i, token // PAGE - page, 0), 0)
+        else:
+            block = tl.load(p_row_table + token // PAGE, mask=m_i, other=0)
+        seen = m_r[:, None] & m_i[None, :] & (token[None, :] >= begin[:, None])
+        near, near_total, near_acc = attend(
+            q, near, near_total, near_acc, token, block, m_i, seen, p_head_kv, s_block, s_token,
+            log2_scale, o_d, m_d, D, PAGE,
+        )  # fmt: skip
+    # From MP to M rows; the others are empty.
+    near = tl.max(tl.reshape(near, (MP // M, M)), 0)
+    near_total = tl.sum(tl.reshape(near_total, (MP // M, M)), 0)
+    near_acc = tl.sum(tl.reshape(near_acc, (MP // M, M, DP)), 0)
+
+    if hit:
+        peak, total, acc = unfinish(ring_out, ring_lse)
+        near, near_total, near_acc = combine(near, near_total, near_acc, peak, total, acc)
+        near_out, near_lse = finish(near, near_total, near_acc)
+        peak, total, acc = combine(near, near_total, near_acc, rest, rest_total, rest_acc)
+        out, _ = finish(peak, total, acc)
+        p_o = p_out + i_row * s_out_row + (o_h * s_out_head)[:, None] + o_d[None, :]
+        tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_gd)
+        # The entry written may be the one matched: position m-W has the slot of m.
+        tl.debug_barrier()
+        o_entry = (ring * H + o_h) * W + m % W
+        o_entry_d = o_entry[:, None] * D + o_d[None, :]
+        if ANCHORED:
+            tl.store(p_ring_query + o_entry_d, kept, mask=m_gd)
+        else:
+            p_g = p_group_query + (o_g * s_query_head)[:, None]
+            pre = unrotate(p_g, p_cos_sin, m, o_d[None, :], m_gd, ROTARY, NEOX)
+            tl.store(p_ring_query + o_entry_d, pre.to(p_ring_query.dtype.element_ty), mask=m_gd)
+        tl.store(p_ring_out + o_entry_d, near_out.to(p_ring_out.dtype.element_ty), mask=m_gd)
+        tl.store(p_ring_lse + o_entry, near_lse, mask=m_g)
+        tl.store(p_ring_chain + o_entry, chain, mask=m_g)
+    else:
+        near_out, near_lse = finish(near, near_total, near_acc)
+        rest_out, rest_lse = finish(rest, rest_total, rest_acc)
+        o_part = o_head * 2
+        tl.store(p_part_lse + o_part, near_lse, mask=m_g)
+        tl.store(p_part_lse + o_part + 1, rest_lse, mask=m_g)
+        tl.store(p_part_out + o_part[:, None] * D + o_d[None, :], near_out, mask=m_gd)
+        tl.store(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], rest_out, mask=m_gd)
+
+    kind = tl.where(hit, 0, tl.where(matching, 1, tl.where(m + 1 < MIN_CONTEXT, 2, 3)))
+    read = tl.where(hit, m + 1 - least + sink_end, m + 1)
+    tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64), sem="relaxed")
+    tl.atomic_add(p_counters + 4, read.to(tl.int64), sem="relaxed")
+    tl.atomic_add(p_counters + 5, (m + 1 - read).to(tl.int64), sem="relaxed")
+
+
+@dataclass(slots=True)
+class Workspace:
+    """What one step leaves for its later kernels, and room to work in. Layers may share one.
+
+    source: `[B, H]` int32, position matched by each head or -1. hit: `[B, K]` int32, 1 where all
+    heads of the group matched. Rows whose position is -1 are not written.
+    part_out: `[B, H, 2, D]` float32, part_lse: `[B, H, 2]` float32 natural log, of missed groups
+    only: attention over `[sink, lo)`, `lo` being `sink` rounded up to a whole page, and over band
+    and sink together.
+    key, band_acc, band_sum: partial results of the programs of a group. arrived: `[B, K]` int32,
+    programs of a group that are done; all 0 between steps.
+    slots: programs that the device runs at once. pdl: launch the kernels before their predecessors
+    end (programmatic dependent launch); they wait before they read. tune: overrides `_tune`.
+    """
+
+    source: torch.Tensor
+    hit: torch.Tensor
+    part_out: torch.Tensor
+    part_lse: torch.Tensor
+    key: torch.Tensor
+    band_acc: torch.Tensor
+    band_sum: torch.Tensor
+    arrived: torch.Tensor
+    slots: int = 396
+    pdl: bool = False
+    tune: dict | None = None
+
+    MAX_SPLITS = 16
+    MAX_BANDS = 8
+
+    @classmethod
+    def allocate(cls, rows: int, heads: int, kv_heads: int, head_size: int, device) -> "Workspace":
+        """For batches of at most `rows` rows, padding included."""
+        on = torch.device(device)
+
+        def empty(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device=on)
+
+        gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
+        return cls(
+            source=empty(rows, heads, dtype=torch.int32),
+            hit=empty(rows, kv_heads, dtype=torch.int32),
+            part_out=empty(rows, heads, 2, head_size),
+            part_lse=empty(rows, heads, 2),
+            key=empty(rows, heads, cls.MAX_SPLITS, dtype=torch.int64),
+            band_acc=empty(rows, heads, cls.MAX_BANDS, head_size),
+            band_sum=empty(rows, heads, cls.MAX_BANDS, 2),
+            arrived=torch.zeros(rows, kv_heads, dtype=torch.int32, device=on),
+            slots=3 * gpu.multi_processor_count if gpu else 4,
+            pdl=gpu is not None and gpu.major >= 9,
+        )
+
+
+def decode_hits(
+    query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin=None, is_neox=True
+):
+    """Match all heads; decode and record the KV groups that hit; prepare those that missed.
+
+    Args:
+        query: `[B, H, D]` bf16, fp16 or fp32, after RoPE; last dimension contiguous.
+        position: `[B]` int32 or int64, position decoded; its KV is in the cache. -1: padding.
+        ring, first: `[B]` int32 or int64, as `RingTable.assign` gives them; ring -1: none.
+        block_table: `[B, *]` int32, last dimension contiguous.
+        kv: `[blocks, K, BS, 2 D]` in query's dtype, any strides but 1 in the last dimension.
+        store: the layer's rings (`ring.RingStore`), contiguous.
+        config: window, band, sink, threshold, min_context, lag_weight, reuse, max_chain.
+        scale: factor of the scores.
+        work: room for `B` rows. Its `hit` and `source` are written, and `part_out` and
+            `part_lse` of missed groups, for `complete_misses`.
+        out: `[B, H, D]` in query's dtype, last dimension contiguous; written for groups that hit.
+        counters: `[6]` int64, added to: see `COUNTERS`. The tokens are KV tokens per KV head.
+        cos_sin: `[positions, rotary_dim]`, `[cos | sin]`, or None for a layer without RoPE.
+        is_neox: whether RoPE pairs `j` with `j + rotary_dim/2`, else `2j` with `2j + 1`.
+    """
+    rows, heads, d = query.shape
+    kv_heads, page = kv.shape[1], kv.shape[2]
+    group, window = heads // kv_heads, store.query.shape[2]
+    tune = work.tune or _tune(rows, heads, kv_heads, work.slots, d, window, store.query.dtype.itemsize)
+    splits = max(1, min(tune["splits"], work.MAX_SPLITS, triton.cdiv(window, 16)))
+    bn = tune["bn"]
+    tail = triton.cdiv(config.band + config.sink, bn)
+    bands = max(1, min(tune["bands"], work.MAX_BANDS, tail))
+    span = triton.cdiv(window, splits)
+    near_pages = triton.next_power_of_2(window // page + 2)
+    _hit_kernel[(bands + group * splits, kv_heads, rows)](
+        query, cos_sin, position, ring, first, block_table, kv,
+        store.query, store.out, store.lse, store.chain,
+        out, work.source, work.hit, counters, work.key, work.band_acc, work.band_sum,
+        work.part_out, work.part_lse, work.arrived,
+        query.stride(0), query.stride(1), block_table.stride(0),
+        kv.stride(0), kv.stride(1), kv.stride(2), out.stride(0), out.stride(1),
+        scale * 1.4426950408889634, 2.0 * d * (1.0 - config.threshold) ** 2, float(config.lag_weight),
+        K=kv_heads, G=group, D=d, W=window, PAGE=page,
+        BAND=config.band, SINK=config.sink, MIN_CONTEXT=config.min_context, MAX_CHAIN=config.max_chain or 0,
+        LAGGED=config.lag_weight > 0, ANCHORED=config.reuse == "anchored",
+        ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
+        S=splits, BW=min(tune["bw"], triton.next_power_of_2(span)), SPAN=span, HALVES=tune["halves"], SCAN_STAGES=tune["scan_stages"],
+        NB=bands, BN=bn, CHUNK=triton.cdiv(tail, bands) * bn, BT=tune["bt"],
+        MP=max(16, triton.next_power_of_2(group)), M=triton.next_power_of_2(group), DP=triton.next_power_of_2(d), SP=triton.next_power_of_2(splits),
+        TP=near_pages if near_pages <= 256 and tune["ahead"] else 0,
+        STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"], PDL=work.pdl,
+        num_warps=tune["warps"], maxnreg=tune["registers"], **({"launch_pdl": True} if work.pdl else {}),
+    )  # fmt: skip
+
+
+def _tune(rows: int, heads: int, kv_heads: int, slots: int, d: int, window: int, entry_bytes: int) -> dict:
+    """How the work is split, as measured on an H200 with 32/8 and 32/4 heads, D 128, window 512.
+
+    Small batches want many programs with little to do one after the other; large ones want the
+    fewest instructions, and enough bytes in flight per program.
+
+    splits, bands: programs per head's ring, and for band and sink. bw: ring entries at a time.
+    bn, bt: tokens at a time, of band and sink and after the match. halves: see `match.scan`.
+    scan_stages, stages, near_stages: depth of the software pipelines of the three loops.
+    ahead: look pages up before the match. registers: most per thread, or None.
+    """
+    dp = triton.next_power_of_2(d)
+    # Up to `slots` programs run at once; a few more than that would cost as much as twice as many.
+    splits = max(1, min(8, slots * 3 // 4 // (rows * heads)))
+    splits = 1 << splits.bit_length() - 1
+    bands = (slots - rows * heads * splits) // (rows * kv_heads)
+    large = rows * heads >= 1024
+    tokens = 32 if dp > 128 else 64
+    return dict(
+        splits=splits,
+        bands=max(1, min(4, bands)),
+        bw=max(16, min(128, 16384 // (dp * entry_bytes))),
+        bn=tokens,
+        bt=32 if large else tokens,
+        halves=splits == 1 and dp >= 64,
+        scan_stages=3 if window >= 256 * splits else 1,
+        stages=2 if splits == 1 else 1,
+        near_stages=3 if large else 2,
+        warps=4,
+        ahead=not large,
+        registers=None if large else 168,
+    )

@@ -1,0 +1,129 @@
+"""Record: seed the rings of rows that are prefilled, from what FlashInfer computed for them.
+
+The summaries of the last `window` tokens of a chunk are causal attention over a cache that ends
+`band` tokens earlier: one more FlashInfer call. It can begin only at a whole page, so this
+kernel adds the tokens between the sink and that page, undoes the rotary embedding and writes
+the entries. The recording of `paged.prefill` is the oracle.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_mac.kernels.match import unrotate
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _record_kernel(
+    p_query, p_cos_sin, p_token, p_row, p_position, p_ring, p_table, p_kv, p_prefix_out, p_prefix_lse,
+    p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
+    s_query_token, s_query_head, s_table, s_block, s_head, s_token, log2_scale,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
+    BAND: tl.constexpr, SINK: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
+    M: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    i_t, i_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.load(p_row + i_t).to(tl.int64)
+    if row < 0:
+        return
+    ring = tl.load(p_ring + row).to(tl.int64)
+    if ring < 0:
+        return
+    H: tl.constexpr = K * G
+    LO: tl.constexpr = (SINK + PAGE - 1) // PAGE * PAGE
+    m = tl.load(p_position + i_t).to(tl.int32)
+    stop = m + 1 - BAND
+    o_g, o_d = tl.arange(0, M), tl.arange(0, DP)
+    m_g, m_d = o_g < G, o_d < D
+    m_gd = m_g[:, None] & m_d[None, :]
+    o_h = i_k * G + o_g
+    o_head = i_t * H + o_h  # [M]
+    p_q = p_query + tl.load(p_token + i_t).to(tl.int64) * s_query_token
+    p_q = p_q + (o_h * s_query_head)[:, None]  # [M, 1]
+
+    # The partial result (peak, total, acc) as in `amend`; FlashInfer's LSE is base 2.
+    m_far = o_g < tl.where(stop > LO, G, 0)
+    peak = tl.load(p_prefix_lse + o_head, mask=m_far, other=float("-inf"))
+    some = peak != float("-inf")
+    total = tl.where(some, 1.0, 0.0)
+    p_far = p_prefix_out + o_head[:, None] * D + o_d[None, :]
+    acc = tl.load(p_far, mask=(m_far & some)[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+
+    if LO > SINK:
+        # All of one page.
+        near = tl.minimum(stop, LO)
+        block = tl.load(p_table + row * s_table + SINK // PAGE, mask=near > SINK, other=0)
+        p_page = p_kv + block.to(tl.int64) * s_block + i_k.to(tl.int64) * s_head
+        q = tl.load(p_q + o_d[None, :], mask=m_gd, other=0.0).to(tl.float32)  # [M, DP]
+        for i in range(SINK, near, BN):
+            token = i + tl.arange(0, BN)
+            m_n = token < near
+            m_nd = m_n[:, None] & m_d[None, :]
+            p_key = p_page + ((token % PAGE) * s_token)[:, None] + o_d[None, :]
+            key = tl.load(p_key, mask=m_nd, other=0.0).to(tl.float32)  # [BN, DP]
+            value = tl.load(p_key + D, mask=m_nd, other=0.0).to(tl.float32)  # [BN, DP]
+            score = tl.sum(q[:, None, :] * key[None, :, :], 2) * log2_scale  # [M, BN]
+            score = tl.where(m_n[None, :], score, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(score, 1))
+            weight = tl.exp2(score - new_peak[:, None])
+            shrink = tl.exp2(peak - new_peak)
+            total = total * shrink + tl.sum(weight, 1)
+            acc = acc * shrink[:, None] + tl.sum(weight[:, :, None] * value[None, :, :], 1)
+            peak = new_peak
+
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    out = acc / safe[:, None]
+    lse = tl.where(some, (peak + tl.log2(safe)) * LN_2, float("-inf"))
+    pre = unrotate(p_q, p_cos_sin, m, o_d[None, :], m_gd, ROTARY, NEOX)
+    o_entry = (ring * H + o_h) * W + m % W  # [M]
+    o_entry_d = o_entry[:, None] * D + o_d[None, :]
+    tl.store(p_ring_query + o_entry_d, pre.to(p_ring_query.dtype.element_ty), mask=m_gd)
+    tl.store(p_ring_out + o_entry_d, out.to(p_ring_out.dtype.element_ty), mask=m_gd)
+    tl.store(p_ring_lse + o_entry, lse, mask=m_g)
+    tl.store(p_ring_chain + o_entry, tl.zeros((M,), tl.int32), mask=m_g)
+
+
+def record_prefill(
+    query, token, row, position, ring, block_table, kv, store, config, scale, prefix_out, prefix_lse,
+    cos_sin=None, is_neox=True,
+):  # fmt: skip
+    """Write the ring entries of `T` tokens of rows that are prefilled. One launch.
+
+    `S_p = A(q_p, [sink, lo)) (+) prefix`, both cut at `p+1-band`, where `lo` is `sink` rounded up
+    to a whole page. At most `window` tokens of a row may be given, each position once.
+
+    Args:
+        query: `[N, H, D]` bf16, fp16 or fp32, after RoPE; last dimension contiguous.
+        token: `[T]` int32, index in the batch of each token to record.
+        row: `[T]` int32, its row; -1: nothing is recorded.
+        position: `[T]` int32, its position `p`.
+        ring: `[B]` int32, each row's ring as `assign` gives it; -1: nothing is recorded.
+        block_table: `[B, *]` int32, last dimension contiguous.
+        kv: `[blocks, K, BS, 2 D]`, any strides but 1 in the last dimension.
+        store: the layer's rings (`ring.RingStore`), contiguous; written at slot `p % window`.
+        config: window, band, sink.
+        scale: factor of the scores.
+        prefix_out: `[T, H, D]` contiguous, any float dtype: attention over `[lo, p+1-band)`.
+        prefix_lse: `[T, H]` float32 contiguous, **base 2**. Neither is read where `p+1-band <= lo`;
+            where the LSE is `-inf`, the output is not.
+        cos_sin: `[positions, rotary_dim]`, `[cos | sin]`, or None for a layer without RoPE.
+        is_neox: whether RoPE pairs `j` with `j + rotary_dim/2`, else `2j` with `2j + 1`.
+    """
+    tokens, heads, d = prefix_out.shape
+    if tokens == 0:
+        return
+    kv_heads, page = kv.shape[1], kv.shape[2]
+    group = heads // kv_heads
+    m, dp = triton.next_power_of_2(group), triton.next_power_of_2(d)
+    _record_kernel[(tokens, kv_heads)](
+        query, cos_sin, token, row, position, ring, block_table, kv, prefix_out, prefix_lse,
+        store.query, store.out, store.lse, store.chain,
+        query.stride(0), query.stride(1), block_table.stride(0),
+        kv.stride(0), kv.stride(1), kv.stride(2), scale * 1.4426950408889634,
+        K=kv_heads, G=group, D=d, W=store.query.shape[2], PAGE=page,
+        BAND=config.band, SINK=config.sink,
+        ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
+        M=m, DP=dp, BN=min(16, max(2, 4096 // (m * dp))), num_warps=max(1, min(4, m * dp // 256)),
+    )  # fmt: skip

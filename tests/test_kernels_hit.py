@@ -1,0 +1,443 @@
+"""The kernels of the hit path against `reference`, in float64 on the same stored values.
+
+A tolerance is what an eager evaluation in the inputs' dtype misses the oracle by, times a
+small factor. All outputs, workspaces, free pages and unused ring slots start as NaN.
+"""
+
+import os
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
+pytest.importorskip("triton", reason="Triton kernels")
+
+from vllm_mac import reference
+from vllm_mac.kernels.complete import complete_misses
+from vllm_mac.kernels.hit import COUNTERS, Workspace, decode_hits
+from vllm_mac.reference import Entry, Partial
+from vllm_mac.ring import RingStore
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture
+def device():
+    return "cpu" if INTERPRETED else "cuda"
+
+
+def config(**changes):
+    keys = dict(window=32, band=24, sink=0, threshold=0.45, min_context=64, lag_weight=0.0, reuse="anchored", max_chain=None)
+    return SimpleNamespace(**keys | changes)
+
+
+@dataclass
+class Case:
+    """A batch: `lengths` tokens per row (0: a padded row), each row with a ring unless in `ringless`."""
+
+    lengths: tuple = (200,)
+    pattern: str = "mixed"  # which groups hit: all, none, mixed
+    group: int = 4
+    kv_heads: int = 2
+    d: int = 64
+    page: int = 16
+    dtype: torch.dtype = FP32
+    ring_dtype: torch.dtype | None = None
+    head_major: bool = False
+    rotary: int | None = None  # default: d
+    neox: bool = True
+    ringless: tuple = ()
+    fresh: dict = field(default_factory=dict)  # row -> number of entries its ring holds
+    seed: int = 0
+
+
+def rotate(pre, table, position, neox):
+    """RoPE of `[B, H, d]`, float64, with `table` `[positions, rotary]`."""
+    cos, sin = table[position.clamp(min=0)].double()[:, None].chunk(2, -1)
+    n = 2 * cos.shape[-1]
+    x, rest = pre[..., :n], pre[..., n:]
+    a, b = x.chunk(2, -1) if neox else (x[..., ::2], x[..., 1::2])
+    turned = a * cos - b * sin, b * cos + a * sin
+    turned = torch.cat(turned, -1) if neox else torch.stack(turned, -1).flatten(-2)
+    return torch.cat((turned, rest), -1)
+
+
+def unrotate(query, table, position, neox):
+    cos, sin = table.double().chunk(2, -1)
+    square = torch.cat((cos, cos), -1) ** 2 + torch.cat((sin, sin), -1) ** 2
+    return rotate(query, torch.cat((cos, -sin), -1) / square, position, neox)
+
+
+class Batch:
+    """Random inputs of `case` on `device`; `run` decodes them and `check` compares with the oracle."""
+
+    def __init__(self, case: Case, config, device):
+        self.case, self.config, self.device = case, config, device
+        g = torch.Generator().manual_seed(case.seed)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        b, k, d, w, page = len(case.lengths), case.kv_heads, case.d, config.window, case.page
+        h = k * case.group
+        length = torch.tensor(case.lengths)
+        self.position = length - 1
+        pages = [-(-n // page) for n in case.lengths]
+        blocks = sum(pages) + 2
+        order = torch.randperm(blocks - 1, generator=g) + 1
+        self.table = torch.zeros(b, max(pages) + 1, dtype=torch.int32)
+        self.tokens = []  # [K, n, 2d] per row
+        kv = torch.full((blocks, k, page, 2 * d), torch.nan, dtype=case.dtype)
+        for i, n in enumerate(case.lengths):
+            mine, order = order[: pages[i]], order[pages[i] :]
+            self.table[i, : pages[i]] = mine
+            self.tokens.append(randn(k, n, 2 * d).to(case.dtype))
+            at = torch.arange(n)
+            kv[mine[at // page], :, at % page] = self.tokens[i].transpose(0, 1)
+        self.kv = kv if case.head_major else kv.transpose(1, 2).contiguous().transpose(1, 2)
+
+        rotary = d if case.rotary is None else case.rotary
+        self.cos_sin = None
+        if rotary:
+            angle = torch.arange(int(length.max()))[:, None] * 0.3 ** (torch.arange(rotary // 2) * 8 / rotary)
+            self.cos_sin = (1.1 * torch.cat((angle.cos(), angle.sin()), -1)).to(case.dtype)
+        pre = randn(b, h, d)
+        query = pre if self.cos_sin is None else rotate(pre, self.cos_sin, self.position, case.neox)
+        self.query = query.to(case.dtype)
+
+        self.ring = torch.tensor([-1 if i in case.ringless or n == 0 else i for i, n in enumerate(case.lengths)])
+        self.ring = torch.where(self.ring >= 0, b - self.ring, -1)  # not the row's own number
+        self.first = torch.tensor([max(0, n - 1 - case.fresh.get(i, w)) for i, n in enumerate(case.lengths)])
+        self.store = RingStore.allocate(b + 2, h, w, d, case.ring_dtype or case.dtype, "cpu")
+        for tensor in (self.store.query, self.store.out, self.store.lse):
+            tensor.fill_(torch.nan)
+        self.store.chain.fill_(-7)
+        for i in range(b):
+            if self.ring[i] < 0:
+                continue
+            m, r = int(self.position[i]), int(self.ring[i])
+            for p in range(max(int(self.first[i]), m - w, 0), m):
+                slot = p % w
+                self.store.query[r, :, slot] = randn(h, d).to(self.store.query.dtype)
+                self.store.out[r, :, slot] = randn(h, d).to(self.store.out.dtype)
+                empty = p + 1 - config.band <= config.sink
+                self.store.lse[r, :, slot] = -torch.inf if empty else randn(h).float() + 4
+                self.store.chain[r, :, slot] = torch.randint(0, 3, (h,), generator=g).int()
+            oldest = max(int(self.first[i]), m - w, config.band + config.sink)
+            for head in range(h if oldest < m else 0):
+                hits = {"all": True, "none": False, "mixed": (head // case.group + i) % 2 == 0 or head % case.group > 0}
+                if hits[case.pattern]:
+                    p = int(torch.randint(oldest, m, (), generator=g))
+                    self.store.query[r, head, p % w] = (pre[i, head] + 0.2 * randn(d)).to(self.store.query.dtype)
+                    self.store.chain[r, head, p % w] = 0
+        for name in ("position", "table", "kv", "cos_sin", "query", "ring", "first"):
+            tensor = getattr(self, name)
+            moved = None if tensor is None else tensor.to(device)
+            setattr(self, name, moved.int() if name in ("position", "ring", "first") else moved)
+        # .to() keeps strides only of dense tensors, which kv is.
+        names = ("query", "out", "lse", "chain")
+        self.store = RingStore(**{name: getattr(self.store, name).to(device) for name in names})
+        self.work = Workspace.allocate(b + 1, h, k, d, device)
+        for tensor in (self.work.part_out, self.work.part_lse, self.work.band_acc, self.work.band_sum):
+            tensor.fill_(torch.nan)
+        for tensor in (self.work.key, self.work.source, self.work.hit):
+            tensor.fill_(-9)
+        self.out = torch.full_like(self.query, torch.nan)
+        self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+        self.scale = d**-0.5
+
+    def oracle(self, dtype=torch.float64):
+        """`(steps, entries)`: a `reference.Step` and the new `Entry` per head, per (row, KV head)."""
+        case, w = self.case, self.config.window
+        query, pre = self.query.cpu(), self.query.cpu().double()
+        if self.cos_sin is not None:
+            pre = unrotate(pre, self.cos_sin.cpu(), self.position.cpu().long(), case.neox)
+        names = ("query", "out", "lse", "chain")
+        store = SimpleNamespace(**{name: getattr(self.store, name).cpu() for name in names})
+        steps, entries = {}, {}
+        for i, n in enumerate(case.lengths):
+            m, r = n - 1, int(self.ring[i])
+            if m < 0:
+                continue
+            for k in range(case.kv_heads):
+                heads = range(k * case.group, (k + 1) * case.group)
+                rings = [{} for _ in heads]
+                if r >= 0:
+                    for p in range(max(int(self.first[i]), m - w, 0), m):
+                        for ring, h in zip(rings, heads, strict=True):
+                            at = r, h, p % w
+                            summary = Partial(store.out[at].to(dtype), store.lse[at].to(dtype))
+                            ring[p] = Entry(store.query[at].double(), summary, int(store.chain[at]))
+                key, value = self.tokens[i][k].to(dtype).chunk(2, -1)
+                head = slice(heads.start, heads.stop)
+                step = reference.decode(
+                    m, query[i, head].to(dtype), pre[i, head], key, value, rings, self.config, self.scale
+                )
+                steps[i, k], entries[i, k] = step, [ring[m] for ring in rings]
+        return steps, entries
+
+    def prefix(self, steps, base2):
+        """What a miss engine gives: attention over `[lo, m+1-band)`, nothing where the group hit."""
+        case, page = self.case, self.case.page
+        out = torch.full(self.query.shape, torch.nan, dtype=torch.float32)
+        lse = torch.full(self.query.shape[:2], torch.nan)
+        for (i, k), step in steps.items():
+            sink_end, band_start = reference.split(case.lengths[i] - 1, self.config)
+            lo = min(-(-self.config.sink // page) * page, band_start)
+            key, value = self.tokens[i][k].double().chunk(2, -1)
+            for h in range(k * case.group, (k + 1) * case.group):
+                if not step.hit:
+                    q = self.query[i, h].cpu().double()
+                    part = reference.attend(q, key, value, lo, band_start, self.scale)
+                    out[i, h] = part.out if lo < band_start else torch.nan
+                    lse[i, h] = part.lse / (torch.log(torch.tensor(2.0)) if base2 else 1)
+        return out.to(self.device), lse.to(self.device)
+
+    def launch(self):
+        decode_hits(
+            self.query, self.position, self.ring, self.first, self.table, self.kv, self.store, self.config, self.scale,
+            self.work, self.out, self.counters, self.cos_sin, self.case.neox,
+        )  # fmt: skip
+
+    def finish(self, prefix, base2):
+        complete_misses(
+            self.query, self.position, self.ring, self.store, *prefix, self.work, self.out, self.cos_sin,
+            self.case.neox, base2,
+        )  # fmt: skip
+
+    def check(self, base2=False):
+        """Run one step and compare everything it may write with the oracle. Returns its steps."""
+        case, config = self.case, self.config
+        steps, entries = self.oracle()
+        rough, rough_entries = self.oracle(case.dtype)
+        prefix = self.prefix(steps, base2)
+        before = RingStore(*(getattr(self.store, name).clone() for name in ("query", "out", "lse", "chain")))
+        self.launch()
+        self.finish(prefix, base2)
+
+        ring_eps = torch.finfo(self.store.out.dtype).eps
+        expected = dict.fromkeys(COUNTERS, 0)
+        for (i, k), step in steps.items():
+            m, at = case.lengths[i] - 1, slice(k * case.group, (k + 1) * case.group)
+            assert self.work.source[i, at].tolist() == step.source, (i, k)
+            assert bool(self.work.hit[i, k]) == step.hit
+            close(self.out[i, at], step.out, rough[i, k].out, torch.finfo(case.dtype).eps)
+            short, ringless = m + 1 < config.min_context, int(self.ring[i]) < 0
+            kind = "hit" if step.hit else "short" if short else "without_ring" if ringless else "missed"
+            expected[f"heads_{kind}"] += case.group
+            expected["tokens_read"] += step.read
+            expected["tokens_skipped"] += m + 1 - step.read
+            if ringless:
+                continue
+            r, slot = int(self.ring[i]), m % config.window
+            for h, entry, rough_entry in zip(
+                range(at.start, at.stop), entries[i, k], rough_entries[i, k], strict=True
+            ):
+                at_slot = r, h, slot
+                close(self.store.query[at_slot], entry.query, entry.query, 2 * torch.finfo(self.store.query.dtype).eps)
+                close(self.store.out[at_slot], entry.summary.out, rough_entry.summary.out, ring_eps)
+                if entry.summary.lse == -torch.inf:
+                    assert self.store.lse[at_slot] == -torch.inf
+                else:
+                    # An LSE errs by no more than its largest score does.
+                    error = abs(float(rough_entry.summary.lse.double() - entry.summary.lse))
+                    assert abs(float(self.store.lse[at_slot]) - entry.summary.lse) <= 2 * error + 1e-5
+                assert int(self.store.chain[at_slot]) == entry.chain
+                for name in ("query", "out", "lse", "chain"):  # so that the rest can be compared below
+                    getattr(before, name)[at_slot] = getattr(self.store, name)[at_slot]
+        for name in ("query", "out", "lse", "chain"):
+            torch.testing.assert_close(getattr(self.store, name), getattr(before, name), rtol=0, atol=0, equal_nan=True)
+        assert dict(zip(COUNTERS, self.counters.tolist(), strict=True)) == expected
+        assert not self.work.arrived.any()
+        for i, n in enumerate(case.lengths):
+            if n == 0:
+                assert self.out[i].isnan().all() and (self.work.hit[i] == -9).all()
+        return steps
+
+
+def close(got, exact, rough, eps):
+    """`got` misses `exact` by little more than `rough`, a low-precision evaluation, does."""
+    got, exact, rough = got.double().cpu(), exact.double(), rough.double()
+    norm = exact.norm() if exact.norm() > 0 else 1.0
+    error, eager = (got - exact).norm() / norm, (rough - exact).norm() / norm
+    assert error <= 2 * eager + 4 * eps, f"error {error:.2e}, eager {eager:.2e}"  # NaN fails
+
+
+def observed(steps):
+    hits = {step.hit for step in steps.values()}
+    return "mixed" if len(hits) == 2 else "all" if True in hits else "none"
+
+
+@pytest.mark.parametrize("pattern", ["all", "none", "mixed"])
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 16])
+def test_groups(group, pattern, device):
+    case = Case(group=group, kv_heads=1 if group > 4 else 2, pattern=pattern, lengths=(100, 131, 0))
+    steps = Batch(case, config(), device).check()
+    assert observed(steps) == pattern
+
+
+@pytest.mark.parametrize("d", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("page, head_major", [(16, False), (48, True), (128, False)])
+def test_shapes(d, page, head_major, device):
+    case = Case(d=d, page=page, head_major=head_major, lengths=(150, 97), group=2)
+    assert observed(Batch(case, config(sink=5), device).check(base2=True)) == "mixed"
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 24, 63, 64, 65, 255, 256, 257, 511])
+@pytest.mark.parametrize("sink", [0, 4, 40])
+def test_lengths(length, sink, device):
+    """From one token on, with a band and window that some of them do not fill."""
+    Batch(Case(lengths=(length, length + 1), pattern="all", group=3, kv_heads=1), config(sink=sink, min_context=sink + 26), device).check()
+
+
+@pytest.mark.parametrize("dtype, ring_dtype", [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, BF16), (FP16, BF16)])
+def test_dtypes(dtype, ring_dtype, device):
+    steps = Batch(Case(dtype=dtype, ring_dtype=ring_dtype, lengths=(100, 120)), config(sink=3), device).check()
+    assert observed(steps) == "mixed"
+
+
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("rotary", [0, 32, 64])
+@pytest.mark.parametrize("reuse", ["anchored", "chained"])
+def test_rotary(rotary, neox, reuse, device):
+    steps = Batch(Case(rotary=rotary, neox=neox), config(reuse=reuse), device).check()
+    assert observed(steps) == "mixed"
+
+
+@pytest.mark.parametrize("max_chain", [1, 2])
+@pytest.mark.parametrize("lag_weight", [0.0, 1.5])
+def test_choice(max_chain, lag_weight, device):
+    """Many acceptable entries: the limit lets in any of them, so that score and chain decide."""
+    case = Case(lengths=(140, 100, 170), group=2, pattern="all")
+    batch = Batch(case, config(threshold=0.0, lag_weight=lag_weight, max_chain=max_chain), device)
+    assert observed(batch.check()) != "none"
+
+
+def test_ties_go_to_the_later_position(device):
+    batch = Batch(Case(pattern="none"), config(), device)
+    m, r = 199, int(batch.ring[0])
+    pre = unrotate(batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True)[0]
+    for p in (m - 32, m - 20, m - 7, m - 11):
+        batch.store.query[r, :, p % 32] = pre.to(batch.store.query)
+    steps = batch.check()
+    assert all(step.source == [m - 7] * 4 for step in steps.values())
+
+
+def test_the_entry_that_leaves_the_window_can_be_matched(device):
+    """Position m-W has the slot that m is written to."""
+    batch = Batch(Case(pattern="none", lengths=(200, 230)), config(), device)
+    pre = unrotate(batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True)
+    for i, m in enumerate((199, 229)):
+        batch.store.query[int(batch.ring[i]), :, m % 32] = pre[i].to(batch.store.query)
+    steps = batch.check()
+    assert all(step.source == [(199, 229)[i] - 32] * 4 for (i, _), step in steps.items())
+
+
+def test_rows_of_all_kinds(device):
+    """Short, without a ring, padded, just begun, and plain rows in one batch."""
+    case = Case(lengths=(30, 200, 0, 170, 180, 64, 300), ringless=(1,), fresh={3: 0, 4: 5})
+    batch = Batch(case, config(sink=2), device)
+    assert observed(batch.check()) == "mixed"
+    assert all(count > 0 for count in batch.counters.tolist())
+
+
+def test_steps_in_a_row(device):
+    """The ring that one step writes is the one that the next reads, past its end."""
+    batch = Batch(Case(lengths=(110,), pattern="mixed"), config(), device)
+    limit = config().window + 5
+    table = torch.arange(1, 11, dtype=torch.int32, device=device)[None]
+    tokens = torch.randn(2, 160, 128, generator=torch.Generator().manual_seed(1))
+    kv = torch.full((12, 2, 16, 128), torch.nan)
+    at = torch.arange(160)
+    kv[at // 16 + 1, :, at % 16] = tokens.transpose(0, 1)
+    batch.kv, batch.table = kv.to(device), table
+    query = batch.query.clone()
+    for step in range(limit):
+        n = 110 + step
+        batch.case.lengths, batch.tokens = (n,), [tokens[:, :n]]
+        batch.position.fill_(n - 1)
+        batch.first.fill_(max(109 - 32, 0))
+        batch.query = query + 0.1 * torch.randn(query.shape, generator=torch.Generator().manual_seed(n)).to(device)
+        if step == 0:
+            batch.cos_sin = None
+        batch.counters.zero_()
+        steps = batch.check()
+        if step > 2:  # what was missed at first is matched once recorded
+            assert observed(steps) == "all"
+
+
+def test_every_split_gives_the_same(device):
+    """However the work of a group is split."""
+    outs = []
+    for splits, bands, small, flag in ((1, 1, 16, True), (3, 2, 32, False), (8, 8, 16, False), (2, 4, 64, True)):
+        batch = Batch(Case(lengths=(200, 190)), config(window=50, band=70, sink=9, min_context=81), device)
+        batch.work.tune = dict(
+            splits=splits, bands=bands, bw=small, bn=small, bt=16, stages=1, near_stages=1, scan_stages=1, warps=4,
+            halves=flag, ahead=not flag, registers=None,
+        )  # fmt: skip
+        assert observed(batch.check()) == "mixed"
+        outs.append(batch.out)
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: shapes too large for the interpreter")
+@pytest.mark.parametrize("pattern", ["all", "none", "mixed"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("group, kv_heads, d, page, head_major", [
+    (1, 8, 64, 16, False), (2, 4, 128, 16, True), (4, 8, 128, 16, False), (7, 2, 128, 32, False),
+    (8, 4, 128, 64, True), (16, 1, 256, 16, False), (4, 2, 96, 48, False), (8, 2, 256, 128, True),
+])  # fmt: skip
+def test_full_size(group, kv_heads, d, page, head_major, dtype, pattern, device):
+    """Window 512, band 256 and lengths around them, at every size that models have."""
+    lengths = (1, 255, 256, 257, 511, 512, 513, 0, 1024, 2047, 2048, 4097)
+    case = Case(lengths, pattern, group, kv_heads, d, page, dtype, head_major=head_major, ringless=(9,))
+    settings = config(window=512, band=256, sink=4 if dtype == FP16 else 0, min_context=512)
+    assert observed(Batch(case, settings, device).check()) == ("mixed" if pattern == "all" else pattern)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: CUDA graphs")
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_graph_replay(rows, device):
+    """A captured step, replayed on restored rings, gives the same; and it follows changed inputs."""
+    lengths = tuple(2100 + 37 * i for i in range(rows))
+    settings = config(window=512, band=256, min_context=1024)
+    # Without the entry whose slot the step overwrites: a second step would match what the first one wrote.
+    fresh = dict.fromkeys(range(rows), 511)
+    batch = Batch(Case(lengths, "mixed", 4, 8, 128, 16, BF16, fresh=fresh), settings, device)
+    names = ("query", "out", "lse", "chain")
+    before = [getattr(batch.store, name).clone() for name in names]
+    prefix = torch.zeros_like(batch.query), torch.full(batch.query.shape[:2], -torch.inf, device=device)
+
+    def step():
+        batch.launch()
+        batch.finish(prefix, False)
+
+    def state():
+        torch.cuda.synchronize()
+        parts = batch.out, batch.work.hit[:rows], *(getattr(batch.store, name) for name in names)
+        return [part.clone() for part in parts]
+
+    step()
+    eager = state()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            step()
+    for _ in range(3):
+        for name, saved in zip(names, before, strict=True):
+            getattr(batch.store, name).copy_(saved)
+        batch.out.fill_(torch.nan)
+        graph.replay()
+        for got, expected in zip(state(), eager, strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    batch.position[-1] = batch.ring[-1] = -1
+    batch.out.fill_(torch.nan)
+    graph.replay()
+    assert batch.out[-1].isnan().all() and not batch.out[:-1].isnan().any()

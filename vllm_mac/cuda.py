@@ -1,0 +1,290 @@
+"""MAC as a backend of vLLM's CUDA engine: FlashInfer's backend, with decode rows by `fused`.
+
+Prefill, layers that MAC does not serve and everything else run as FlashInfer's backend runs
+them. A prefill chunk is followed by one more attention call over its last `window` queries,
+which leaves their summaries in the row's ring.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.flashinfer import (
+    FlashInferBackend,
+    FlashInferDecodeKernel,
+    FlashInferImpl,
+    FlashInferMetadata,
+    FlashInferMetadataBuilder,
+)
+
+from vllm_mac.fused import Decoder, rotation
+from vllm_mac.kernels.assign import assign
+from vllm_mac.kernels.exact import PrefixProblem
+from vllm_mac.kernels.record import record_prefill
+from vllm_mac.layers import MacLayer, mac_layers
+from vllm_mac.steps import Group
+from vllm_mac.support import MacSupport
+
+
+class MacCUDABackend(MacSupport, FlashInferBackend):
+    @staticmethod
+    def get_impl_cls() -> type["MacCUDAImpl"]:
+        return MacCUDAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["MacCUDAMetadataBuilder"]:
+        return MacCUDAMetadataBuilder
+
+
+@dataclass(frozen=True, slots=True)
+class Seeds:
+    """The tokens of a batch whose summaries go into rings, and the attention call over them.
+
+    token, row, position: `[T]` int32. ring: `[B]` int32. block_table: `[B, *]`.
+    """
+
+    wrapper: BatchPrefillWithPagedKVCacheWrapper
+    token: Tensor
+    row: Tensor
+    position: Tensor
+    ring: Tensor
+    block_table: Tensor
+
+
+@dataclass
+class MacCUDAMetadata(FlashInferMetadata):
+    """decoder: of the layers that MAC serves, None where it serves none of the group.
+    block_table: `[num_decodes, *]`. rest: what is left for FlashInfer's backend to do."""
+
+    decoder: Decoder | None = None
+    block_table: Tensor | None = None
+    rest: FlashInferMetadata | None = None
+    seeds: Seeds | None = None
+
+
+class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec) -> AttentionCGSupport:
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec) -> int | None:
+        return None
+
+    def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = [layer for layer in mac_layers(vllm_config) if layer.name in layer_names]
+        self.group = Group(layers, kv_cache_spec.block_size, vllm_config, device)
+        self.served = [layer for layer in layers if layer.exact is None]
+        self.decoder = None
+        if not self.served:
+            return
+        self.config = self.served[0].config
+        self.decoder = decoder_of(self.served, self.page_size, layer_names)
+        self._seed_wrapper: BatchPrefillWithPagedKVCacheWrapper | None = None
+        # Position, ring and first of all rows of a batch; the decoder's hold those that decode.
+        self._rows = [torch.zeros_like(self.decoder.position) for _ in range(3)]
+        if len(self.served) == len(layer_names):
+            # Nobody runs the base's decode: let it make the metadata of XQA, which needs no
+            # planning, instead of a plan.
+            self.use_trtllm_decode_attention = self.use_xqa = True
+            self.flashinfer_trtllm_api_decode_kernel = FlashInferDecodeKernel.XQA
+            self.use_trtllm_gen_varlen_decode = self.supports_draft_decode_metadata_update = False
+        self.reorder_batch_threshold = 1
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> MacCUDAMetadata:
+        return self._build(common_attn_metadata, fast_build, capture=False)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> MacCUDAMetadata:
+        return self._build(common_attn_metadata, False, capture=True)
+
+    def _build(self, common: CommonAttentionMetadata, fast_build: bool, capture: bool) -> MacCUDAMetadata:
+        base = super().build(0, common, fast_build)
+        values = {field.name: getattr(base, field.name) for field in fields(base)}
+        metadata = MacCUDAMetadata(**values)
+        if not capture:
+            self.group.tally_host(common)
+        if self.decoder is None:
+            return metadata
+        decodes, rows = base.num_decodes, common.num_reqs
+        metadata.decoder = self.decoder
+        metadata.block_table = common.block_table_tensor[:decodes]
+        metadata.rest = replace(
+            base, num_decodes=0, num_decode_tokens=0, decode=None,
+            num_actual_tokens=base.num_actual_tokens - base.num_decode_tokens,
+        )  # fmt: skip
+        decoder = self.decoder
+        if capture or self.group.table is None:
+            # The graph is recorded over rows that do nothing; rings stay as they are.
+            for tensor in (decoder.position, decoder.ring):
+                tensor.fill_(-1)
+        else:
+            mixed = base.num_prefills > 0
+            outputs = self._rows if mixed else (decoder.position, decoder.ring, decoder.first)
+            prefilling, request = self._row_facts(common)
+            assign(
+                self.group.table, common.query_start_loc[: rows + 1], common.seq_lens[:rows], prefilling,
+                common.block_table_tensor[:rows], common.slot_mapping, request, *outputs,
+            )  # fmt: skip
+            if mixed:
+                for mine, all_rows in zip((decoder.position, decoder.ring, decoder.first), outputs, strict=True):
+                    mine[:decodes].copy_(all_rows[:decodes])
+                metadata.seeds = self._seeds(common, decodes)
+        context = self.vllm_config.compilation_config.static_forward_context
+        cache = context[self.served[0].name].kv_cache
+        if decodes and cache.dim() == 4:  # vLLM builds for its estimates before there is a cache
+            decoder.begin_step(metadata.block_table, cache)
+        return metadata
+
+    def _row_facts(self, common: CommonAttentionMetadata) -> tuple[Tensor | None, Tensor | None]:
+        """Which rows still read their prompt, and each row's request index, on the device."""
+        prefilling = request = None
+        if common.is_prefilling is not None:
+            prefilling = common.is_prefilling.pin_memory().to(self.device, non_blocking=True)
+        if common.req_idx is not None:
+            index = torch.from_numpy(common.req_idx.astype(np.int32))
+            request = index.pin_memory().to(self.device, non_blocking=True)
+        return prefilling, request
+
+    def _seeds(self, common: CommonAttentionMetadata, decodes: int) -> Seeds | None:
+        """Plan the attention over the last `window` queries of each chunk, cut to the prefix."""
+        config, page, first = self.config, self.page_size, self.decoder.problem.first
+        begin = common.query_start_loc_cpu.numpy()[decodes : common.num_reqs + 1].astype(np.int64)
+        length = common.seq_lens_cpu_upper_bound.numpy()[decodes : common.num_reqs].astype(np.int64)
+        count = np.diff(begin)
+        taken = np.where(length + config.window >= config.min_context, np.minimum(count, config.window), 0)
+        total = int(taken.sum())
+        if not total:
+            return None
+        row = np.repeat(np.arange(decodes, common.num_reqs), taken)
+        back = np.concatenate([np.arange(n, 0, -1) for n in taken])  # tokens from the end of the chunk
+        facts = np.stack((np.repeat(begin[1:], taken) - back, row, np.repeat(length, taken) - back)).astype(np.int32)
+        token, row, position = torch.from_numpy(facts).pin_memory().to(self.device, non_blocking=True)
+        # With keys up to `length - band`, causal masking ends query p's keys at p + 1 - band.
+        # A row without any is given one, and nobody reads the result.
+        keys = np.maximum(length - config.band - first, 1)
+        pages = -(-keys // page)
+        indptr = np.concatenate(([0], np.cumsum(pages)))
+        table = common.block_table_tensor[decodes : common.num_reqs, first // page :]
+        indices = torch.cat([table[i, :n] for i, n in enumerate(pages)])
+        as_ints = lambda x: torch.from_numpy(x.astype(np.int32)).pin_memory()  # noqa: E731
+        if self._seed_wrapper is None:
+            self._seed_wrapper = BatchPrefillWithPagedKVCacheWrapper(self._get_workspace_buffer(), "NHD")
+        self._seed_wrapper.plan(
+            as_ints(np.concatenate(([0], np.cumsum(taken)))), as_ints(indptr), indices, as_ints(keys - (pages - 1) * page),
+            self.num_qo_heads, self.num_kv_heads, self.head_dim, page, causal=True, sm_scale=self.sm_scale,
+            q_data_type=self.q_data_type_prefill, kv_data_type=self.kv_cache_dtype,
+        )  # fmt: skip
+        return Seeds(self._seed_wrapper, token, row, position, self._rows[1], common.block_table_tensor)
+
+
+def decoder_of(layers: list[MacLayer], page_size: int, layer_names: list[str]) -> Decoder:
+    """The decoder of a KV-cache group: the one made at load for these layers, where it fits.
+
+    Builders are made more than once, and after vLLM has measured its memory; so are buffers
+    made here, which only a group beyond the first, or an unusual page size, needs.
+    """
+    for layer in layers:
+        made = layer.decoder
+        if made is not None and made.problem.page_size == page_size and made.names in (None, tuple(layer_names)):
+            made.names = tuple(layer_names)
+            return made
+    first = layers[0]
+    first.decoder = make_decoder(first, page_size, first.counts.device)
+    first.decoder.names = tuple(layer_names)
+    return first.decoder
+
+
+def make_decoder(layer: MacLayer, page_size: int, device: torch.device) -> Decoder:
+    config, model = layer.vllm_config, layer.vllm_config.model_config
+    rows = max(config.scheduler_config.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0)
+    problem = PrefixProblem(
+        max_rows=rows, heads=layer.num_heads, kv_heads=layer.num_kv_heads, head_size=layer.head_size,
+        page_size=page_size, max_blocks=-(-model.max_model_len // page_size), dtype=model.dtype,
+        band=layer.config.band, sink=layer.config.sink, scale=layer.scale,
+    )  # fmt: skip
+    return Decoder(problem, layer.config, device)
+
+
+class MacCUDAImpl(FlashInferImpl):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
+            logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks,
+        )  # fmt: skip
+        self.mac = MacLayer(
+            get_current_vllm_config(),
+            num_heads,
+            num_kv_heads,
+            head_size,
+            scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_sharing=kv_sharing_target_layer_name,
+        )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        mac = self.mac
+        device = mac.vllm_config.device_config.device
+        mac.load(act_dtype, torch.device(device))
+        if mac.exact is None and all(x.decoder is None for x in mac_layers(mac.vllm_config)):
+            mac.decoder = make_decoder(mac, mac.vllm_config.cache_config.block_size, torch.device(device))
+
+    def forward(
+        self,
+        layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: MacCUDAMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        if attn_metadata is None or self.mac.store is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        rows = attn_metadata.num_decodes
+        if attn_metadata.num_prefills:
+            super().forward(layer, query[rows:], key, value, kv_cache, attn_metadata.rest, output[rows:])
+            if attn_metadata.seeds is not None:
+                self._seed(query, kv_cache, attn_metadata.seeds)
+        if rows:
+            mac = self.mac
+            attn_metadata.decoder.decode(
+                query[:rows], kv_cache, attn_metadata.block_table, mac.store, mac.rotary, mac.counts, output[:rows]
+            )
+        return output
+
+    def _seed(self, query: Tensor, kv_cache: Tensor, seeds: Seeds) -> None:
+        mac = self.mac
+        pages = kv_cache.transpose(1, 2)  # [blocks, page, K, 2 D]
+        out, lse = seeds.wrapper.run(query[seeds.token], pages.split(self.head_size, -1), return_lse=True)
+        record_prefill(
+            query, seeds.token, seeds.row, seeds.position, seeds.ring, seeds.block_table, kv_cache, mac.store, mac.config,
+            self.scale, out, lse, **rotation(mac.rotary),
+        )  # fmt: skip

@@ -1,0 +1,72 @@
+"""Decoding with MAC on an NVIDIA GPU: the kernels and engines of one group of layers, in order.
+
+Knows kernels and buffers, not vLLM. `paged` is the same in PyTorch.
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_mac.config import MacConfig
+from vllm_mac.flashinfer_exact import FlashInferExact
+from vllm_mac.kernels.complete import complete_misses
+from vllm_mac.kernels.exact import PrefixProblem, TritonExact
+from vllm_mac.kernels.hit import Workspace, decode_hits
+from vllm_mac.ring import RingStore
+from vllm_mac.rope import Rotary
+
+ENGINES = {"flashinfer": FlashInferExact, "triton": TritonExact}
+
+
+class Decoder:
+    """Decodes for all layers that share their block tables and shapes.
+
+    `begin_step` is called once a step, `decode` for each layer after it. Neither allocates or
+    waits for the device, and `decode` may be captured in a CUDA graph. Calls must not overlap.
+
+    position: `[rows]` int32, position that each row decodes, -1 for padding. ring, first:
+    `[rows]` int32 as `kernels.assign` writes them. All three are written by the caller.
+    """
+
+    def __init__(self, problem: PrefixProblem, config: MacConfig, device: torch.device):
+        self.problem, self.config = problem, config
+        self.names: tuple[str, ...] | None = None  # of the layers it decodes for
+        rows, heads, d = problem.max_rows, problem.heads, problem.head_size
+        self.position, self.ring, self.first = (torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in "prf")
+        self._work = Workspace.allocate(rows, heads, problem.kv_heads, d, device)
+        self._exact = ENGINES[config.miss_engine](problem, device)
+        self._prefix_out = torch.empty(rows, heads, d, dtype=problem.dtype, device=device)
+        self._prefix_lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
+
+    def begin_step(self, block_table: Tensor, kv: Tensor) -> None:
+        """block_table: `[B, *]` int32. kv: any layer's cache, `[blocks, K, page, 2 D]`."""
+        self._exact.begin_step(block_table, self.position[: len(block_table)], kv)
+
+    def decode(
+        self, query: Tensor, kv: Tensor, block_table: Tensor, store: RingStore, rotary: Rotary, counts: Tensor, out: Tensor
+    ) -> None:
+        """One layer's step: match, amend, complete; misses read their prefix.
+
+        query, out: `[B, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`. block_table: that of
+        `begin_step`. counts: `[6]` int64, see `kernels.hit.COUNTERS`.
+        """
+        rows = len(query)
+        position, ring, hit = self.position[:rows], self.ring[:rows], self._work.hit[:rows]
+        prefix_out, prefix_lse = self._prefix_out[:rows], self._prefix_lse[:rows]
+        rope = rotation(rotary)
+        scale = self.problem.scale
+        decode_hits(
+            query, position, ring, self.first[:rows], block_table, kv, store, self.config, scale, self._work, out, counts,
+            **rope,
+        )  # fmt: skip
+        self._exact.run(query, kv, block_table, position, hit, prefix_out, prefix_lse)
+        complete_misses(
+            query, position, ring, store, prefix_out, prefix_lse, self._work, out,
+            **rope, prefix_lse_base2=self._exact.lse_base == 2,
+        )  # fmt: skip
+
+
+def rotation(rotary: Rotary) -> dict:
+    """A rotation as the kernels take it."""
+    if rotary.module is None:
+        return dict(cos_sin=None)
+    return dict(cos_sin=rotary.module.cos_sin_cache, is_neox=rotary.module.is_neox_style)
