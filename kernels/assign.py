@@ -131,8 +131,9 @@ def assign(
     """Give each row of a batch its ring, and record in `table` what this step will write.
 
     `table.assign` for metadata as vLLM has it on the device, with room for padding: `P >= B`
-    elements of each output are written. One launch, without waiting for the device. Rows of
-    no tokens or no length are padding, and have no effect. Of a table's dummy elements only
+    elements of each output are written. One launch, without waiting for the device; not to be
+    captured in a CUDA graph, since the step's number is an argument, which a replay would
+    repeat. Rows of no tokens or no length are padding, and have no effect. Of a table's dummy elements only
     those that are ever read (`owner`, `last`, `request`) stay equal to the oracle's.
 
     Args:

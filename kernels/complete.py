@@ -14,9 +14,12 @@ from vllm_mac.kernels.match import unrotate
 
 @triton.jit
 def _complete_kernel(
-    p_query, p_cos_sin, p_position, p_ring, p_hit, p_prefix_out, p_prefix_lse, p_part_out, p_part_lse, p_out,
-    p_ring_query, p_ring_out, p_ring_lse, p_ring_chain, s_query_row, s_query_head, s_out_row, s_out_head,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
+    p_query, p_cos_sin, p_position, p_ring, p_hit, p_prefix_out, p_prefix_lse,
+    p_part_out, p_part_lse, p_out,
+    p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
+    s_query_row, s_query_head, s_out_row, s_out_head,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    ROTARY: tl.constexpr, NEOX: tl.constexpr,
     LSE_UNIT: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i_k, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -41,7 +44,9 @@ def _complete_kernel(
     near_out = tl.load(p_part_out + o_part[:, None] * D + o_d[None, :], mask=m_gd, other=0.0)
     rest_out = tl.load(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], mask=m_gd, other=0.0)
     lse = tl.load(p_prefix_lse + o_head, mask=m_g, other=float("-inf")) * LSE_UNIT
-    far = tl.load(p_prefix_out + o_head[:, None] * D + o_d[None, :], mask=m_gd, other=0.0).to(tl.float32)
+    far = tl.load(p_prefix_out + o_head[:, None] * D + o_d[None, :], mask=m_gd, other=0.0).to(
+        tl.float32
+    )
     peak, total, acc = unfinish(near_out, near_lse)
     peak_b, total_b, acc_b = unfinish(far, lse)
     peak, total, acc = combine(peak, total, acc, peak_b, total_b, acc_b)
@@ -63,7 +68,17 @@ def _complete_kernel(
 
 
 def complete_misses(
-    query, position, ring, store, prefix_out, prefix_lse, work, out, cos_sin=None, is_neox=True, prefix_lse_base2=False
+    query,
+    position,
+    ring,
+    store,
+    prefix_out,
+    prefix_lse,
+    work,
+    out,
+    cos_sin=None,
+    is_neox=True,
+    prefix_lse_base2=False,
 ):
     """Finish the KV groups that `decode_hits` left open; to be called after it, in the same step.
 
@@ -87,7 +102,8 @@ def complete_misses(
     kv_heads = work.hit.shape[1]
     group = heads // kv_heads
     _complete_kernel[(kv_heads, rows)](
-        query, cos_sin, position, ring, work.hit, prefix_out, prefix_lse, work.part_out, work.part_lse, out,
+        query, cos_sin, position, ring, work.hit, prefix_out, prefix_lse,
+        work.part_out, work.part_lse, out,
         store.query, store.out, store.lse, store.chain,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         K=kv_heads, G=group, D=d, W=store.query.shape[2],

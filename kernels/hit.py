@@ -18,22 +18,32 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vllm_mac.kernels.amend import attend, combine, finish, unfinish
 from vllm_mac.kernels.match import LAST, NO_KEY, scan, unrotate
 
-COUNTERS = ("heads_hit", "heads_missed", "heads_short", "heads_without_ring", "tokens_read", "tokens_skipped")
+COUNTERS = (
+    "heads_hit",
+    "heads_missed",
+    "heads_short",
+    "heads_without_ring",
+    "tokens_read",
+    "tokens_skipped",
+)
 
 
 @triton.jit
 def _hit_kernel(
     p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
     p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
-    p_out, p_source, p_hit, p_counters, p_key, p_band_acc, p_band_sum, p_part_out, p_part_lse, p_arrived,
+    p_out, p_source, p_hit, p_counters, p_key, p_band_acc, p_band_sum, p_part_out, p_part_lse,
+    p_arrived,
     s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
     log2_scale, bound, lag_weight,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, SINK: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
     LAGGED: tl.constexpr, ANCHORED: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
-    S: tl.constexpr, BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, SCAN_STAGES: tl.constexpr,
+    S: tl.constexpr, BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr,
+    SCAN_STAGES: tl.constexpr,
     NB: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
-    MP: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, TP: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
+    MP: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
+    TP: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     i_part, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -64,7 +74,7 @@ def _hit_kernel(
     p_head_kv = p_kv + i_k.to(tl.int64) * s_head
 
     if TP > 0:
-        # The pages before the band, in whatever position the match is: one trip to memory less after it.
+        # The pages before the band, wherever the match will be: one trip to memory less after it.
         page = tl.maximum(m + 1 - BAND - W, 0) // PAGE
         o_p = page + tl.arange(0, TP)
         pages = tl.load(p_row_table + o_p, mask=o_p <= m // PAGE, other=0)  # [TP]
@@ -83,7 +93,8 @@ def _hit_kernel(
             token = tl.where(o_i < band, band_start + o_i, o_i - band)
             block = tl.load(p_row_table + token // PAGE, mask=m_i, other=0)
             peak, total, acc = attend(
-                q, peak, total, acc, token, block, m_i, m_r[:, None] & m_i[None, :], p_head_kv, s_block, s_token,
+                q, peak, total, acc, token, block, m_i, m_r[:, None] & m_i[None, :],
+                p_head_kv, s_block, s_token,
                 log2_scale, o_d, m_d, D, PAGE,
             )  # fmt: skip
         o_part = ((i_row * K + i_k) * NB + i_part) * G + o_r
@@ -96,7 +107,8 @@ def _hit_kernel(
         i_s = i_scan % S
         o_ring = (ring * H + i_h) * W
         key = scan(
-            p_group_query + (i_scan // S) * s_query_head, p_cos_sin, p_ring_query + o_ring * D, p_ring_chain + o_ring, m, first,
+            p_group_query + (i_scan // S) * s_query_head, p_cos_sin,
+            p_ring_query + o_ring * D, p_ring_chain + o_ring, m, first,
             i_s * SPAN, tl.minimum((i_s + 1) * SPAN, W), bound, lag_weight,
             D, DP, ROTARY, NEOX, W, BAND, SINK, MAX_CHAIN, LAGGED,
             BW, SPAN, HALVES, SCAN_STAGES,
@@ -124,13 +136,23 @@ def _hit_kernel(
         o_part = ((i_row * K + i_k) * NB + i) * G + o_g
         peak = tl.load(p_band_sum + o_part * 2, mask=m_g, other=float("-inf"), cache_modifier=".cg")
         total = tl.load(p_band_sum + o_part * 2 + 1, mask=m_g, other=0.0, cache_modifier=".cg")
-        acc = tl.load(p_band_acc + o_part[:, None] * D + o_d[None, :], mask=m_gd, other=0.0, cache_modifier=".cg")
+        acc = tl.load(
+            p_band_acc + o_part[:, None] * D + o_d[None, :],
+            mask=m_gd,
+            other=0.0,
+            cache_modifier=".cg",
+        )
         rest, rest_total, rest_acc = combine(rest, rest_total, rest_acc, peak, total, acc)
 
     if matching:
         o_s = tl.arange(0, SP)
         o_key = ((i_row * H + o_h) * S)[:, None] + o_s[None, :]
-        keys = tl.load(p_key + o_key, mask=m_g[:, None] & (o_s < S)[None, :], other=NO_KEY, cache_modifier=".cg")
+        keys = tl.load(
+            p_key + o_key,
+            mask=m_g[:, None] & (o_s < S)[None, :],
+            other=NO_KEY,
+            cache_modifier=".cg",
+        )
         key = tl.min(keys, 1)
         source = tl.where(key < NO_KEY, -(key & LAST).to(tl.int32) + LAST, -1)
     else:
@@ -140,14 +162,14 @@ def _hit_kernel(
     tl.store(p_source + o_head, source, mask=m_g)
     tl.store(p_hit + i_row * K + i_k, hit.to(tl.int32))
 
-    # On a hit each head amends from its own match on; on a miss all read up to the first whole page.
+    # On a hit each head amends from its own match on; on a miss all read to the first whole page.
     m_reuse = o_g < tl.where(hit, G, 0)
     lo = tl.minimum((SINK + PAGE - 1) // PAGE * PAGE, band_start)
     begin = tl.where(hit, source + 1 - BAND, sink_end)
     stop = tl.where(hit, band_start, lo)
     least = tl.min(tl.where(m_g, begin, stop), 0)
 
-    if TP > 0:
+    if TP > 0:  # noqa: SIM102 - known when compiling, unlike the other
         if not hit:
             page = sink_end // PAGE
             pages = tl.load(p_row_table + page + tl.zeros((TP,), tl.int32))
@@ -274,7 +296,20 @@ class Workspace:
 
 
 def decode_hits(
-    query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin=None, is_neox=True
+    query,
+    position,
+    ring,
+    first,
+    block_table,
+    kv,
+    store,
+    config,
+    scale,
+    work,
+    out,
+    counters,
+    cos_sin=None,
+    is_neox=True,
 ):
     """Match all heads; decode and record the KV groups that hit; prepare those that missed.
 
@@ -297,7 +332,9 @@ def decode_hits(
     rows, heads, d = query.shape
     kv_heads, page = kv.shape[1], kv.shape[2]
     group, window = heads // kv_heads, store.query.shape[2]
-    tune = work.tune or _tune(rows, heads, kv_heads, work.slots, d, window, store.query.dtype.itemsize)
+    tune = work.tune or _tune(
+        rows, heads, kv_heads, work.slots, d, window, store.query.dtype.itemsize
+    )
     splits = max(1, min(tune["splits"], work.MAX_SPLITS, triton.cdiv(window, 16)))
     bn = tune["bn"]
     tail = triton.cdiv(config.band + config.sink, bn)
@@ -311,21 +348,28 @@ def decode_hits(
         work.part_out, work.part_lse, work.arrived,
         query.stride(0), query.stride(1), block_table.stride(0),
         kv.stride(0), kv.stride(1), kv.stride(2), out.stride(0), out.stride(1),
-        scale * 1.4426950408889634, 2.0 * d * (1.0 - config.threshold) ** 2, float(config.lag_weight),
+        scale * 1.4426950408889634, 2.0 * d * (1.0 - config.threshold) ** 2,
+        float(config.lag_weight),
         K=kv_heads, G=group, D=d, W=window, PAGE=page,
-        BAND=config.band, SINK=config.sink, MIN_CONTEXT=config.min_context, MAX_CHAIN=config.max_chain or 0,
+        BAND=config.band, SINK=config.sink, MIN_CONTEXT=config.min_context,
+        MAX_CHAIN=config.max_chain or 0,
         LAGGED=config.lag_weight > 0, ANCHORED=config.reuse == "anchored",
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
-        S=splits, BW=min(tune["bw"], triton.next_power_of_2(span)), SPAN=span, HALVES=tune["halves"], SCAN_STAGES=tune["scan_stages"],
+        S=splits, BW=min(tune["bw"], triton.next_power_of_2(span)), SPAN=span,
+        HALVES=tune["halves"], SCAN_STAGES=tune["scan_stages"],
         NB=bands, BN=bn, CHUNK=triton.cdiv(tail, bands) * bn, BT=tune["bt"],
-        MP=max(16, triton.next_power_of_2(group)), M=triton.next_power_of_2(group), DP=triton.next_power_of_2(d), SP=triton.next_power_of_2(splits),
+        MP=max(16, triton.next_power_of_2(group)), M=triton.next_power_of_2(group),
+        DP=triton.next_power_of_2(d), SP=triton.next_power_of_2(splits),
         TP=near_pages if near_pages <= 256 and tune["ahead"] else 0,
         STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"], PDL=work.pdl,
-        num_warps=tune["warps"], maxnreg=tune["registers"], **({"launch_pdl": True} if work.pdl else {}),
+        num_warps=tune["warps"], maxnreg=tune["registers"],
+        **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
 
 
-def _tune(rows: int, heads: int, kv_heads: int, slots: int, d: int, window: int, entry_bytes: int) -> dict:
+def _tune(
+    rows: int, heads: int, kv_heads: int, slots: int, d: int, window: int, entry_bytes: int
+) -> dict:
     """How the work is split, as measured on an H200 with 32/8 and 32/4 heads, D 128, window 512.
 
     Small batches want many programs with little to do one after the other; large ones want the
@@ -343,17 +387,17 @@ def _tune(rows: int, heads: int, kv_heads: int, slots: int, d: int, window: int,
     bands = (slots - rows * heads * splits) // (rows * kv_heads)
     large = rows * heads >= 1024
     tokens = 32 if dp > 128 else 64
-    return dict(
-        splits=splits,
-        bands=max(1, min(4, bands)),
-        bw=max(16, min(128, 16384 // (dp * entry_bytes))),
-        bn=tokens,
-        bt=32 if large else tokens,
-        halves=splits == 1 and dp >= 64,
-        scan_stages=3 if window >= 256 * splits else 1,
-        stages=2 if splits == 1 else 1,
-        near_stages=3 if large else 2,
-        warps=4,
-        ahead=not large,
-        registers=None if large else 168,
-    )
+    return {
+        "splits": splits,
+        "bands": max(1, min(4, bands)),
+        "bw": max(16, min(128, 16384 // (dp * entry_bytes))),
+        "bn": tokens,
+        "bt": 32 if large else tokens,
+        "halves": splits == 1 and dp >= 64,
+        "scan_stages": 3 if window >= 256 * splits else 1,
+        "stages": 2 if splits == 1 else 1,
+        "near_stages": 3 if large else 2,
+        "warps": 4,
+        "ahead": not large,
+        "registers": None if dp > 128 else 96 if large else 168,
+    }

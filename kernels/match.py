@@ -52,8 +52,18 @@ def _square(pre, p_x, m_row, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def _keep(best, best_back, distance, back, usable, bound, lag_weight, W: tl.constexpr, LAGGED: tl.constexpr):
-    """The better of what each lane has and its new candidate; of equals what it has, a later position."""
+def _keep(
+    best,
+    best_back,
+    distance,
+    back,
+    usable,
+    bound,
+    lag_weight,
+    W: tl.constexpr,
+    LAGGED: tl.constexpr,
+):
+    """The better of each lane's and a new candidate; of equals the former, a later position."""
     score = distance
     if LAGGED:
         score += tl.div_rn(lag_weight * (back + 1).to(tl.float32), W * 1.0) * bound
@@ -65,7 +75,8 @@ def _keep(best, best_back, distance, back, usable, bound, lag_weight, W: tl.cons
 def scan(
     p_query, p_cos_sin, p_entry, p_chain, m, first, begin, end, bound, lag_weight,
     D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
-    W: tl.constexpr, BAND: tl.constexpr, SINK: tl.constexpr, MAX_CHAIN: tl.constexpr, LAGGED: tl.constexpr,
+    W: tl.constexpr, BAND: tl.constexpr, SINK: tl.constexpr, MAX_CHAIN: tl.constexpr,
+    LAGGED: tl.constexpr,
     BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Key of the best candidate of one head among the positions `m-1-lag`, `lag` in `[begin, end)`.
@@ -111,7 +122,9 @@ def scan(
                 else:
                     square = _square(q_1, p_x, usable, DC + o_d, D)
                 distance += tl.sum(square, 1)
-                best, best_back = _keep(best, best_back, distance, back, usable, bound, lag_weight, W, LAGGED)
+                best, best_back = _keep(
+                    best, best_back, distance, back, usable, bound, lag_weight, W, LAGGED
+                )
                 cutoff = tl.minimum(bound, tl.min(best, 0))  # a score is no less than its distance
         else:
             if C > 1:
@@ -120,7 +133,9 @@ def scan(
                 square += _square(q_2, p_x, usable, 2 * DC + o_d, D)
                 square += _square(q_3, p_x, usable, 3 * DC + o_d, D)
             distance = tl.sum(square, 1)
-            best, best_back = _keep(best, best_back, distance, back, usable, bound, lag_weight, W, LAGGED)
+            best, best_back = _keep(
+                best, best_back, distance, back, usable, bound, lag_weight, W, LAGGED
+            )
     order = best_back - (m - 1) + LAST  # LAST - position
     key = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | order.to(tl.int64)
     return tl.min(tl.where(best < float("inf"), key, NO_KEY), 0)

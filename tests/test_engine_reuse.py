@@ -4,15 +4,13 @@ Every event of `scenarios` is driven through vLLM's CPU engine in float32 while 
 the method of `reference` on the same queries, keys and values, one ring per request.
 """
 
+import engine as harness
 import pytest
-import triton_cpu
+from scenarios import SCENARIOS
+from shadow import shadow
+from tiny_models import write
 
-triton_cpu.enable()
-
-import engine as harness  # noqa: E402
-from scenarios import SCENARIOS  # noqa: E402
-from shadow import shadow  # noqa: E402
-from tiny_models import write  # noqa: E402
+pytestmark = pytest.mark.cpu
 
 # Small enough for contexts of a few hundred tokens; every option is met at least once.
 SMALL = dict(window=32, band=16, min_context=64, threshold=0.45)

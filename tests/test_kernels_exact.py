@@ -7,21 +7,16 @@ times a small factor. Outputs and free pages start as NaN.
 
 import logging
 import math
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
-pytest.importorskip("triton", reason="Triton kernels")
-
 from vllm_mac import paged
 from vllm_mac.kernels.exact import PrefixProblem, TritonExact
 from vllm_mac.kernels.plan import Plan, capacity, write_pages, write_plan
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

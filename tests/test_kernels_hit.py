@@ -4,16 +4,11 @@ A tolerance is what an eager evaluation in the inputs' dtype misses the oracle b
 small factor. All outputs, workspaces, free pages and unused ring slots start as NaN.
 """
 
-import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
-pytest.importorskip("triton", reason="Triton kernels")
 
 from vllm_mac import reference
 from vllm_mac.kernels.complete import complete_misses
@@ -21,7 +16,7 @@ from vllm_mac.kernels.hit import COUNTERS, Workspace, decode_hits
 from vllm_mac.reference import Entry, Partial
 from vllm_mac.ring import RingStore
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = not torch.cuda.is_available()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -31,13 +26,22 @@ def device():
 
 
 def config(**changes):
-    keys = dict(window=32, band=24, sink=0, threshold=0.45, min_context=64, lag_weight=0.0, reuse="anchored", max_chain=None)
+    keys = {
+        "window": 32,
+        "band": 24,
+        "sink": 0,
+        "threshold": 0.45,
+        "min_context": 64,
+        "lag_weight": 0.0,
+        "reuse": "anchored",
+        "max_chain": None,
+    }
     return SimpleNamespace(**keys | changes)
 
 
 @dataclass
 class Case:
-    """A batch: `lengths` tokens per row (0: a padded row), each row with a ring unless in `ringless`."""
+    """A batch: `lengths` tokens per row (0: padding), each with a ring unless in `ringless`."""
 
     lengths: tuple = (200,)
     pattern: str = "mixed"  # which groups hit: all, none, mixed
@@ -73,7 +77,7 @@ def unrotate(query, table, position, neox):
 
 
 class Batch:
-    """Random inputs of `case` on `device`; `run` decodes them and `check` compares with the oracle."""
+    """Random inputs of `case` on `device`; `check` decodes them and compares with the oracle."""
 
     def __init__(self, case: Case, config, device):
         self.case, self.config, self.device = case, config, device
@@ -103,15 +107,21 @@ class Batch:
         rotary = d if case.rotary is None else case.rotary
         self.cos_sin = None
         if rotary:
-            angle = torch.arange(int(length.max()))[:, None] * 0.3 ** (torch.arange(rotary // 2) * 8 / rotary)
+            angle = torch.arange(int(length.max()))[:, None] * 0.3 ** (
+                torch.arange(rotary // 2) * 8 / rotary
+            )
             self.cos_sin = (1.1 * torch.cat((angle.cos(), angle.sin()), -1)).to(case.dtype)
         pre = randn(b, h, d)
         query = pre if self.cos_sin is None else rotate(pre, self.cos_sin, self.position, case.neox)
         self.query = query.to(case.dtype)
 
-        self.ring = torch.tensor([-1 if i in case.ringless or n == 0 else i for i, n in enumerate(case.lengths)])
+        self.ring = torch.tensor(
+            [-1 if i in case.ringless or n == 0 else i for i, n in enumerate(case.lengths)]
+        )
         self.ring = torch.where(self.ring >= 0, b - self.ring, -1)  # not the row's own number
-        self.first = torch.tensor([max(0, n - 1 - case.fresh.get(i, w)) for i, n in enumerate(case.lengths)])
+        self.first = torch.tensor(
+            [max(0, n - 1 - case.fresh.get(i, w)) for i, n in enumerate(case.lengths)]
+        )
         self.store = RingStore.allocate(b + 2, h, w, d, case.ring_dtype or case.dtype, "cpu")
         for tensor in (self.store.query, self.store.out, self.store.lse):
             tensor.fill_(torch.nan)
@@ -129,10 +139,16 @@ class Batch:
                 self.store.chain[r, :, slot] = torch.randint(0, 3, (h,), generator=g).int()
             oldest = max(int(self.first[i]), m - w, config.band + config.sink)
             for head in range(h if oldest < m else 0):
-                hits = {"all": True, "none": False, "mixed": (head // case.group + i) % 2 == 0 or head % case.group > 0}
+                hits = {
+                    "all": True,
+                    "none": False,
+                    "mixed": (head // case.group + i) % 2 == 0 or head % case.group > 0,
+                }
                 if hits[case.pattern]:
                     p = int(torch.randint(oldest, m, (), generator=g))
-                    self.store.query[r, head, p % w] = (pre[i, head] + 0.2 * randn(d)).to(self.store.query.dtype)
+                    self.store.query[r, head, p % w] = (pre[i, head] + 0.2 * randn(d)).to(
+                        self.store.query.dtype
+                    )
                     self.store.chain[r, head, p % w] = 0
         for name in ("position", "table", "kv", "cos_sin", "query", "ring", "first"):
             tensor = getattr(self, name)
@@ -142,7 +158,12 @@ class Batch:
         names = ("query", "out", "lse", "chain")
         self.store = RingStore(**{name: getattr(self.store, name).to(device) for name in names})
         self.work = Workspace.allocate(b + 1, h, k, d, device)
-        for tensor in (self.work.part_out, self.work.part_lse, self.work.band_acc, self.work.band_sum):
+        for tensor in (
+            self.work.part_out,
+            self.work.part_lse,
+            self.work.band_acc,
+            self.work.band_sum,
+        ):
             tensor.fill_(torch.nan)
         for tensor in (self.work.key, self.work.source, self.work.hit):
             tensor.fill_(-9)
@@ -151,7 +172,7 @@ class Batch:
         self.scale = d**-0.5
 
     def oracle(self, dtype=torch.float64):
-        """`(steps, entries)`: a `reference.Step` and the new `Entry` per head, per (row, KV head)."""
+        """A `reference.Step` per (row, KV head), and the new `Entry` of each of its heads."""
         case, w = self.case, self.config.window
         query, pre = self.query.cpu(), self.query.cpu().double()
         if self.cos_sin is not None:
@@ -175,18 +196,25 @@ class Batch:
                 key, value = self.tokens[i][k].to(dtype).chunk(2, -1)
                 head = slice(heads.start, heads.stop)
                 step = reference.decode(
-                    m, query[i, head].to(dtype), pre[i, head], key, value, rings, self.config, self.scale
+                    m,
+                    query[i, head].to(dtype),
+                    pre[i, head],
+                    key,
+                    value,
+                    rings,
+                    self.config,
+                    self.scale,
                 )
                 steps[i, k], entries[i, k] = step, [ring[m] for ring in rings]
         return steps, entries
 
     def prefix(self, steps, base2):
-        """What a miss engine gives: attention over `[lo, m+1-band)`, nothing where the group hit."""
+        """What a miss engine gives: attention over `[lo, m+1-band)`, NaN where the group hit."""
         case, page = self.case, self.case.page
         out = torch.full(self.query.shape, torch.nan, dtype=torch.float32)
         lse = torch.full(self.query.shape[:2], torch.nan)
         for (i, k), step in steps.items():
-            sink_end, band_start = reference.split(case.lengths[i] - 1, self.config)
+            _, band_start = reference.split(case.lengths[i] - 1, self.config)
             lo = min(-(-self.config.sink // page) * page, band_start)
             key, value = self.tokens[i][k].double().chunk(2, -1)
             for h in range(k * case.group, (k + 1) * case.group):
@@ -199,14 +227,15 @@ class Batch:
 
     def launch(self):
         decode_hits(
-            self.query, self.position, self.ring, self.first, self.table, self.kv, self.store, self.config, self.scale,
-            self.work, self.out, self.counters, self.cos_sin, self.case.neox,
+            self.query, self.position, self.ring, self.first, self.table, self.kv,
+            self.store, self.config, self.scale, self.work, self.out, self.counters,
+            self.cos_sin, self.case.neox,
         )  # fmt: skip
 
     def finish(self, prefix, base2):
         complete_misses(
-            self.query, self.position, self.ring, self.store, *prefix, self.work, self.out, self.cos_sin,
-            self.case.neox, base2,
+            self.query, self.position, self.ring, self.store, *prefix, self.work, self.out,
+            self.cos_sin, self.case.neox, base2,
         )  # fmt: skip
 
     def check(self, base2=False):
@@ -215,7 +244,9 @@ class Batch:
         steps, entries = self.oracle()
         rough, rough_entries = self.oracle(case.dtype)
         prefix = self.prefix(steps, base2)
-        before = RingStore(*(getattr(self.store, name).clone() for name in ("query", "out", "lse", "chain")))
+        before = RingStore(
+            *(getattr(self.store, name).clone() for name in ("query", "out", "lse", "chain"))
+        )
         self.launch()
         self.finish(prefix, base2)
 
@@ -227,7 +258,15 @@ class Batch:
             assert bool(self.work.hit[i, k]) == step.hit
             close(self.out[i, at], step.out, rough[i, k].out, torch.finfo(case.dtype).eps)
             short, ringless = m + 1 < config.min_context, int(self.ring[i]) < 0
-            kind = "hit" if step.hit else "short" if short else "without_ring" if ringless else "missed"
+            kind = (
+                "hit"
+                if step.hit
+                else "short"
+                if short
+                else "without_ring"
+                if ringless
+                else "missed"
+            )
             expected[f"heads_{kind}"] += case.group
             expected["tokens_read"] += step.read
             expected["tokens_skipped"] += m + 1 - step.read
@@ -238,19 +277,33 @@ class Batch:
                 range(at.start, at.stop), entries[i, k], rough_entries[i, k], strict=True
             ):
                 at_slot = r, h, slot
-                close(self.store.query[at_slot], entry.query, entry.query, 2 * torch.finfo(self.store.query.dtype).eps)
+                close(
+                    self.store.query[at_slot],
+                    entry.query,
+                    entry.query,
+                    2 * torch.finfo(self.store.query.dtype).eps,
+                )
                 close(self.store.out[at_slot], entry.summary.out, rough_entry.summary.out, ring_eps)
                 if entry.summary.lse == -torch.inf:
                     assert self.store.lse[at_slot] == -torch.inf
                 else:
                     # An LSE errs by no more than its largest score does.
                     error = abs(float(rough_entry.summary.lse.double() - entry.summary.lse))
-                    assert abs(float(self.store.lse[at_slot]) - entry.summary.lse) <= 2 * error + 1e-5
+                    assert (
+                        abs(float(self.store.lse[at_slot]) - entry.summary.lse) <= 2 * error + 1e-5
+                    )
                 assert int(self.store.chain[at_slot]) == entry.chain
-                for name in ("query", "out", "lse", "chain"):  # so that the rest can be compared below
+                for name in (
+                    "query",
+                    "out",
+                    "lse",
+                    "chain",
+                ):  # so that the rest can be compared below
                     getattr(before, name)[at_slot] = getattr(self.store, name)[at_slot]
         for name in ("query", "out", "lse", "chain"):
-            torch.testing.assert_close(getattr(self.store, name), getattr(before, name), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                getattr(self.store, name), getattr(before, name), rtol=0, atol=0, equal_nan=True
+            )
         assert dict(zip(COUNTERS, self.counters.tolist(), strict=True)) == expected
         assert not self.work.arrived.any()
         for i, n in enumerate(case.lengths):
@@ -291,12 +344,20 @@ def test_shapes(d, page, head_major, device):
 @pytest.mark.parametrize("sink", [0, 4, 40])
 def test_lengths(length, sink, device):
     """From one token on, with a band and window that some of them do not fill."""
-    Batch(Case(lengths=(length, length + 1), pattern="all", group=3, kv_heads=1), config(sink=sink, min_context=sink + 26), device).check()
+    Batch(
+        Case(lengths=(length, length + 1), pattern="all", group=3, kv_heads=1),
+        config(sink=sink, min_context=sink + 26),
+        device,
+    ).check()
 
 
-@pytest.mark.parametrize("dtype, ring_dtype", [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, BF16), (FP16, BF16)])
+@pytest.mark.parametrize(
+    "dtype, ring_dtype", [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, BF16), (FP16, BF16)]
+)
 def test_dtypes(dtype, ring_dtype, device):
-    steps = Batch(Case(dtype=dtype, ring_dtype=ring_dtype, lengths=(100, 120)), config(sink=3), device).check()
+    steps = Batch(
+        Case(dtype=dtype, ring_dtype=ring_dtype, lengths=(100, 120)), config(sink=3), device
+    ).check()
     assert observed(steps) == "mixed"
 
 
@@ -320,7 +381,9 @@ def test_choice(max_chain, lag_weight, device):
 def test_ties_go_to_the_later_position(device):
     batch = Batch(Case(pattern="none"), config(), device)
     m, r = 199, int(batch.ring[0])
-    pre = unrotate(batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True)[0]
+    pre = unrotate(
+        batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True
+    )[0]
     for p in (m - 32, m - 20, m - 7, m - 11):
         batch.store.query[r, :, p % 32] = pre.to(batch.store.query)
     steps = batch.check()
@@ -330,7 +393,9 @@ def test_ties_go_to_the_later_position(device):
 def test_the_entry_that_leaves_the_window_can_be_matched(device):
     """Position m-W has the slot that m is written to."""
     batch = Batch(Case(pattern="none", lengths=(200, 230)), config(), device)
-    pre = unrotate(batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True)
+    pre = unrotate(
+        batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True
+    )
     for i, m in enumerate((199, 229)):
         batch.store.query[int(batch.ring[i]), :, m % 32] = pre[i].to(batch.store.query)
     steps = batch.check()
@@ -361,7 +426,9 @@ def test_steps_in_a_row(device):
         batch.case.lengths, batch.tokens = (n,), [tokens[:, :n]]
         batch.position.fill_(n - 1)
         batch.first.fill_(max(109 - 32, 0))
-        batch.query = query + 0.1 * torch.randn(query.shape, generator=torch.Generator().manual_seed(n)).to(device)
+        batch.query = query + 0.1 * torch.randn(
+            query.shape, generator=torch.Generator().manual_seed(n)
+        ).to(device)
         if step == 0:
             batch.cos_sin = None
         batch.counters.zero_()
@@ -373,12 +440,20 @@ def test_steps_in_a_row(device):
 def test_every_split_gives_the_same(device):
     """However the work of a group is split."""
     outs = []
-    for splits, bands, small, flag in ((1, 1, 16, True), (3, 2, 32, False), (8, 8, 16, False), (2, 4, 64, True)):
-        batch = Batch(Case(lengths=(200, 190)), config(window=50, band=70, sink=9, min_context=81), device)
-        batch.work.tune = dict(
-            splits=splits, bands=bands, bw=small, bn=small, bt=16, stages=1, near_stages=1, scan_stages=1, warps=4,
-            halves=flag, ahead=not flag, registers=None,
-        )  # fmt: skip
+    for splits, bands, small, flag in (
+        (1, 1, 16, True),
+        (3, 2, 32, False),
+        (8, 8, 16, False),
+        (2, 4, 64, True),
+    ):
+        batch = Batch(
+            Case(lengths=(200, 190)), config(window=50, band=70, sink=9, min_context=81), device
+        )
+        batch.work.tune = {
+            "splits": splits, "bands": bands, "bw": small, "bn": small, "bt": 16,
+            "stages": 1, "near_stages": 1, "scan_stages": 1, "warps": 4, "halves": flag, "ahead": not flag,
+            "registers": None,
+        }  # fmt: skip
         assert observed(batch.check()) == "mixed"
         outs.append(batch.out)
     for out in outs[1:]:
@@ -386,7 +461,6 @@ def test_every_split_gives_the_same(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: shapes too large for the interpreter")
 @pytest.mark.parametrize("pattern", ["all", "none", "mixed"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("group, kv_heads, d, page, head_major", [
@@ -396,24 +470,30 @@ def test_every_split_gives_the_same(device):
 def test_full_size(group, kv_heads, d, page, head_major, dtype, pattern, device):
     """Window 512, band 256 and lengths around them, at every size that models have."""
     lengths = (1, 255, 256, 257, 511, 512, 513, 0, 1024, 2047, 2048, 4097)
-    case = Case(lengths, pattern, group, kv_heads, d, page, dtype, head_major=head_major, ringless=(9,))
+    case = Case(
+        lengths, pattern, group, kv_heads, d, page, dtype, head_major=head_major, ringless=(9,)
+    )
     settings = config(window=512, band=256, sink=4 if dtype == FP16 else 0, min_context=512)
-    assert observed(Batch(case, settings, device).check()) == ("mixed" if pattern == "all" else pattern)
+    assert observed(Batch(case, settings, device).check()) == (
+        "mixed" if pattern == "all" else pattern
+    )
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: CUDA graphs")
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_graph_replay(rows, device):
-    """A captured step, replayed on restored rings, gives the same; and it follows changed inputs."""
+    """A captured step, replayed on restored rings, gives the same, and follows changed inputs."""
     lengths = tuple(2100 + 37 * i for i in range(rows))
     settings = config(window=512, band=256, min_context=1024)
-    # Without the entry whose slot the step overwrites: a second step would match what the first one wrote.
+    # Without the entry whose slot the step overwrites: a second step would match what it wrote.
     fresh = dict.fromkeys(range(rows), 511)
     batch = Batch(Case(lengths, "mixed", 4, 8, 128, 16, BF16, fresh=fresh), settings, device)
     names = ("query", "out", "lse", "chain")
     before = [getattr(batch.store, name).clone() for name in names]
-    prefix = torch.zeros_like(batch.query), torch.full(batch.query.shape[:2], -torch.inf, device=device)
+    prefix = (
+        torch.zeros_like(batch.query),
+        torch.full(batch.query.shape[:2], -torch.inf, device=device),
+    )
 
     def step():
         batch.launch()

@@ -5,7 +5,6 @@ Assignments must be equal, state and all. Recorded entries may differ from the o
 rounding of what is stored in few bits, and by the float32 arithmetic of both.
 """
 
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,16 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
-pytest.importorskip("triton", reason="Triton kernels")
-
 from vllm_mac import paged
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.record import record_prefill
 from vllm_mac.ring import RingStore, RingTable
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -67,7 +62,9 @@ class Tables:
         expected, table, size = self.expected, self.table, self.expected.block_size
         draw = random.Random(self.expected.step)
         # Padding keeps what was there: a length, blocks; or one token without a slot.
-        padding = [Row(n, n, [1], False, 0) for n in (0, 5, 7)] + [Row(-1, 0, [1], False, 0, slots=False)]
+        padding = [Row(n, n, [1], False, 0) for n in (0, 5, 7)] + [
+            Row(-1, 0, [1], False, 0, slots=False)
+        ]
         known, rows = len(rows), rows + [draw.choice(padding) for _ in range(pads)]
         count = torch.tensor([row.stop - row.start for row in rows])
         length = torch.tensor([row.stop for row in rows])
@@ -135,7 +132,10 @@ class Tables:
                 self.seen["short"] += 1
         self.seen["contested"] += sum(n > 1 for n in claims.values())
         # The step has not been counted yet.
-        left = sum(int(u) <= t.step + 1 - t.idle_steps and r not in claims for r, u in enumerate(t.used[:-1]))
+        left = sum(
+            int(u) <= t.step + 1 - t.idle_steps and r not in claims
+            for r, u in enumerate(t.used[:-1])
+        )
         self.seen["fresh"] += min(wants, left)
         self.seen["exhausted"] += wants > left
 
@@ -182,7 +182,9 @@ class Traffic:
     def batch(self) -> list[Row]:
         draw, planned, rows = self.draw, [], []
         while len(self.sequences) < self.rows and draw.random() < 0.4:
-            self.sequences.append(Sequence(draw.randint(1, 4 * self.chunk), draw.randrange(self.rows)))
+            self.sequences.append(
+                Sequence(draw.randint(1, 4 * self.chunk), draw.randrange(self.rows))
+            )
         for sequence in list(self.sequences):
             if draw.random() < 0.04:
                 self._end(sequence)
@@ -196,7 +198,9 @@ class Traffic:
                 continue
             rows.append(row)
             planned.append(sequence)
-            if row.stop % self.size == 0 and draw.random() < 0.2:  # before anything is in the blocks
+            if (
+                row.stop % self.size == 0 and draw.random() < 0.2
+            ):  # before anything is in the blocks
                 queue.append(self._share(sequence, row.stop))
         if len(rows) < min(3, self.rows) and not self.free:
             for sequence in [s for s in self.sequences if s not in planned]:
@@ -256,7 +260,6 @@ def test_assign_needs_room():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: shapes too large for the interpreter")
 @pytest.mark.parametrize("rings", [1024, 100, 7])
 def test_assign_full_size(rings):
     """1024 rows and rings; prompts of 16384 tokens; many rows that want a ring at once."""
@@ -273,7 +276,9 @@ def test_assign_full_size(rings):
         for sequence in rest if step % 5 else rest[:50]:
             stop = min(sequence.length + (draw.randint(1, 60) if step < 8 else 1), 15 * size)
             if stop > sequence.length:
-                rows.append(Row(sequence.length, stop, sequence.blocks, stop < 150, sequence.request))
+                rows.append(
+                    Row(sequence.length, stop, sequence.blocks, stop < 150, sequence.request)
+                )
                 sequence.length = stop
         tables.step(rows, pads=draw.randrange(4), loose=3)
     assert tables.seen["continued"] and tables.seen["fresh"] and tables.seen["short"]
@@ -365,16 +370,26 @@ def check(case: Case) -> Counter:
         position += last.tolist()
         at = torch.arange(stop)
         key, value = paged.gather(kv, table[i], at)
-        q = mine[-window:].double().view(len(last), k, case.group, d).permute(1, 2, 0, 3).flatten(1, 2)
+        q = (
+            mine[-window:]
+            .double()
+            .view(len(last), k, case.group, d)
+            .permute(1, 2, 0, 3)
+            .flatten(1, 2)
+        )
         end = (last + 1 - case.band).repeat(case.group)
         part = paged.attend(q, key.double(), value.double(), at, torch.tensor(lo), end, scale)
         by_head = lambda x: x.unflatten(1, (case.group, -1)).movedim(2, 0).flatten(1, 2)
         empty = (last + 1 - case.band <= lo)[:, None].expand(-1, h)
         outs.append(by_head(part.out).masked_fill(empty[..., None], torch.nan))
-        lses.append((by_head(part.lse) / torch.log(torch.tensor(2.0))).masked_fill(empty, torch.nan))
+        lses.append(
+            (by_head(part.lse) / torch.log(torch.tensor(2.0))).masked_fill(empty, torch.nan)
+        )
         if i not in case.ringless:
             kinds["far"] += int((last + 1 - case.band > lo).sum())
-            kinds["near only"] += int(((last + 1 - case.band <= lo) & (last + 1 - case.band > case.sink)).sum())
+            kinds["near only"] += int(
+                ((last + 1 - case.band <= lo) & (last + 1 - case.band > case.sink)).sum()
+            )
             kinds["empty"] += int((last + 1 - case.band <= case.sink).sum())
     seen_query = torch.full((len(query), h, d + 8), torch.nan, dtype=case.dtype)  # and rows apart
     seen_query[token, :, :d] = query[token]
@@ -436,7 +451,9 @@ def test_record_sinks_and_pages(sink, page, head_major):
     assert kinds["far"] and kinds["empty"] and bool(kinds["near only"]) == (sink % page > 0)
 
 
-@pytest.mark.parametrize("group, d", [(1, 32), (2, 64), (7, 96), (8, 128), (16, 256), (1, 256), (16, 32)])
+@pytest.mark.parametrize(
+    "group, d", [(1, 32), (2, 64), (7, 96), (8, 128), (16, 256), (1, 256), (16, 32)]
+)
 def test_record_shapes(group, d):
     kinds = check(Case(group=group, d=d, sink=3, window=5, chunks=((0, 50), (30, 34)), ringless=()))
     assert kinds["far"] and kinds["near only"]
@@ -446,7 +463,16 @@ def test_record_shapes(group, d):
     (BF16, BF16, BF16), (FP16, FP16, FP16), (BF16, FP32, FP32), (FP32, BF16, FP32), (FP16, BF16, FP32), (FP32, FP32, FP32),
 ])  # fmt: skip
 def test_record_dtypes(dtype, ring_dtype, prefix_dtype):
-    assert check(Case(((30, 44), (0, 3)), (), dtype=dtype, ring_dtype=ring_dtype, prefix_dtype=prefix_dtype, sink=5))["far"]
+    assert check(
+        Case(
+            ((30, 44), (0, 3)),
+            (),
+            dtype=dtype,
+            ring_dtype=ring_dtype,
+            prefix_dtype=prefix_dtype,
+            sink=5,
+        )
+    )["far"]
 
 
 @pytest.mark.parametrize("neox", [True, False])
@@ -455,7 +481,9 @@ def test_record_rotary(rotary, neox):
     check(Case(rotary=rotary, neox=neox, dtype=FP32, window=4))
 
 
-@pytest.mark.parametrize("chunks", [((0, 1),), ((20, 24), (20, 25)), ((511, 512),), ((7, 40), (24, 40))])
+@pytest.mark.parametrize(
+    "chunks", [((0, 1),), ((20, 24), (20, 25)), ((511, 512),), ((7, 40), (24, 40))]
+)
 def test_record_lengths(chunks):
     """One token; a prefix of none and of one; the window just filled, just overfilled."""
     check(Case(chunks=chunks, ringless=(), sink=0, group=2))
@@ -467,11 +495,12 @@ def test_record_nothing():
     kv, store = torch.empty(2, 2, 16, 128), RingStore.allocate(1, 4, 8, 64, FP32, "cpu")
     config = SimpleNamespace(window=8, band=4, sink=0)
     table = torch.zeros(1, 1, dtype=torch.int32)
-    record_prefill(torch.empty(0, 4, 64), none, none, none, none, table, kv, store, config, 1.0, *prefix)
+    record_prefill(
+        torch.empty(0, 4, 64), none, none, none, none, table, kv, store, config, 1.0, *prefix
+    )
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: shapes too large for the interpreter")
 @pytest.mark.parametrize("group, kv_heads, d, page, head_major, dtype", [
     (1, 8, 64, 16, False, BF16), (4, 8, 128, 16, False, BF16), (7, 2, 128, 32, True, FP16),
     (16, 1, 256, 16, False, BF16), (4, 2, 96, 48, True, FP16),

@@ -2,37 +2,15 @@
 
     path = write("llama", folder)          # once per name and folder; later calls reuse it
 
-The weights are scaled so that tests on them mean something:
-
-* attention logits have a standard deviation near 3 and attention writes as much
-  into the residual stream as the embedding does, so the tokens depend on what
-  attention reads far back;
-* pre-RoPE queries have elements near 0.6 (keys near 5), so that at threshold
-  0.45 some of them match and some do not;
-* output logits have a standard deviation near 10, so that the gap between the
-  two best tokens is far above fp32 rounding and greedy decoding does not depend
-  on the order of a sum.
+`byte_model.rescale` says why tests on them mean something.
 """
 
-import json
-import math
 from pathlib import Path
 
 import torch
-
-BYTES = 256
-ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
-SPECIALS = ["<bos>", "<eos>", "<pad>", "<unk>", *ROLES, "<|end|>"]
-VOCAB = BYTES + len(SPECIALS)
-BOS, EOS, PAD = BYTES, BYTES + 1, BYTES + 2
-CHAT_TEMPLATE = (
-    "{{ '<bos>' }}"
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+from byte_model import BOS, EOS, PAD, VOCAB, rescale, write_tokenizer
 
 HIDDEN = 128
-QUERY_STD, LOGIT_STD, OUTPUT_STD = 0.6, 3.0, 10.0
 COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
@@ -189,69 +167,8 @@ def write(name: str, folder: str | Path, seed: int = 0) -> Path:
         config.dtype = "float32"
         model = model_class(config).float()
         if name in DECODERS:
-            _scale(model, config)
+            rescale(model, config)
     model.save_pretrained(path)
-    _write_tokenizer(path)
+    write_tokenizer(path, context=8192)
     (path / "done").touch()
     return path
-
-
-@torch.no_grad()
-def _scale(model, config) -> None:
-    """Redraw every weight at the scale the module docstring gives, by the role its name tells."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    q_rows = config.num_attention_heads * head_dim
-    kv_rows = config.num_key_value_heads * head_dim
-    key_std = LOGIT_STD / QUERY_STD
-    normed = any("q_norm" in name for name, _ in model.named_parameters())
-    gemma = config.model_type.startswith("gemma")
-
-    def draw(weight, std):
-        weight.normal_(0.0, std)
-
-    for name, weight in model.named_parameters():
-        fan_in = math.sqrt(weight.shape[-1])
-        if "norm" in name:
-            gain = QUERY_STD if "q_norm" in name else key_std if "k_norm" in name else 1.0
-            weight.fill_(gain - gemma)  # Gemma's norms multiply by 1 + weight
-        elif name.endswith("bias"):
-            draw(weight, 0.1)
-        elif "embed_tokens" in name:
-            draw(weight, 1 / fan_in if gemma else 1.0)  # Gemma multiplies by sqrt(hidden)
-        elif "lm_head" in name:
-            draw(weight, OUTPUT_STD / fan_in)
-        elif "qkv_proj" in name:  # Phi-3 stacks the three
-            draw(weight[:q_rows], QUERY_STD / fan_in)
-            draw(weight[q_rows : q_rows + kv_rows], key_std / fan_in)
-            draw(weight[q_rows + kv_rows :], 1.0 / fan_in)
-        elif "q_proj" in name:
-            draw(weight, (1.0 if normed else QUERY_STD) / fan_in)
-        elif "k_proj" in name:
-            draw(weight, (1.0 if normed else key_std) / fan_in)
-        else:
-            draw(weight, 1.0 / fan_in)
-
-
-def _write_tokenizer(path: Path) -> None:
-    """Byte tokenizer: the id of a byte is its value, the specials follow."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    vocab = {char: byte for byte, char in bytes_to_unicode().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_max_length=8192,
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(path)
-    # Requests must not inherit sampling defaults: tests set their own.
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))

@@ -173,7 +173,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         indptr = np.concatenate(([0], np.cumsum(pages)))
         table = common.block_table_tensor[decodes : common.num_reqs, first // page :]
         indices = torch.cat([table[i, :n] for i, n in enumerate(pages)])
-        as_ints = lambda x: torch.from_numpy(x.astype(np.int32)).pin_memory()  # noqa: E731
+        as_ints = lambda x: torch.from_numpy(x.astype(np.int32)).pin_memory()
         if self._seed_wrapper is None:
             self._seed_wrapper = BatchPrefillWithPagedKVCacheWrapper(self._get_workspace_buffer(), "NHD")
         self._seed_wrapper.plan(

@@ -57,6 +57,8 @@ class MacLayer:
         self.sliding_window = sliding_window
         own = {
             "disabled": not self.config.enabled,
+            # Each micro-batch has a metadata builder, and the rings have one owner.
+            "micro_batches": vllm_config.parallel_config.use_ubatching,
             "sliding_window": sliding_window is not None,
             "soft_cap": bool(logits_soft_cap),
             "alibi": alibi_slopes is not None,

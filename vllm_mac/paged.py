@@ -140,7 +140,7 @@ def decode(
             rest.out[b, some], rest.lse[b, some] = merge(band, sink)
             read[b, some] = m + 1 - begin.amin(-1) + sink_end
 
-    by_head = lambda x: Partial(x.out.view(rows, heads, d), x.lse.view(rows, heads))  # noqa: E731
+    by_head = lambda x: Partial(x.out.view(rows, heads, d), x.lse.view(rows, heads))
     head_hit = hit.repeat_interleave(heads // kv_heads, 1)
     index, head = torch.clamp(ring, min=0)[:, None], torch.arange(heads, device=query.device)
     slot = torch.clamp(source, min=0) % config.window
