@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?usage: examples/install.sh VENV [PIP ARGUMENT...]}; shift
-say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
+say() { printf '== %s\n' "$*" >&2; }
 
 device=${MAC_DEVICE:-$(if nvidia-smi -L >/dev/null 2>&1; then echo cuda; else echo cpu; fi)}
 case $device in cpu | cuda) ;; *) say "MAC_DEVICE is '$device'; choose cpu or cuda"; exit 2 ;; esac

@@ -47,7 +47,11 @@ def default_model() -> str:
     folder = WORK / "model"
     if not (folder / "generation_config.json").exists():  # written last
         with console.status("making a small Llama with random weights"):
-            subprocess.run([sys.executable, ROOT / "examples" / "byte_model.py", folder], check=True, stdout=subprocess.DEVNULL)
+            made = subprocess.run(
+                [sys.executable, ROOT / "examples" / "byte_model.py", folder], capture_output=True, text=True
+            )
+        if made.returncode:
+            sys.exit(f"The model could not be made:\n{made.stderr}")
     return str(folder)
 
 
@@ -131,10 +135,15 @@ def ask(address: str, prompt: str, tokens: int, show: bool) -> tuple[str, int, f
             times.append(time.perf_counter())
             text += chunk.choices[0].text
             if show:
-                console.print(chunk.choices[0].text, end="", markup=False, highlight=False, soft_wrap=True)
+                console.print(printable(chunk.choices[0].text), end="", markup=False, highlight=False, soft_wrap=True)
     if show:
         console.print()
     return text, prompt_tokens, 1000 * (times[-1] - times[0]) / max(generated - 1, 1)
+
+
+def printable(text: str) -> str:
+    """Random weights write any byte: show those that a terminal takes for itself as dots."""
+    return "".join(c if c.isprintable() or c == "\n" else "." for c in text)
 
 
 def counters(address: str) -> list:
@@ -157,7 +166,7 @@ def main() -> None:
     answers, times = {}, {}
     for backend in (None, "MAC"):
         with server(model, backend, args.timeout) as address:
-            ask(address, prompt, 2, show=False)  # warms the server up, and its prefix cache
+            ask(address, prompt[::-1], 2, show=False)  # the first request pays for warming up
             if backend:
                 console.rule(f"streamed with {backend}")
             answers[backend], length, times[backend] = ask(address, prompt, args.tokens, show=bool(backend))

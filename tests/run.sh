@@ -5,5 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${MAC_TEST_VENV:-.cache/test-venv}
-bash examples/install.sh "$venv" pytest hypothesis
-exec "$venv/bin/python" -m pytest "$@"
+bash examples/install.sh "$venv" ".[test]"
+# Two workers: no test uses more than one thread.
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -88,7 +88,8 @@ def _honour_on_cpu() -> None:
         )
         if reasons:
             raise ValueError(
-                f"--attention-backend {NAME} cannot serve this model as configured: {'; '.join(reasons)}"
+                f"--attention-backend {NAME} cannot serve this model as configured: {'; '.join(reasons)}. "
+                "Leave --attention-backend out for vLLM's own choice."
             )
         return selected_backend.get_path()
 

@@ -1,0 +1,292 @@
+"""How the name MAC reaches vLLM: in this process, through pickles, and in a real server."""
+
+import copy
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine import ENVIRONMENT
+from tiny_models import write
+
+import vllm_mac
+from vllm_mac import plugin
+
+REGISTRY = "vllm.v1.attention.backends.registry"
+CONFIG = {"mac": {"window": 32, "band": 16, "min_context": 64, "threshold": 0.45}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def vllm():
+    """The parts of vLLM these tests need."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig, get_attn_backend
+
+    load_general_plugins()
+    return SimpleNamespace(
+        backends=AttentionBackendEnum,
+        engine_args=EngineArgs,
+        get_attn_backend=get_attn_backend,
+        platform=type(current_platform),
+        selector_config=AttentionSelectorConfig,
+        set_config=set_current_vllm_config,
+    )
+
+
+@pytest.fixture
+def errors():
+    """Messages that the plugin logs; vLLM's loggers do not hand theirs on to pytest's."""
+    found = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: found.append(record.getMessage())
+    plugin.logger.addHandler(handler)
+    yield found
+    plugin.logger.removeHandler(handler)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For a process of its own: what this one's engines are set to stays here."""
+    for_here = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "TORCHDYNAMO_DISABLE"}
+    for_here |= {"VLLM_USE_V2_MODEL_RUNNER", "TRITON_INTERPRET", "VLLM_PLUGINS"}
+    every = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return {name: value for name, value in every.items() if name not in for_here} | changes
+
+
+def fresh(script: str, *arguments: str, data: bytes = b"", **changes: str) -> str:
+    """What a new Python process prints last when it runs `script`."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], input=data, capture_output=True, env=environment(**changes)
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().splitlines()[-1]
+
+
+def test_registering_again_changes_nothing(vllm):
+    before = dict(vllm.backends.__members__), vllm.platform.get_attn_backend_cls.__func__
+    for step in (plugin.platform, plugin.register, plugin.register):
+        assert step() is None
+    assert before == (dict(vllm.backends.__members__), vllm.platform.get_attn_backend_cls.__func__)
+    assert vllm.backends["MAC"].get_path() == plugin.BACKEND
+
+
+@pytest.mark.parametrize("absent", [REGISTRY, "vllm.platforms"])
+def test_a_failure_is_one_logged_error(monkeypatch, errors, absent):
+    monkeypatch.setitem(sys.modules, absent, None)  # importing it now fails
+    plugin.register()
+    assert len(errors) == 1
+    assert errors[0].startswith(f"vllm-mac {vllm_mac.__version__} could not register")
+
+
+def test_other_members_pickle_as_without_us(vllm, monkeypatch):
+    def pickles():
+        members = [m for m in vllm.backends if m.name != "MAC"]
+        return [[pickle.dumps(m, protocol) for m in members] for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+
+    with_us = pickles()
+    monkeypatch.delitem(plugin.copyreg.dispatch_table, vllm.backends)
+    assert with_us == pickles()
+
+
+def test_member_survives_copies(vllm):
+    member = vllm.backends["MAC"]
+    assert copy.deepcopy({"a": [member]})["a"][0] is member
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(member, protocol)) is member
+
+
+READ_PICKLE = f"""
+import pickle, sys
+from {REGISTRY} import AttentionBackendEnum
+assert "MAC" not in AttentionBackendEnum.__members__
+config = pickle.load(sys.stdin.buffer).attention_config
+assert config.backend is AttentionBackendEnum["MAC"] is config.backend_per_kind["full_attention"]
+print(config.backend.get_path())
+"""
+
+
+@pytest.mark.cpu
+def test_configuration_is_unpickled_before_plugins_load(vllm, model):
+    chosen = {"backend": "MAC", "backend_per_kind": {"full_attention": "MAC"}}
+    config = vllm.engine_args(model=str(model), attention_config=chosen).create_engine_config()
+    # An empty list of plugins: only unpickling can register the name.
+    assert fresh(READ_PICKLE, data=pickle.dumps(config), VLLM_PLUGINS="") == plugin.BACKEND
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "options, windowed",
+    [
+        ({"attention_backend": "MAC"}, "MAC"),
+        ({"attention_config": {"backend": "MAC"}}, "MAC"),
+        ({"attention_config": {"backend_per_kind": {"full_attention": "MAC"}}}, "CPU_ATTN"),
+        ({}, "CPU_ATTN"),
+    ],
+)
+def test_every_way_to_choose(vllm, model, options, windowed):
+    config = vllm.engine_args(model=str(model), **options).create_engine_config()
+    with vllm.set_config(config):
+        full, window = (
+            vllm.get_attn_backend(32, torch.float32, "auto", has_sliding_window=sliding).get_name()
+            for sliding in (False, True)
+        )
+    assert (full, window) == ("MAC" if options else "CPU_ATTN", windowed)
+
+
+CHOOSE_FIRST = """
+import json, sys
+from vllm import LLM
+llm = LLM(sys.argv[1], attention_config={"backend": "MAC"}, max_model_len=256, enforce_eager=True, dtype="float32")
+layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+print(json.dumps([type(layer.impl).__name__ for layer in layers]))
+llm.llm_engine.engine_core.shutdown()
+"""
+
+
+@pytest.mark.cpu
+def test_choice_in_a_dictionary_is_the_first_thing_a_process_says(model):
+    # LLM() parses it before vLLM loads general plugins.
+    printed = fresh(CHOOSE_FIRST, str(model), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert json.loads(printed) == ["MacCPUImpl"] * 2
+
+
+def selector(vllm, **changes):
+    return vllm.selector_config(
+        **{"head_size": 32, "dtype": torch.float32, "kv_cache_dtype": "auto", "block_size": None, **changes}
+    )
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("changes", [{}, {"use_mla": True}, {"attn_type": "encoder_only"}])
+def test_other_choices_are_left_to_vllm(vllm, changes):
+    ours = vllm.platform.get_attn_backend_cls
+    config = selector(vllm, **changes)
+    for name in (None, "CPU_ATTN", "FLASH_ATTN"):
+        chosen = name and vllm.backends[name]
+        original = ours.__func__.__wrapped__(vllm.platform, chosen, config, 8)
+        assert ours(chosen, attn_selector_config=config, num_heads=8) == original != plugin.BACKEND
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"use_mla": True}, "MLA"),
+        ({"attn_type": "encoder_only"}, "attention type encoder_only"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16"),
+        ({"use_kv_connector": True}, "KV connector"),
+        ({"use_non_causal": True}, "non-causal"),
+    ],
+)
+def test_what_mac_cannot_serve_is_refused(vllm, changes, reason):
+    choose = vllm.platform.get_attn_backend_cls
+    assert choose(vllm.backends["MAC"], selector(vllm), 8) == plugin.BACKEND
+    with pytest.raises(ValueError) as refused:
+        choose(vllm.backends["MAC"], selector(vllm, **changes), 8)
+    assert reason in str(refused.value)
+    assert "--attention-backend MAC" in str(refused.value)
+
+
+@contextmanager
+def server(model, log, additional_config: dict):
+    """A vLLM server on loopback, its engine in a process of its own; `(process, port)`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port),
+        "--attention-backend", "MAC", "--additional-config", json.dumps(additional_config),
+        "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager",
+    ]  # fmt: skip
+    with log.open("w") as out:
+        # A session of its own, so that whatever is left of it can be found and ended.
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
+    try:
+        yield process, port
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def healthy(process: subprocess.Popen, port: int, patience: float = 300) -> bool:
+    """Wait until the server answers (True) or has ended (False)."""
+    end = time.monotonic() + patience
+    while process.poll() is None:
+        assert time.monotonic() < end, f"neither healthy nor dead after {patience} s"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    return False
+
+
+def running(session: int) -> list[str]:
+    """The names of a session's processes, without those that have ended and were not yet waited for."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().rpartition(")")
+        except OSError:
+            continue  # ended just now
+        state, _, _, its_session = rest.split()[:4]
+        if int(its_session) == session and state != "Z":
+            found.append(name.partition("(")[2])
+    return found
+
+
+@pytest.mark.cpu
+def test_server_serves_and_stops(model, tmp_path):
+    from openai import OpenAI
+
+    log = tmp_path / "log"
+    with server(model, log, CONFIG) as (process, port):
+        assert healthy(process, port), log.read_text()
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+            done = client.completions.create(
+                model="tiny", prompt="tell me " * 30, max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
+            )
+        assert (done.usage.completion_tokens, done.choices[0].finish_reason) == (20, "length")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, log.read_text()
+        end = time.monotonic() + 20
+        while (left := running(process.pid)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert left == []  # the engine ended with its server
+    text = log.read_text()
+    assert "MAC serves 2 of 2 attention layers" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.cpu
+def test_server_refuses_an_unknown_key(model, tmp_path):
+    log = tmp_path / "log"
+    with server(model, log, {"mac": {"treshold": 0.5}}) as (process, port):
+        assert not healthy(process, port)
+        assert process.returncode != 0
+    assert "treshold: unknown key, received 0.5 (float)" in log.read_text()
+    assert "did you mean 'threshold'?" in log.read_text()
