@@ -114,9 +114,7 @@ def missing_names(path: Path, folder: Path) -> list[str]:
 
 def copied(folder: Path) -> dict[str, Path]:
     """Our packages, copied into one folder as they are installed."""
-    for package, path in LAYOUT.items():
-        target = folder.joinpath(*package.split("."))
-        shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "vllm_mac", folder / "vllm_mac", ignore=shutil.ignore_patterns("__pycache__"))
     return {package: folder.joinpath(*package.split(".")) for package in LAYOUT}
 
 

@@ -1,0 +1,198 @@
+"""`vllm-mac bench decode`: time per output token of a whole vLLM engine, one backend after another.
+
+Each backend has its own process (`engine`), so that memory is free again and a crash is a row
+with an error. This side starts them, follows what they tell and makes rows of it.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from vllm_mac.bench import BenchError
+from vllm_mac.bench.report import quantiles
+
+# -P: the installed package, not a folder of that name where the command happens to run.
+COMMAND = (sys.executable, "-P", "-m", "vllm_mac.bench.engine")
+OWN = "default"  # the platform's own choice of backend
+SHAPE = "shape:"
+# Shapes of models that need no download; their weights are dummies and they have no tokenizer.
+SHAPES = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192},
+        "hidden_act": "silu", "bos_token_id": 128000, "eos_token_id": 128001, "tie_word_embeddings": False,
+        "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """context: prompt tokens of each of `batch` requests. tokens: measured decode steps. prefills:
+    times that the prompts are read. prompt: `words`, `ids` or a text file. mac: inline keys of MAC.
+    engine: further arguments of `vllm.LLM`. timeout: seconds for one backend."""
+
+    model: str
+    context: int
+    batch: int = 1
+    tokens: int = 64
+    backends: tuple[str, ...] = ("MAC", OWN)
+    prompt: str = "words"
+    seed: int = 0
+    load_format: str | None = None
+    max_model_len: int | None = None
+    eager: bool = False
+    prefills: int = 1
+    mac: dict = field(default_factory=dict)
+    engine: dict = field(default_factory=dict)
+    timeout: float = 1200.0
+    verbose: bool = False
+
+
+def run(options: Options, report: Callable[[str, str], None]) -> Iterator[dict]:
+    """A row for each backend. report(backend, stage) is told how far a backend is."""
+    with tempfile.TemporaryDirectory(prefix="vllm-mac-bench-") as folder:
+        spec = _spec(options, Path(folder))
+        for backend in options.backends:
+            yield _row(options, backend, _run_backend(options, backend, spec, Path(folder), report))
+
+
+def compare(rows: list[dict]) -> None:
+    """Add to each row its speed-up over the fastest of the other backends."""
+    for row in rows:
+        others = [r["p50"] for r in rows if r is not row and "p50" in r]
+        if others and "p50" in row:
+            row["speedup"] = min(others) / row["p50"]
+
+
+def _spec(options: Options, folder: Path) -> dict:
+    """What the process of every backend is told."""
+    model, load_format = options.model, options.load_format
+    if model.startswith(SHAPE):
+        name = model.removeprefix(SHAPE)
+        if name not in SHAPES:
+            raise BenchError(f"--model: no shape {name!r}, choose from {', '.join(SHAPE + known for known in SHAPES)}")
+        model, load_format = str(folder / name), load_format or "dummy"
+        Path(model).mkdir()
+        (Path(model) / "config.json").write_text(json.dumps(SHAPES[name]), encoding="utf-8")
+    if options.prompt not in ("words", "ids") and not Path(options.prompt).is_file():
+        raise BenchError(f"--prompt: no file {options.prompt!r}; choose a text file, words or ids")
+    # Requests that were read early decode while the others are still being read.
+    spare = options.batch * (options.context // 2048 + 2) + 32
+    llm = {
+        "model": model,
+        "max_model_len": options.max_model_len or options.context + options.tokens + spare,
+        "max_num_seqs": options.batch,
+        "enforce_eager": options.eager,
+        "seed": options.seed,
+        "disable_log_stats": True,
+    }
+    if load_format is not None:
+        llm["load_format"] = load_format
+    return {"llm": llm | options.engine, **{k: v for k, v in asdict(options).items() if k not in ("mac", "engine", "backends")}}
+
+
+def _run_backend(options: Options, backend: str, spec: dict, folder: Path, report) -> dict:
+    """The last message of a backend's process, or {"error": ...}."""
+    llm = dict(spec["llm"])
+    if backend != OWN:
+        llm["attention_backend"] = backend
+    if backend == "MAC":
+        llm["additional_config"] = {**llm.get("additional_config", {}), "mac": options.mac}
+    read, write = os.pipe()
+    log = folder / f"{backend}.log"
+    command = [*COMMAND, json.dumps(spec | {"llm": llm}), str(write)]
+    with open(log, "wb") as sink:
+        # A process group of its own: a stop reaches the engine's processes too, and Ctrl-C only this one.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno() if options.verbose else sink,
+            stderr=subprocess.STDOUT, pass_fds=(write,), process_group=0,
+        )  # fmt: skip
+    os.close(write)
+    result, begin = {}, time.monotonic()
+    try:
+        for message in _messages(process, read, begin + options.timeout):
+            if "stage" in message:
+                report(backend, message["stage"])
+            else:
+                result = message
+        late = process.poll() is None and time.monotonic() > begin + options.timeout
+    finally:
+        os.close(read)
+        code = _stop(process, patient=bool(result))
+    if result:
+        return result
+    tail = "" if options.verbose else _tail(log)
+    reason = f"took longer than {options.timeout:g} s" if late else f"ended with code {code}"
+    return {"error": f"{tail}\nthe engine {reason} and gave no result{_cause(tail)}".strip()}
+
+
+def _messages(process: subprocess.Popen, read: int, deadline: float) -> Iterator[dict]:
+    """JSON lines from the pipe until it closes, the process ends or the time is up."""
+    waiting = b""
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([read], [], [], 0.2)
+        if ready:
+            data = os.read(read, 1 << 16)
+            if not data:
+                return
+            *lines, waiting = (waiting + data).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+        elif process.poll() is not None:
+            return
+
+
+def _stop(process: subprocess.Popen, patient: bool) -> int:
+    """Wait for the process, if it has told its result, and end what is left of its group."""
+    if patient:
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            pass
+    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+    return process.wait()
+
+
+def _tail(log: Path, lines: int = 30) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def _cause(tail: str) -> str:
+    """The last line of the log that names an error."""
+    named = [line for line in tail.splitlines() if "Error" in line]
+    return f": {named[-1].strip()}" if named else ""
+
+
+def _row(options: Options, backend: str, result: dict) -> dict:
+    row = {
+        "bench": "decode", "engine": backend, "model": options.model, "context": options.context, "batch": options.batch,
+        "seed": options.seed, "load_format": options.load_format, "graphs": not options.eager, "engine_args": options.engine,
+    }  # fmt: skip
+    if "error" in result:
+        return {**row, "error": result["error"]}
+    row |= {"mac": options.mac} if backend == "MAC" else {}
+    row |= quantiles(result.pop("step_ms")) | {"samples": options.tokens}
+    row |= {f"ttft_{name}": value for name, value in quantiles(result["ttft_ms"]).items()}
+    builds = result.pop("metadata_ms")
+    row |= {f"metadata_{name}": value for name, value in quantiles(builds).items()} if builds else {}
+    return row | result

@@ -1,0 +1,75 @@
+"""Time on the device: replays of CUDA graphs, measured with events."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def graph_samples(calls: Sequence[Callable[[], None]], seconds: float = 0.3) -> list[float]:
+    """Milliseconds per call, one sample per replay of one graph of all `calls` in a row.
+
+    Replays for about `seconds`, 10 times at least and 100 at most.
+    """
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    once = max(_replays(graph, 1)[0], 1e-3)
+    _replays(graph, min(50, int(20 / once)))  # clocks rise under load
+    count = max(10, min(100, int(seconds * 1000 / once)))
+    samples = [sample / len(calls) for sample in _replays(graph, count)]
+    graph.reset()
+    return samples
+
+
+def _replays(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for begin, end in events:
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def host_samples(call: Callable[[], None], count: int = 50) -> list[float]:
+    """Milliseconds of host time of each call; the device's queue is empty before it."""
+    samples = []
+    for _ in range(count + 5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        samples.append(1000 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
+    return samples[5:]
+
+
+def device_samples(call: Callable[[], None]) -> list[float]:
+    """Milliseconds on the device of a call outside of layers; with launch costs where the call
+    cannot be captured."""
+    try:
+        return graph_samples([call] * 4, seconds=0.05)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        samples = []
+        for _ in range(20):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            samples.append(begin.elapsed_time(end))
+        return samples
+
+
+def copy_bandwidth(size: int = 2 << 30) -> float:
+    """Bytes per second of a device-to-device copy, reads and writes both counted."""
+    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    samples = sorted(graph_samples([lambda: target.copy_(source)], seconds=0.1))
+    return 2 * size / (samples[len(samples) // 2] / 1000)

@@ -1,0 +1,326 @@
+"""The command `vllm-mac`. Importing it imports neither torch nor vLLM; subcommands do."""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from vllm_mac import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="markdown")
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="Measure MAC beside exact attention. Rows carry GPU, versions, command line and commit (where the code runs outside "
+    "a checkout: what MAC_ATTENTION_COMMIT says, or unknown).",
+)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    # `timeout` and job schedulers send SIGTERM; what was measured is still to be written.
+    signal.signal(signal.SIGTERM, _interrupt)
+    app()
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """MAC attention for vLLM."""
+
+
+def _numbers(kind, low: float, high: float):
+    """A parser of comma-separated numbers from `low` to `high`."""
+    what = "whole numbers" if kind is int else "numbers"
+    choices = f"choose {what} of at least {low:g}" if math.isinf(high) else f"choose {what} from {low:g} to {high:g}"
+
+    def parse(text: str) -> tuple:
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if values and all(low <= value <= high for value in values):
+            return values
+        raise typer.BadParameter(f"received {text!r}; {choices}, separated by commas")
+
+    return parse
+
+
+def _heads(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        pairs = tuple(tuple(int(part) for part in pair.split("/")) for pair in text.split(","))
+    except ValueError:
+        pairs = ()
+    if pairs and all(len(pair) == 2 and min(pair) > 0 and pair[0] % pair[1] == 0 for pair in pairs):
+        return pairs
+    raise typer.BadParameter(
+        f"received {text!r}; choose query heads/KV heads such as 32/8, the former a multiple of the latter, separated by commas"
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _mapping(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"received {text!r}; not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f'received {text!r}; choose a JSON object such as {{"threshold": 0.6}}')
+    return value
+
+
+def _choice(option: str, value: str, choices) -> str:
+    if value not in choices:
+        raise typer.BadParameter(f"received {value!r}; choose from {', '.join(choices)}", param_hint=option)
+    return value
+
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file (PNG, PDF, SVG). Needs the extra 'bench'.")]
+Mac = Annotated[str, typer.Option("--mac", help="Keys of MAC's configuration as JSON, as under --additional-config 'mac'.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random data.")]
+ShowProgress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress on stderr.")]
+
+
+@bench.command()
+def kernel(
+    batch: Annotated[str, typer.Option(help="Rows decoding at once.")] = "1,16,64",
+    context: Annotated[str, typer.Option(help="Tokens in the cache of each row.")] = "131072",
+    heads: Annotated[str, typer.Option(help="Query heads/KV heads.")] = "32/8,32/4",
+    head_size: Annotated[int, typer.Option(min=32, max=256)] = 128,
+    hit_rate: Annotated[str, typer.Option(help="Shares of heads to hit, each head by itself.")] = "0,0.5,0.75,0.9,0.97,0.99,1",
+    window: Annotated[int | None, typer.Option(help="MAC's window; 512 unless configured otherwise.")] = None,
+    band: Annotated[int | None, typer.Option(help="MAC's band; 256 unless configured otherwise.")] = None,
+    mean_lag: Annotated[int, typer.Option(min=1, help="Mean distance to the matched position, before it is clipped.")] = 64,
+    lags: Annotated[str, typer.Option(help="Distribution of that distance: geometric, uniform or constant.")] = "geometric",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    page: Annotated[int, typer.Option(min=1, help="Tokens of a KV page.")] = 16,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers per graph; 24, 12 or 5 by batch.")] = None,
+    baselines: Annotated[str, typer.Option(help="Exact engines: FLASHINFER, FLASH_ATTN, or none.")] = "FLASHINFER,FLASH_ATTN",
+    mac: Mac = "{}",
+    seed: Seed = 0,
+    json_path: Json = None,
+    plot: Plot = None,
+    progress: ShowProgress = True,
+) -> None:
+    """Time one layer's decode attention in CUDA-graph replay, MAC beside the best exact decode.
+
+    --batch, --context, --heads and --hit-rate take lists separated by commas; all combinations are
+    measured. For each shape FlashInfer with tensor cores and FlashAttention run first (best exact is
+    the faster), then MAC at each hit rate. Before any time is taken, results are compared with
+    float32 PyTorch; a wrong one ends the run. Hits are made by the data: a ring entry near the head's
+    query, at a random lag, or none; the match itself decides.
+
+    A graph holds several layers with rings, queries and KV of their own, so that the chip's caches
+    do not flatter; times are per layer. begin is what a step does once for all layers. Contexts
+    below MAC's min_context have one row of MAC, where nothing is matched.
+
+    The default run takes about 3 minutes and 50 GiB on an H200.
+    """
+    batches, contexts = _parse("--batch", _numbers(int, 1, math.inf), batch), _parse("--context", _numbers(int, 2, math.inf), context)
+    pairs, rates = _parse("--heads", _heads, heads), _parse("--hit-rate", _numbers(float, 0, 1), hit_rate)
+    exact = () if baselines == "none" else _names(baselines)
+    keys = _parse("--mac", _mapping, mac)
+    keys |= {key: value for key, value in (("window", window), ("band", band)) if value is not None}
+    _choice("--lags", lags, ("geometric", "uniform", "constant"))
+    _choice("--dtype", dtype, ("bfloat16", "float16"))
+    for name in exact:
+        _choice("--baselines", name, ("FLASHINFER", "FLASH_ATTN", "none"))
+    with _results(json_path, plot) as rows:
+        from vllm_mac.bench import kernel as measured
+        from vllm_mac.config import resolve
+
+        measured.require_cuda()
+        options = measured.Options(
+            batches, contexts, pairs, rates, resolve(keys), head_size, dtype, page, lags, mean_lag, layers, seed, exact
+        )
+        # Two more than rows: the copy bandwidth and the cache.
+        with _progress(progress, options.measurements() + 2) as tell:
+            for row in measured.run(options, tell):
+                rows.append(row)
+
+
+@bench.command()
+def decode(
+    model: Annotated[str, typer.Option(help="A model's folder or name, or shape:llama-3.1-8b for that shape with dummy weights.")],
+    context: Annotated[int, typer.Option(min=1, help="Prompt tokens of each request.")],
+    batch: Annotated[int, typer.Option(min=1, help="Requests, each with a prompt of its own.")] = 1,
+    backends: Annotated[
+        str | None, typer.Option(help="Backends by name, or 'default' for vLLM's choice. MAC,FLASHINFER,FLASH_ATTN on GPUs, else MAC,default.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Decode steps measured.")] = 64,
+    prompt: Annotated[str, typer.Option(help="A text file, 'words' (random ones) or 'ids' (random tokens).")] = "words",
+    load_format: Annotated[str | None, typer.Option(help="As vLLM's; dummy for random weights.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="As vLLM's; just long enough unless given.")] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="No CUDA graphs and no compilation.")] = False,
+    prefills: Annotated[int, typer.Option(min=1, help="Times the prompts are read, for the time to the first token.")] = 1,
+    mac: Mac = "{}",
+    engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
+    timeout: Annotated[float, typer.Option(help="Seconds that one backend may take.")] = 1200,
+    seed: Seed = 0,
+    json_path: Json = None,
+    plot: Plot = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what the engines print.")] = False,
+    progress: ShowProgress = True,
+) -> None:
+    """Time a whole vLLM engine per output token, one backend after another.
+
+    Each backend runs in a process of its own; one that fails becomes a row with its error. An
+    engine warms up on the first 4096 tokens of each prompt. Then the prompts are read (PREFILLS
+    times, the prefix cache emptied before each, so that every time to first token is of a whole
+    prompt), and decoding goes on from the last reading. Only steps in which every request gets a
+    token are timed: the time between one such step and the next. The hit rate and the share of KV
+    read are those of the measured steps. Works on CPUs too.
+
+    VLLM_* variables reach the engines: VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps each in one process.
+    """
+    from vllm_mac.bench import decode as measured
+
+    keys, arguments = _parse("--mac", _mapping, mac), _parse("--engine", _mapping, engine)
+    with _results(json_path, plot) as rows:
+        on_gpu = rows.environment["gpu"] is not None
+        names = _names(backends or ("MAC,FLASHINFER,FLASH_ATTN" if on_gpu else f"MAC,{measured.OWN}"))
+        options = measured.Options(
+            model, context, batch, tokens, names, prompt, seed, load_format, max_model_len, eager, prefills, keys, arguments,
+            timeout, verbose,
+        )  # fmt: skip
+        with _progress(progress, len(names)) as tell:
+            try:
+                for row in measured.run(options, lambda backend, stage: tell(f"{backend}: {stage}", advance="start" in stage)):
+                    rows.append(row)
+                    if "error" in row:
+                        print(f"{row['engine']}: {row['error']}", file=sys.stderr)
+            finally:
+                measured.compare(rows)
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
+
+
+@bench.command()
+def show(
+    files: Annotated[list[Path], typer.Argument(help="Files written by --json.")],
+    plot: Plot = None,
+) -> None:
+    """Print the tables of earlier results, together, and plot them."""
+    from vllm_mac.bench import BenchError, report
+
+    try:
+        rows = [row for path in files for row in report.load(path)]
+        report.show(rows, _console())
+        if plot is not None:
+            report.plot(rows, plot)
+    except BenchError as error:
+        _fail(error)
+
+
+def _parse(option: str, parser, text: str):
+    try:
+        return parser(text)
+    except typer.BadParameter as error:
+        error.param_hint = option
+        raise
+
+
+class _Rows(list):
+    """Rows, each of which gets the facts of the machine when it is added."""
+
+    def __init__(self, environment: dict):
+        self.environment = environment
+
+    def append(self, row: dict) -> None:
+        super().append({**row, **self.environment})
+
+
+@contextmanager
+def _results(json_path: Path | None, plot: Path | None):
+    """A list to add rows to; shown, saved and plotted at the end, also after Ctrl-C or an error."""
+    from vllm_mac.bench import BenchError, report
+    from vllm_mac.config import MacConfigError
+
+    code, rows = 0, None
+    try:
+        if plot is not None:
+            report.require_matplotlib()  # better now than after the measurements
+        rows = _Rows(report.environment())
+        yield rows
+    except (BenchError, MacConfigError, ImportError) as error:
+        code = _complain(error)
+    except KeyboardInterrupt:
+        print("interrupted; what was measured until then follows", file=sys.stderr)
+        code = 130
+    finally:
+        if rows:
+            report.show(rows, _console())
+            if json_path is not None:
+                report.save(rows, json_path)
+                print(f"{len(rows)} rows in {json_path}", file=sys.stderr)
+            if plot is not None:
+                try:
+                    report.plot(rows, plot)
+                except BenchError as error:
+                    code = code or _complain(error)
+    if code:
+        raise typer.Exit(code)
+
+
+def _console() -> Console:
+    # Tables that go to a file are as wide as they are.
+    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "220")))
+
+
+def _complain(error: BaseException) -> int:
+    print(f"vllm-mac: {error}", file=sys.stderr)
+    return 2
+
+
+def _fail(error: BaseException) -> None:
+    raise typer.Exit(_complain(error))
+
+
+@contextmanager
+def _progress(shown: bool, total: int):
+    """A function to tell what begins; each call finishes what was told before."""
+    console = Console(stderr=True)
+    if shown and not console.is_terminal:  # a log: one line for each
+        begun = time.monotonic()
+        yield lambda what, advance=True: print(f"{time.monotonic() - begun:6.1f} s  {what}", file=sys.stderr, flush=True)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
+        task, first = progress.add_task("", total=total), True
+
+        def tell(what: str, advance: bool = True) -> None:
+            nonlocal first
+            progress.update(task, description=what, advance=int(advance and not first))
+            first = False
+
+        yield tell
