@@ -211,6 +211,33 @@ def identical() -> Scenario:
     )
 
 
+def marathon() -> Scenario:
+    """Everything above around one long answer: three hundred tokens and more, thrown out once."""
+    first = text("long", 4 * BLOCK + 9)
+    events = [
+        Add(0, "long", first, 340),
+        Add(10, "shares", first[: 4 * BLOCK] + [7], 60),
+        Add(40, "chunked", text("chunked", 200), 40),
+        Add(60, "leaves", text("leaves", 90), 200),
+        Add(90, "same", first, 30),
+        Abort(100, "leaves"),
+        Preempt(160),
+        Add(200, "again", lambda tokens: first + tokens["same"], 60),
+    ]
+    return Scenario(
+        events,
+        limits=Limits(chunk=64),
+        caching=ON,
+        reached=lambda run: {
+            "300 tokens": len(run.tokens["long"]) == 340,
+            "chunked": run.chunks["chunked"] > 1,
+            "shared prefix": run.cached["shares"] == 4 * BLOCK,
+            "aborted": 0 < run.aborted["leaves"] < 200,
+            "preempted": run.preempted["long"] == 1,
+        },
+    )
+
+
 SCENARIOS = {
     "chunked17": chunked(17),
     "chunked33": chunked(33),
