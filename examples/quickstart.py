@@ -7,6 +7,7 @@ loopback only and are stopped at the end, also on Ctrl-C.
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,6 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
@@ -35,12 +35,17 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", help="model folder or name; by default a small random one is made")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate (default 128)")
     parser.add_argument("--context", type=int, default=6144, help="characters of the prompt (default 6144)")
+    parser.add_argument("--threshold", type=float, help="MAC's threshold; 1 reuses nothing, so both answers are the same")
     parser.add_argument("--timeout", type=int, default=600, help="seconds to wait for a server (default 600)")
     args = parser.parse_args()
     for name in ("tokens", "context", "timeout"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     return args
+
+
+def on_gpu() -> bool:
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0 if shutil.which("nvidia-smi") else False
 
 
 def default_model() -> str:
@@ -62,7 +67,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(model: str, backend: str | None, timeout: int):
+def server(model: str, backend: str | None, config: dict, timeout: int):
     """A vLLM server on loopback; yields its address. `backend` None is the platform's own."""
     port, log = free_port(), WORK / f"server-{backend or 'default'}.log"
     command = [
@@ -70,13 +75,14 @@ def server(model: str, backend: str | None, timeout: int):
         "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "4", "--no-enable-log-requests",
     ]  # fmt: skip
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # it offers /collective_rpc
-    if torch.cuda.is_available():
+    if on_gpu():
         command += ["--dtype", "bfloat16"]
     else:
         command += ["--dtype", "float32", "--enforce-eager"]
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if backend:
         command += ["--attention-backend", backend, "--worker-extension-cls", "vllm_mac.metrics.WorkerExtension"]
+        command += ["--additional-config", json.dumps({"mac": config})]
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
         # A process group of its own, so that the server's children end with it.
@@ -163,9 +169,11 @@ def main() -> None:
     text = (ROOT / "LICENSE").read_text()
     prompt = (text * (args.context // len(text) + 1))[: args.context] + QUESTION
 
+    config = {} if args.threshold is None else {"threshold": args.threshold}
+
     answers, times = {}, {}
     for backend in (None, "MAC"):
-        with server(model, backend, args.timeout) as address:
+        with server(model, backend, config, args.timeout) as address:
             ask(address, prompt[::-1], 2, show=False)  # the first request pays for warming up
             if backend:
                 console.rule(f"streamed with {backend}")
@@ -180,15 +188,18 @@ def main() -> None:
     console.print(table)
     same = len(os.path.commonprefix([answers[None], answers["MAC"]]))
     console.print(
-        f"Prompt of {length} tokens, {args.tokens} generated, greedy, on {'GPU' if torch.cuda.is_available() else 'CPU'}; "
+        f"Prompt of {length} tokens, {args.tokens} generated, greedy, on {'GPU' if on_gpu() else 'CPU'}; "
         f"the two answers agree on the first {same} of {len(answers[None])} characters.",
         highlight=False,
     )
     for reason, heads in after.exact.items():
         console.print(f"Exact for {reason}: {heads} heads")
     if not args.model:
-        console.print("The model has random weights: its text means nothing, and its hit rate is not a trained model's.")
-    if not torch.cuda.is_available():
+        console.print(
+            "The model has random weights: its text means nothing, the least reuse changes it, and its hit rate is not a "
+            "trained model's. With --threshold 1 nothing is reused, and the answers are the same."
+        )
+    if not on_gpu():
         console.print("On CPU MAC runs in PyTorch, to show the method; it is on GPUs that it is built to be fast.")
 
 

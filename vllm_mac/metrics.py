@@ -9,11 +9,14 @@ and value of one token for one KV head, so that read + skipped is what full atte
     vllm_mac_rings{state="active|idle|free"}                 rings, each serving all layers
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED, MacLayer, mac_layers
+if TYPE_CHECKING:
+    from vllm_mac.layers import MacLayer
 
 HEADS = "vllm_mac_heads_total"
 KV_TOKENS = "vllm_mac_kv_tokens_total"
@@ -42,6 +45,9 @@ class WorkerExtension:
 
 def counters(worker) -> list[Sample]:
     """All samples of one worker; empty when no layer's backend is MAC."""
+    # Here, not above: whoever only adds samples up, as a client does, needs no vLLM.
+    from vllm_mac.layers import mac_layers
+
     layers = mac_layers(worker.vllm_config)
     exact: Counter[str] = Counter()
     samples = []
@@ -61,6 +67,8 @@ def counters(worker) -> list[Sample]:
 
 def _layer(layer: MacLayer) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Heads by outcome, KV tokens by kind and exact heads by reason of one layer."""
+    from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED
+
     if layer.exact is None:
         counts = layer.counts.tolist()
         reasons = {"short_context": counts[SHORT_CONTEXT], "no_ring": counts[NO_RING]}

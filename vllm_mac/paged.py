@@ -135,9 +135,12 @@ def decode(
             key, value = gather(kv, block_table[b], token, some)
             at = begin.new_tensor
             prefix.out[b, some], prefix.lse[b, some] = attend(q, key, value, token, begin, at(band_start), scale)
-            band = attend(q, key, value, token, at(band_start), at(m + 1), scale)
-            sink = attend(q, key, value, token, at(0), at(sink_end), scale)
-            rest.out[b, some], rest.lse[b, some] = merge(band, sink)
+            # The band is the end of what was gathered, the sink its beginning.
+            tail, front = slice(len(token) - (m + 1 - band_start), None), slice(0, sink_end)
+            band = attend(q, key[:, tail], value[:, tail], token[tail], at(band_start), at(m + 1), scale)
+            if sink_end:
+                band = merge(band, attend(q, key[:, front], value[:, front], token[front], at(0), at(sink_end), scale))
+            rest.out[b, some], rest.lse[b, some] = band
             read[b, some] = m + 1 - begin.amin(-1) + sink_end
 
     by_head = lambda x: Partial(x.out.view(rows, heads, d), x.lse.view(rows, heads))
