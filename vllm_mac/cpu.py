@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -18,9 +18,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_mac import paged
-from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED, MacLayer, mac_layers
+from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED, mac_layers
 from vllm_mac.steps import Group, Step
-from vllm_mac.support import MacSupport
+from vllm_mac.support import MacImpl, MacSupport
 
 
 class MacCPUBackend(MacSupport, CPUAttentionBackend):
@@ -52,38 +52,7 @@ class MacCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return MacCPUMetadata(**values, step=self.group.step(common_attn_metadata))
 
 
-class MacCPUImpl(CPUAttentionBackendImpl):
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: Tensor | None = None,
-    ) -> None:
-        super().__init__(
-            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
-            logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks,
-        )  # fmt: skip
-        self.mac = MacLayer(
-            get_current_vllm_config(),
-            num_heads,
-            num_kv_heads,
-            head_size,
-            scale,
-            sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            kv_sharing=kv_sharing_target_layer_name,
-        )
-
+class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
         self.mac.load(act_dtype, torch.device("cpu"))

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flashinfer import (
     FlashInferBackend,
     FlashInferDecodeKernel,
@@ -27,7 +27,7 @@ from vllm_mac.kernels.exact import PrefixProblem
 from vllm_mac.kernels.record import record_prefill
 from vllm_mac.layers import MacLayer, mac_layers
 from vllm_mac.steps import Group
-from vllm_mac.support import MacSupport
+from vllm_mac.support import MacImpl, MacSupport
 
 
 class MacCUDABackend(MacSupport, FlashInferBackend):
@@ -212,38 +212,7 @@ def make_decoder(layer: MacLayer, page_size: int, device: torch.device) -> Decod
     return Decoder(problem, layer.config, device)
 
 
-class MacCUDAImpl(FlashInferImpl):
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: Tensor | None = None,
-    ) -> None:
-        super().__init__(
-            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
-            logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks,
-        )  # fmt: skip
-        self.mac = MacLayer(
-            get_current_vllm_config(),
-            num_heads,
-            num_kv_heads,
-            head_size,
-            scale,
-            sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            kv_sharing=kv_sharing_target_layer_name,
-        )
-
+class MacCUDAImpl(MacImpl, FlashInferImpl):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
         mac = self.mac

@@ -1,8 +1,12 @@
-"""What MAC's backends answer when vLLM asks what they support; the same on every platform."""
+"""What MAC's backends have in common on every platform: what they support, and their layers."""
 
 from typing import ClassVar
 
+from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
+
+from vllm_mac.layers import MacLayer
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
@@ -41,4 +45,39 @@ class MacSupport:
             return f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(KV_CACHE_DTYPES)}"
         return super().supports_combination(
             head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix, device_capability
+        )
+
+
+class MacImpl:
+    """Goes before a platform's own implementation of a layer, and adds the layer's MAC state."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
+            logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks,
+        )  # fmt: skip
+        self.mac = MacLayer(
+            get_current_vllm_config(),
+            num_heads,
+            num_kv_heads,
+            head_size,
+            scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_sharing=kv_sharing_target_layer_name,
         )
