@@ -20,7 +20,7 @@ if not ON_GPU:
 
 
 def pytest_collection_modifyitems(items):
-    absent, reason = ("cpu", "is about vLLM's CPU platform") if ON_GPU else ("gpu", "needs an NVIDIA GPU")
+    absent, reason = ("cpu", "is about machines without a GPU") if ON_GPU else ("gpu", "needs an NVIDIA GPU")
     for item in items:
         if item.get_closest_marker(absent):
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -86,7 +86,7 @@ def test_a_wrong_argument_is_named_with_its_value(args, said):
     assert said in re.sub(r"\s*│?\n│?\s*", " ", result.output)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.cpu
 def test_kernel_says_that_it_needs_a_gpu(tmp_path):
     result = invoke("kernel", "--json", str(tmp_path / "rows.json"))
     assert result.exit_code == 2 and "needs an NVIDIA GPU" in result.output
@@ -456,7 +456,7 @@ def test_the_built_in_shape_is_what_transformers_takes():
     assert rope["rope_type"] == "llama3" and rope["factor"] == 8.0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model's backends here are those of the CPU engine")
+@pytest.mark.cpu
 def test_decode_on_a_real_engine(tmp_path):
     pytest.importorskip("vllm", reason="whole engines")
     from tiny_models import write

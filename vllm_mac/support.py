@@ -65,10 +65,11 @@ class MacImpl:
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        super().__init__(
+        arguments: list = [
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
             logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks,
-        )  # fmt: skip
+        ]  # fmt: skip
+        super().__init__(*arguments)  # the platform's own class comes next
         self.mac = MacLayer(
             get_current_vllm_config(),
             num_heads,
