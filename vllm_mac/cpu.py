@@ -4,7 +4,7 @@ Served layers keep their KV cache in plain rows (`[blocks, K, block, 2 D]`, keys
 not in the packed form of vLLM's CPU kernels, and read it with `paged`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_mac import paged
-from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED, mac_layers
+from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED
 from vllm_mac.steps import Group, Step
 from vllm_mac.support import MacImpl, MacSupport
 
@@ -41,15 +41,13 @@ class MacCPUMetadata(CPUAttentionMetadata):
 class MacCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = [layer for layer in mac_layers(vllm_config) if layer.name in layer_names]
-        self.group = Group(layers, kv_cache_spec.block_size, vllm_config, device)
+        self.group = Group(layer_names, kv_cache_spec.block_size, vllm_config, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> MacCPUMetadata:
         base = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        values = {field.name: getattr(base, field.name) for field in fields(base)}
-        return MacCPUMetadata(**values, step=self.group.step(common_attn_metadata))
+        return MacCPUMetadata(**vars(base), step=self.group.step(common_attn_metadata))
 
 
 class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):

@@ -5,7 +5,7 @@ them. A prefill chunk is followed by one more attention call over its last `wind
 which leaves their summaries in the row's ring.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -77,9 +77,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = [layer for layer in mac_layers(vllm_config) if layer.name in layer_names]
-        self.group = Group(layers, kv_cache_spec.block_size, vllm_config, device)
-        self.served = [layer for layer in layers if layer.exact is None]
+        self.group = Group(layer_names, kv_cache_spec.block_size, vllm_config, device)
+        self.served = [layer for layer in self.group.layers if layer.exact is None]
         self.decoder = None
         if not self.served:
             return
@@ -106,8 +105,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
 
     def _build(self, common: CommonAttentionMetadata, fast_build: bool, capture: bool) -> MacCUDAMetadata:
         base = super().build(0, common, fast_build)
-        values = {field.name: getattr(base, field.name) for field in fields(base)}
-        metadata = MacCUDAMetadata(**values)
+        metadata = MacCUDAMetadata(**vars(base))
         if not capture:
             self.group.tally_host(common)
         if self.decoder is None:

@@ -90,8 +90,8 @@ class MacLayer:
         layers = mac_layers(self.vllm_config)
         if not self.settled:
             settle(layers, dtype)
-        self.counts = torch.zeros(6, dtype=torch.int64, device=device)
         if self.exact is None:
+            self.counts = torch.zeros(6, dtype=torch.int64, device=device)
             self.store = RingStore.allocate(
                 ring_count(layers, dtype),
                 self.num_heads,

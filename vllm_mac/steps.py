@@ -7,7 +7,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_mac.layers import MacLayer
+from vllm_mac.layers import mac_layers
 from vllm_mac.ring import RingTable
 
 
@@ -42,16 +42,18 @@ class Step:
 class Group:
     """The layers of one KV-cache group, which share block tables and so ring ownership.
 
+    layers: those whose backend is MAC, served or not.
     decoded: rows decoded so far, one token each. context: KV tokens that full attention reads
         for them (per KV head). windowed: the same within each sliding window of the group.
     """
 
-    def __init__(self, layers: list[MacLayer], block_size: int, vllm_config: VllmConfig, device: torch.device):
+    def __init__(self, layer_names: list[str], block_size: int, vllm_config: VllmConfig, device: torch.device):
+        self.layers = [layer for layer in mac_layers(vllm_config) if layer.name in layer_names]
         self.decoded, self.context = 0, 0
-        self.windowed = {layer.sliding_window: 0 for layer in layers if layer.sliding_window}
-        for layer in layers:
+        self.windowed = {layer.sliding_window: 0 for layer in self.layers if layer.sliding_window}
+        for layer in self.layers:
             layer.group = self
-        self._layers, self._block_size, self._vllm_config, self._device = layers, block_size, vllm_config, device
+        self._block_size, self._vllm_config, self._device = block_size, vllm_config, device
         self._table: RingTable | None = None
 
     @property
@@ -59,14 +61,14 @@ class Group:
         """Who owns which ring; None when no layer of the group is served, and as long as
         vLLM, which builds metadata to estimate its memory too, has no KV cache."""
         if self._table is None:
-            stores = [layer.store for layer in self._layers if layer.store is not None]
+            stores = [layer.store for layer in self.layers if layer.store is not None]
             cache = self._vllm_config.cache_config
             if stores and cache.num_gpu_blocks:
                 # Block tables may address parts of the blocks that the cache is managed in.
                 blocks = cache.num_gpu_blocks * max(1, cache.block_size // self._block_size)
                 # With pipeline stages that many batches are in flight, each with its own rows.
                 idle = self._vllm_config.parallel_config.pipeline_parallel_size
-                rings, config = len(stores[0].query), self._layers[0].config
+                rings, config = len(stores[0].query), self.layers[0].config
                 self._table = RingTable(rings, blocks, self._block_size, config, self._device, idle)
         return self._table
 
