@@ -63,13 +63,14 @@ def _record_kernel(
             p_key = p_page + ((token % PAGE) * s_token)[:, None] + o_d[None, :]
             key = tl.load(p_key, mask=m_nd, other=0.0).to(tl.float32)  # [BN, DP]
             value = tl.load(p_key + D, mask=m_nd, other=0.0).to(tl.float32)  # [BN, DP]
-            score = tl.sum(q[:, None, :] * key[None, :, :], 2) * log2_scale  # [M, BN]
+            # Float32 throughout: weights would lose to a narrower type, and this is one page.
+            score = tl.dot(q, tl.trans(key), input_precision="ieee") * log2_scale  # [M, BN]
             score = tl.where(m_n[None, :], score, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(score, 1))
             weight = tl.exp2(score - new_peak[:, None])
             shrink = tl.exp2(peak - new_peak)
             total = total * shrink + tl.sum(weight, 1)
-            acc = acc * shrink[:, None] + tl.sum(weight[:, :, None] * value[None, :, :], 1)
+            acc = tl.dot(weight, value, acc * shrink[:, None], input_precision="ieee")
             peak = new_peak
 
     some = total > 0
@@ -116,7 +117,8 @@ def record_prefill(
         return
     kv_heads, page = kv.shape[1], kv.shape[2]
     group = heads // kv_heads
-    m, dp = triton.next_power_of_2(group), triton.next_power_of_2(d)
+    # A dot wants 16 of everything; heads past the group's are masked.
+    m, dp = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(d))
     _record_kernel[(tokens, kv_heads)](
         query, cos_sin, token, row, position, ring, block_table, kv, prefix_out, prefix_lse,
         store.query, store.out, store.lse, store.chain,
@@ -125,5 +127,5 @@ def record_prefill(
         K=kv_heads, G=group, D=d, W=store.query.shape[2], PAGE=page,
         BAND=config.band, SINK=config.sink,
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
-        M=m, DP=dp, BN=min(16, max(2, 4096 // (m * dp))), num_warps=max(1, min(4, m * dp // 256)),
+        M=m, DP=dp, BN=16, num_warps=4,
     )  # fmt: skip

@@ -163,7 +163,7 @@ def kernel(
         options = measured.Options(
             batches, contexts, pairs, rates, resolve(keys), head_size, dtype, page, lags, mean_lag, layers, seed, exact
         )
-        # Two more than rows: the copy bandwidth and the cache.
+        # Two more than rows: the read bandwidth and the cache.
         with _progress(progress, options.measurements() + 2) as tell:
             for row in measured.run(options, tell):
                 rows.append(row)

@@ -90,8 +90,8 @@ def run(options: Options, report: Callable[[str], None], device: str = "cuda", t
     shapes = options.shapes()
     bandwidth = None
     if device.type == "cuda":
-        report("copy bandwidth")
-        bandwidth = timing.copy_bandwidth()
+        report("read bandwidth")
+        bandwidth = timing.read_bandwidth()
     report("filling the KV cache")
     pool = make_pool(options, shapes, device)
     for shape in shapes:
@@ -139,7 +139,7 @@ def _shape_rows(options: Options, shape: Shape, pool, bandwidth, report, timers:
     base = {
         "bench": "kernel", "heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch, "context": shape.context,
         "head_size": shape.head_size, "page": shape.page, "dtype": options.dtype, "layers": len(step.layers),
-        "seed": options.seed, "copy_bandwidth": bandwidth,
+        "seed": options.seed, "read_bandwidth": bandwidth,
     }  # fmt: skip
 
     def timed(samples: list[float], size: float) -> dict:

@@ -199,7 +199,7 @@ _TABLES = {
     ),
 }
 _NOTES = {
-    "kernel": "floor: bytes that must move / copy bandwidth measured in this run. speed-up: over the best exact decode. "
+    "kernel": "floor: bytes that must move / read bandwidth measured in this run. speed-up: over the best exact decode. "
     "bound: all-hit time + missed share of groups x best exact. begin: once a step, for all layers. All in ms.",
     "decode": "speed-up: over the fastest other backend. heads hit, KV read: over the measured steps, all layers. "
     "metadata host: host time to build a step's metadata.",
