@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",  # logprobs would compile one small function for 20 s
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy needs none, and it would compile for minutes
     "OMP_NUM_THREADS": "1",  # on a busy machine two spinning threads are 20 times slower than one
 }
 
@@ -72,6 +73,7 @@ class Run:
     tokens: dict[str, list[int]] = field(default_factory=dict, repr=False)
     # If asked for, of each token: by how much the best log-probability leads, and the chosen one's.
     gaps: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    tops: dict[str, list[dict[int, float]]] = field(default_factory=dict, repr=False)  # {token: log-probability}
     logprobs: dict[str, list[float]] = field(default_factory=dict, repr=False)
     steps: int = 0
     batch: int = 0  # most requests in one step
@@ -100,13 +102,14 @@ def engine(
     max_num_seqs=8,
     max_model_len=1024,
     dtype="float32",
+    memory=32 << 20,
     **options,
 ):
     """A `vllm.LLM` on `model`, shut down and its memory returned at the end.
 
     backend: an attention backend's name, or None for vLLM's own. chunk: most tokens
-    in one step. blocks: number of KV blocks (None: 32 MiB of them), of which vLLM never
-    gives out the first. block_size: the CPU backend takes multiples of 32.
+    in one step. blocks: number of KV blocks (None: `memory` bytes of them), of which vLLM never
+    gives out the first. options: vLLM's own, which come before what is chosen here. block_size: the CPU backend takes multiples of 32.
     """
     if runner not in RUNNERS:
         raise ValueError(f"runner: {runner!r}, choose from {RUNNERS}")
@@ -127,7 +130,6 @@ def engine(
         llm = LLM(
             model=str(model),
             dtype=dtype,
-            enforce_eager=True,
             disable_log_stats=True,
             seed=0,
             max_model_len=max_model_len,
@@ -135,11 +137,11 @@ def engine(
             max_num_batched_tokens=chunk,
             enable_prefix_caching=prefix_caching,
             block_size=block_size,
-            kv_cache_memory_bytes=32 << 20,
+            kv_cache_memory_bytes=memory,
             num_gpu_blocks_override=blocks,
             attention_backend=backend,
             additional_config=additional_config or {},
-            **options,
+            **{"enforce_eager": True} | options,
         )
         yield llm
     finally:
@@ -155,8 +157,11 @@ def worker(llm):
     return llm.llm_engine.model_executor.driver_worker.worker
 
 
-def run_schedule(llm, events, limits=Limits(), logprobs=False, max_steps=2000) -> Run:
-    """Run `events` to their end on an idle engine whose prefix cache is emptied first."""
+def run_schedule(llm, events, limits=Limits(), logprobs=0, max_steps=2000) -> Run:
+    """Run `events` to their end on an idle engine whose prefix cache is emptied first.
+
+    logprobs: how many of the best tokens' are kept of each position.
+    """
     core, run, pending = llm.llm_engine, Run(), sorted(events, key=lambda event: event.step)
     names = {event.id for event in events if isinstance(event, Add)}
     if core.has_unfinished_requests():
@@ -176,7 +181,7 @@ def run_schedule(llm, events, limits=Limits(), logprobs=False, max_steps=2000) -
     return run
 
 
-def _apply(llm, run: Run, event, logprobs: bool) -> None:
+def _apply(llm, run: Run, event, logprobs: int) -> None:
     from vllm import SamplingParams
 
     if isinstance(event, Add):
@@ -185,7 +190,7 @@ def _apply(llm, run: Run, event, logprobs: bool) -> None:
             max_tokens=event.max_tokens,
             ignore_eos=True,
             detokenize=False,
-            logprobs=2 if logprobs else None,
+            logprobs=logprobs or None,
             extra_args=event.extra_args,
         )
         prompt = event.prompt(run.tokens) if callable(event.prompt) else event.prompt
@@ -206,6 +211,7 @@ def _record(run: Run, output) -> None:
         best = [sorted((entry.logprob for entry in row.values()), reverse=True) for _, row in rows]
         run.gaps[output.request_id] = [first - second for first, second, *_ in best]
         run.logprobs[output.request_id] = [row[token].logprob for token, row in rows]
+        run.tops[output.request_id] = [{token: x.logprob for token, x in row.items()} for _, row in rows]
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Engines:
             for other in {case[3] for case in cases() if case[0] == model and case[2] == caching}:
                 scenario = SCENARIOS[other]
                 self.references[model, caching, other] = run_schedule(
-                    llm, scenario.events, scenario.limits, logprobs=True
+                    llm, scenario.events, scenario.limits, logprobs=2
                 )
         return self.references[model, caching, name]
 

@@ -1,0 +1,277 @@
+"""Runs `paged` beside the CUDA engine, on the very queries, keys and values that each layer had.
+
+    with shadow(llm) as watch:
+        run_schedule(llm, events)
+
+As in `shadow`, requests are known by name here, and each has a ring of its own in every layer. Both
+sides start every step from the same entries: what the engine recorded is copied once it was judged, so
+one step's rounding is all that may lie between them. Entries that a row may read must be, bit for bit,
+those that the engine recorded for its request.
+
+For engines in eager mode (a graph runs no Python) on Model Runner V2.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from engine import worker
+from rounding import decode_error
+
+from vllm_mac import paged
+from vllm_mac.ring import RingStore
+
+FLOAT32 = 2.0**-24
+
+
+@dataclass
+class Known:
+    """A request's ring of our own, the first position in it (None: no ring yet), the last one computed,
+    and its index with the runner."""
+
+    ring: int
+    index: int
+    first: int | None = None
+    last: int = -1
+
+
+@dataclass
+class Watch:
+    """Sums over all layers. heads: by outcome, as the engine counts them. ties: heads whose choice rounding decides.
+
+    worst: largest error of a decode row, a prefill row and an entry, each over what rounding allows.
+    """
+
+    rows: int = 0
+    chunks: int = 0
+    hit: int = 0
+    miss: int = 0
+    exact: int = 0
+    read: int = 0
+    skipped: int = 0
+    ties: int = 0
+    restarts: int = 0
+    worst: dict = field(default_factory=lambda: {"decode": 0.0, "prefill": 0.0, "entry": 0.0})
+    known: dict = field(default_factory=dict)  # (request, layer) -> Known
+    stores: dict = field(default_factory=dict)  # layer -> (RingStore, free rings)
+
+    def judge(self, what: str, error: torch.Tensor, bound) -> None:
+        share = float((error / bound).max()) if error.numel() else 0.0
+        assert share <= 1, f"{what}: {share:.2f} times what rounding allows"  # NaN fails
+        self.worst[what] = max(self.worst[what], share)
+
+
+@contextmanager
+def shadow(llm, rings: int = 32):
+    from vllm_mac import cuda
+
+    runner, watch, facts = worker(llm).model_runner, Watch(), {}
+    prepare, forward, build = runner.prepare_inputs, cuda.MacCUDAImpl.forward, cuda.MacCUDAMetadataBuilder._build
+
+    def prepare_inputs(*args, **kwargs):
+        batch = prepare(*args, **kwargs)
+        facts["names"] = list(batch.req_ids)
+        return batch
+
+    def watched_build(builder, common, fast_build, capture):
+        facts["common"] = common
+        return build(builder, common, fast_build, capture)
+
+    def watched(impl, layer, query, key, value, kv_cache, metadata, output, **scales):
+        if metadata is None or impl.mac.store is None:
+            return forward(impl, layer, query, key, value, kv_cache, metadata, output, **scales)
+        step = Step(watch, impl, query, kv_cache, metadata, facts["common"], facts["names"], rings)
+        step.before()
+        result = forward(impl, layer, query, key, value, kv_cache, metadata, output, **scales)
+        step.after(output)
+        return result
+
+    runner.prepare_inputs = prepare_inputs
+    cuda.MacCUDAImpl.forward, cuda.MacCUDAMetadataBuilder._build = watched, watched_build
+    try:
+        yield watch
+    finally:
+        cuda.MacCUDAImpl.forward, cuda.MacCUDAMetadataBuilder._build = forward, build
+        del runner.prepare_inputs
+
+
+class Step:
+    """One layer's step: rows `[begin[i], begin[i + 1])` of the batch, which end at `length[i]`."""
+
+    def __init__(self, watch, impl, query, kv, metadata, common, names, rings):
+        self.watch, self.mac, self.scale, self.query, self.kv = watch, impl.mac, impl.scale, query, kv
+        self.metadata, self.device = metadata, query.device
+        rows = len(names)
+        self.begin = common.query_start_loc[: rows + 1].tolist()
+        self.length = common.seq_lens[:rows].tolist()
+        self.start = [n - (e - b) for n, b, e in zip(self.length, self.begin, self.begin[1:])]
+        self.prompt = common.is_prefilling[:rows].tolist()
+        self.table = common.block_table_tensor
+        self.decodes = min(metadata.num_decodes, rows)
+        assert all(e - b == 1 for b, e in zip(self.begin[: self.decodes], self.begin[1:]))
+        index = common.req_idx[:rows].tolist()
+        self.known = [self._known(name, i, start, rings) for name, i, start in zip(names, index, self.start)]
+        self.store, _ = watch.stores[self.mac.name]
+        for known, start, stop in zip(self.known, self.start, self.length):
+            known.last = stop - 1
+            if known.first is None and stop + self.mac.config.window >= self.mac.config.min_context:
+                known.first = max(stop - self.mac.config.window, start)
+        decoder = metadata.decoder
+        self.ring = decoder.ring[: self.decodes].tolist()
+        if metadata.seeds is not None:
+            self.ring += metadata.seeds.ring[self.decodes : rows].tolist()
+
+    def _known(self, name, index, start, rings) -> Known:
+        watch, own = self.watch, self.mac.store
+        if self.mac.name not in watch.stores:
+            _, heads, window, d = own.query.shape
+            store = RingStore.allocate(rings, heads, window, d, own.query.dtype, self.device)
+            store.out.fill_(torch.nan), store.lse.fill_(torch.nan)
+            watch.stores[self.mac.name] = store, list(range(rings))
+        _, free = watch.stores[self.mac.name]
+        known = watch.known.get((name, self.mac.name))
+        if known is None or known.last != start - 1 or known.index != index:
+            if known is not None:
+                watch.restarts += 1
+            # The oldest ring: whoever had it is long gone, or begins anew like this one.
+            ring = known.ring if known is not None else free.pop(0)
+            if known is None:
+                free.append(ring)
+            known = watch.known[name, self.mac.name] = Known(ring, index)
+        return known
+
+    def before(self) -> None:
+        """What the decoding rows may read is what was recorded for them."""
+        window = self.mac.config.window
+        for row in range(self.decodes):
+            known, ring, m = self.known[row], self.ring[row], self.start[row]
+            assert (known.first is not None) == (ring >= 0), "a ring too many or too few"
+            if ring < 0 or self.prompt[row]:
+                continue
+            slot = torch.arange(max(known.first, m - window, 0), m, device=self.device) % window
+            for name in ("query", "out", "lse", "chain"):
+                ours, engine = getattr(self.store, name)[known.ring], getattr(self.mac.store, name)[ring]
+                assert torch.equal(ours[:, slot], engine[:, slot]), f"{name} of another request's ring"
+
+    def after(self, output) -> None:
+        with self.device:  # `paged` makes its index tensors there
+            if self.decodes:
+                self._decode(output)
+            for row in range(self.decodes, len(self.known)):
+                self._prefill(row, output)
+
+    def _bounds(self, row: int):
+        """`(u V, float32 rest)`: see `test_graph_steps.Run.bound`; V over the row's own values."""
+        n = self.length[row]
+        key, value = paged.gather(self.kv, self.table[row], torch.arange(n, device=self.device))
+        query = self.query[self.begin[row] : self.begin[row + 1]].float()
+        sigma = float(query.norm(dim=-1).max() * key.norm(dim=-1).max()) * self.scale
+        largest = float(value.abs().max())
+        unit = torch.finfo(self.query.dtype).eps / 2
+        # Weights below float16's smallest normal number are off by up to half its smallest step each.
+        tiny = n * 2.0**-25 if self.query.dtype == torch.float16 else 0.0
+        return largest * (unit + tiny), largest * 2 * decode_error(n, query.shape[-1], sigma, 0), sigma
+
+    def _decode(self, output) -> None:
+        mac, config, n = self.mac, self.mac.config, self.decodes
+        ints = lambda x: torch.tensor(x, dtype=torch.int64)
+        position = ints(self.start[:n])
+        ring = ints([k.ring if k.first is not None else -1 for k in self.known[:n]])
+        first = ints([
+            k.first if k.first is not None and not prompt else stop
+            for k, prompt, stop in zip(self.known[:n], self.prompt, self.length)
+        ])  # fmt: skip
+        query = self.query[:n]
+        pre = mac.rotary.undo(query, position)
+        distance = self._distances(pre, position, ring)
+        want = paged.decode(
+            position, query, pre, self.kv, self.table[:n], ring, first, self.store, config, self.scale
+        )
+        found = self.metadata.decoder._work.source[:n].long()
+        hit = self.metadata.decoder._work.hit[:n].bool()
+        same = (found == want.source).view(n, mac.num_kv_heads, -1).all(-1)
+        self._ties(found, want.source, distance, pre)
+        assert torch.equal(hit[same], want.hit[same])
+        for row in range(n):
+            rounding, rest, sigma = self._bounds(row)
+            groups = same[row].repeat_interleave(mac.num_heads // mac.num_kv_heads)
+            error = (output[row].float().view_as(want.out[row]) - want.out[row]).abs()[groups]
+            self.watch.judge("decode", error, 5 * rounding + rest)
+            if self.known[row].first is not None:
+                slot = position[row : row + 1] % config.window
+                self._entries(row, slot, groups, rounding, rest, sigma)
+        self._count(position, ring, hit, found)
+
+    def _distances(self, pre, position, ring):
+        """`[B, H, W]` squared distance of each query to each slot, before this step writes one."""
+        return ((pre[:, :, None] - self.store.query[ring.clamp(min=0)].float()) ** 2).sum(-1)
+
+    def _ties(self, found, wanted, distance, pre) -> None:
+        """Where the choices differ, rounding must be what decides between them, or against the limit."""
+        config, d = self.mac.config, pre.shape[-1]
+        differ = (found != wanted).nonzero().tolist()
+        limit = 2 * d * (1 - config.threshold) ** 2
+        for row, head in differ:
+            scores = []
+            for p in (int(found[row, head]), int(wanted[row, head])):
+                at = float(distance[row, head, p % config.window])
+                lag = self.start[row] - p
+                scores.append(at + config.lag_weight * lag / config.window * limit if p >= 0 else limit)
+                size = float(pre[row, head].norm()) + at**0.5
+            # d differences of numbers that are rounded by themselves, squared and added up.
+            assert abs(scores[0] - scores[1]) <= 8 * d * FLOAT32 * (size**2 + limit), (scores, limit)
+        self.watch.ties += len(differ)
+
+    def _entries(self, row, slot, heads, rounding, rest, sigma) -> None:
+        """Judge what the engine recorded at `slot`, of the given heads, and take it over."""
+        store, ours, theirs = self.mac.store, self.known[row].ring, self.ring[row]
+        part = lambda s, name, ring: getattr(s, name)[ring][:, slot]
+        unit = torch.finfo(store.query.dtype).eps / 2
+        mine, its = part(self.store, "query", ours)[heads].float(), part(store, "query", theirs)[heads].float()
+        self.watch.judge("entry", (mine - its).abs(), 2.1 * unit * mine.abs() + 16 * FLOAT32 * mine.norm(dim=-1).amax())
+        mine, its = part(self.store, "lse", ours)[heads], part(store, "lse", theirs)[heads]
+        some = mine > -torch.inf
+        assert torch.equal(some, its > -torch.inf)
+        # FlashInfer adds up weights that are already rounded, and gives its LSE in base 2.
+        weights = torch.finfo(self.query.dtype).eps
+        n, d = self.length[row], store.query.shape[-1]
+        allowed = weights + 2 * FLOAT32 * (n + (d + 8) * sigma + 32)
+        self.watch.judge("entry", (mine - its)[some].abs(), allowed)
+        mine, its = part(self.store, "out", ours)[heads].float(), part(store, "out", theirs)[heads].float()
+        self.watch.judge("entry", (mine - its)[some].abs(), 5 * rounding + rest + 2 * unit * mine[some].abs())
+        assert torch.equal(part(self.store, "chain", ours)[heads], part(store, "chain", theirs)[heads])
+        for name in ("query", "out", "lse", "chain"):
+            getattr(self.store, name)[ours, :, slot] = getattr(store, name)[theirs, :, slot]
+
+    def _prefill(self, row: int, output) -> None:
+        mac, window = self.mac, self.mac.config.window
+        b, e, known = self.begin[row], self.begin[row + 1], self.known[row]
+        position = torch.arange(self.start[row], self.length[row])
+        ring = known.ring if known.first is not None else -1
+        pre = mac.rotary.undo(self.query[b:e], position)
+        want = paged.prefill(
+            self.start[row], self.query[b:e], pre, self.kv, self.table[row], ring, self.store, mac.config, self.scale
+        )
+        rounding, rest, sigma = self._bounds(row)
+        self.watch.judge("prefill", (output[b:e].float().view_as(want) - want).abs(), 5 * rounding + rest)
+        if ring >= 0:
+            assert self.ring[row] >= 0, "a prompt without a ring"
+            heads = torch.ones(mac.num_heads, dtype=torch.bool)
+            self._entries(row, position[-window:] % window, heads, rounding, rest, sigma)
+        self.watch.chunks += 1
+
+    def _count(self, position, ring, hit, source) -> None:
+        mac, watch, config = self.mac, self.watch, self.mac.config
+        group = mac.num_heads // mac.num_kv_heads
+        tried = ((position + 1 >= config.min_context) & (ring >= 0))[:, None].expand_as(hit)
+        assert not hit[~tried].any()
+        watch.hit += int(hit.sum()) * group
+        watch.miss += int((~hit & tried).sum()) * group
+        watch.exact += int((~tried).sum()) * group
+        length = (position + 1)[:, None].expand_as(hit)
+        begin = source.view(*hit.shape, group).amin(-1) + 1 - config.band
+        read = torch.where(hit, length - begin + config.sink, length)
+        watch.read += int(read.sum())
+        watch.skipped += int((length - read).sum())
+        watch.rows += len(position)
+

@@ -1,0 +1,204 @@
+"""Whole engines on a GPU: vLLM's FLASHINFER against MAC, eager and in full CUDA graphs.
+
+* With threshold 1.0 MAC gives FLASHINFER's greedy tokens. Two engines part where rounding decides
+  between two tokens: that is accepted where both find both tokens equally likely within what rounding
+  explains, and all log-probabilities up to there must agree within it. The measure is taken from the
+  model itself: how far evaluations in the engine's dtype and in float32 lie apart, on the same tokens.
+* With reuse on, every row of every layer equals `paged` beside it (`gpu_shadow`), counters too, and
+  graphs give what eager steps give.
+
+    python -m pytest tests/test_engine_gpu.py -m gpu -s
+"""
+
+import random
+from contextlib import ExitStack
+
+import engine as harness
+import pytest
+import torch
+from byte_model import write_model, write_tokenizer
+from engine import Add, mac_counters, run_schedule
+from scenarios import SCENARIOS
+
+pytestmark = pytest.mark.gpu
+
+WIDE = {"threshold": 0.5, "miss_engine": "flashinfer", "sink": 20}  # default window, band and min_context
+SMALL = {"window": 32, "band": 16, "min_context": 64, "threshold": 0.45}
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+# backend, dtype, MAC's configuration, batch sizes captured (none: eager)
+ENGINES = {
+    "flashinfer": ("FLASHINFER", "float16", {}, ()),
+    "exact": ("MAC", "float16", {"threshold": 1.0}, ()),
+    "exact graphs": ("MAC", "float16", {"threshold": 1.0}, (1, 2, 4, 8)),  # other batches are padded
+    "wide": ("MAC", "bfloat16", WIDE, ()),
+    "small": ("MAC", "float16", SMALL, ()),
+    # Every size of its own, so that each kernel runs as in eager steps, bit for bit: a hit that turns
+    # into a miss by rounding would change tokens by more than rounding.
+    "small graphs": ("MAC", "float16", SMALL, (1, 2, 3, 4, 5, 6, 7, 8)),
+}
+NEW = 48
+
+
+def text(name: str, length: int) -> list[int]:
+    draw = random.Random(name)
+    return [draw.randrange(256) for _ in range(length)]
+
+
+def prompts() -> list[Add]:
+    """Short and long, several at once, read in chunks beside decoding; two begin as earlier ones do."""
+    shared = text("c", 3000)
+    return [
+        Add(0, "a", text("a", 2100), NEW),
+        Add(0, "b", text("b", 4700), NEW),
+        Add(0, "short", text("short", 37), NEW),
+        Add(3, "c", shared, NEW),
+        Add(14, "shares", shared[:2560] + text("d", 300), NEW),
+        Add(16, "again", shared[:2900] + text("e", 5), NEW),
+    ]
+
+
+class Engines:
+    """The one engine that is open; asking for another closes it. Runs of `prompts` are kept."""
+
+    def __init__(self, model):
+        self.model, self.stack, self.runs = model, ExitStack(), {}
+        self.name = self.llm = None
+
+    def get(self, name: str):
+        if self.name != name:
+            self.close()
+            backend, dtype, config, sizes = ENGINES[name]
+            graphs = {"compilation_config": GRAPHS | {"cudagraph_capture_sizes": list(sizes)}} if sizes else {}
+            self.llm = self.stack.enter_context(harness.engine(
+                self.model, "v2", backend, {"mac": config} if config else {}, chunk=1024, prefix_caching=True,
+                max_model_len=6144, dtype=dtype, memory=256 << 20, enforce_eager=not sizes, async_scheduling=False,
+                **graphs,
+            ))  # fmt: skip
+            self.name = name
+        return self.llm
+
+    def run(self, name: str):
+        if name not in self.runs:
+            llm = self.get(name)
+            run = run_schedule(llm, prompts(), logprobs=8)
+            assert run.cached["shares"] == 2560 and run.cached["again"] >= 2880 and run.mixed > 5 and run.batch >= 4
+            assert all(len(tokens) == NEW for tokens in run.tokens.values())
+            self.runs[name] = run, mac_counters(llm) if ENGINES[name][0] == "MAC" else None
+        return self.runs[name]
+
+    def close(self):
+        self.name = self.llm = None
+        self.stack.close()
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_model(path)
+    write_tokenizer(path)
+    engines = Engines(path)
+    yield engines
+    engines.close()
+
+
+@pytest.fixture(scope="module")
+def rounding(engines):
+    """How far a log-probability may be off in an engine: three times the most by which evaluations by
+    Transformers in float16 and float32 differ, over the best tokens of every position that FLASHINFER decoded."""
+    from transformers import AutoModelForCausalLM
+
+    run, _ = engines.run("flashinfer")
+    engines.close()
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        model = AutoModelForCausalLM.from_pretrained(engines.model, dtype=dtype).cuda().eval()
+        rows = []
+        for event in prompts():
+            tokens = torch.tensor([event.prompt + run.tokens[event.id]], device="cuda")
+            with torch.no_grad():
+                logits = model(tokens, logits_to_keep=NEW + 1).logits[0, :-1]
+            every = logits.float().log_softmax(-1).cpu()
+            rows += [[every[i, t] for t in top] for i, top in enumerate(map(list_of_two, run.tops[event.id]))]
+        found.append(torch.tensor(rows))
+        del model
+    torch.cuda.empty_cache()
+    allowed = 3 * float((found[0] - found[1]).abs().max())
+    engine = [[top[t] for t in list_of_two(top)] for event in prompts() for top in run.tops[event.id]]
+    error = float((torch.tensor(engine) - found[0]).abs().max())
+    print(f"\nlog-probabilities: rounding allows {allowed:.4f}; FLASHINFER is {error:.4f} from float32")
+    assert error <= allowed, "vLLM's own attention is further off than rounding: the measure is wrong"
+    return allowed
+
+
+def list_of_two(top: dict) -> list[int]:
+    return sorted(top, key=top.get, reverse=True)[:2]
+
+
+def agree(a, b, allowed: float) -> None:
+    """Tokens are equal up to a tie in both, log-probabilities up to there within `allowed`."""
+    lengths = []
+    for name in a.tokens:
+        ours, theirs = a.tokens[name], b.tokens[name]
+        at = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), NEW)
+        lengths.append(at)
+        for i in range(at):
+            apart = abs(a.logprobs[name][i] - b.logprobs[name][i])
+            assert apart <= allowed, (name, i, apart, allowed)
+        if at < NEW:
+            for run, own, other in ((a, ours[at], theirs[at]), (b, theirs[at], ours[at])):
+                top = run.tops[name][at]
+                assert other in top, f"{name}, token {at}: {other} is not among the best, {top}"
+                gap = top[own] - top[other]
+                # One engine puts one token ahead, the other the other: each gap is below what two numbers move.
+                assert gap <= 2 * allowed, f"{name}, token {at}: {own} leads {other} by {gap:.4f}, no tie"
+    mean = sum(lengths) / len(lengths)
+    print(f"\nagreed tokens of {NEW}: {dict(zip(a.tokens, lengths))}, mean {mean:.1f}")
+    assert max(lengths) == NEW, "no prompt agrees to its end"
+    assert mean >= NEW / 2
+
+
+@pytest.mark.parametrize("name", ["exact", "exact graphs"])
+def test_threshold_one_gives_flashinfers_tokens(engines, rounding, name):
+    expected, _ = engines.run("flashinfer")
+    run, counts = engines.run(name)
+    assert counts["miss"] > 1000 and counts["hit"] == 0 and counts["exact"] > 0 and counts["skipped"] == 0
+    agree(expected, run, rounding)
+
+
+def watched(llm, events, limits=harness.Limits()):
+    """A run under the shadow, whose counters must be the engine's."""
+    from gpu_shadow import shadow
+
+    before = mac_counters(llm)
+    with shadow(llm) as watch:
+        run = run_schedule(llm, events, limits)
+    counts = mac_counters(llm)
+    counts.subtract(before)
+    for name in ("hit", "miss", "exact", "read", "skipped"):
+        assert counts[name] == getattr(watch, name), name
+    # Two choices within rounding of each other are rare.
+    assert watch.ties <= (watch.hit + watch.miss) / 1000
+    print(f"\n{watch.rows} rows, {watch.hit} heads hit, {watch.miss} missed, {watch.ties} ties; worst {watch.worst}")
+    return run, watch
+
+
+def test_wide_rings_equal_the_plain_result(engines):
+    """Default window, band and context, bf16, sinks, misses read by FlashInfer."""
+    _, watch = watched(engines.get("wide"), prompts())
+    assert watch.hit > 500 and watch.miss > 500 and watch.exact > 500 and watch.chunks > 10
+
+
+@pytest.mark.parametrize("name", ["chunked33", "prefix", "preempt", "preempt_cached", "preempt_all", "mixed8", "abort"])
+def test_scenarios_equal_the_plain_result(engines, name):
+    scenario = SCENARIOS[name]
+    run, watch = watched(engines.get("small"), scenario.events, scenario.limits)
+    assert set(scenario.missed(run)) <= {"all the same"}, run
+    assert watch.hit > 100 and watch.miss > 10 and watch.chunks > 1
+    assert watch.restarts > 0 or not run.preempted
+
+
+def test_graphs_give_what_eager_steps_give(engines, rounding):
+    expected, before = engines.run("small")
+    run, counts = engines.run("small graphs")
+    assert counts["hit"] > 1000 and counts["miss"] > 100
+    agree(expected, run, rounding)
