@@ -1,0 +1,1 @@
+"""Does MAC keep a model's answers: prompts, scores and comparisons."""
