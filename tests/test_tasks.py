@@ -55,6 +55,12 @@ def test_prompts_have_the_length_asked(task, length, count):
     assert len(calls) <= 10
 
 
+def test_frequent_words_have_the_length_asked_whatever_is_drawn():
+    """Few words occur once; their number must give way where they are long."""
+    shares = [len(make("frequent_words", seed, 16384).prompt) / 16384 for seed in range(60)]
+    assert min(shares) >= 0.98 and max(shares) <= 1
+
+
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_too_short_a_length_names_the_least(task):
     with pytest.raises(ValueError, match=f"^{task} needs a length of at least .* got 20$") as error:

@@ -314,19 +314,17 @@ def _common(draw: random.Random, chars: int, turns: int) -> Episode:
 
 
 def _frequent(draw: random.Random, chars: int, turns: int) -> Episode:
-    # The first ranks of 1 / rank^2; what follows would occur less than once.
-    ranks = max(8, min(FREQUENT_WORDS, int((max(0, chars) / 13) ** 0.5)))
-    words = prose.coined(draw, ranks)
+    opening = "Below is a text in a secret code. Watch how often its words occur."
+    question = f"Which {FREQUENT} coded words occur most often? Name the most frequent one first."
+    # The first ranks of 1 / rank^2, as many as there is room for while the rarest occurs once.
+    words = prose.coined(draw, max(8, min(FREQUENT_WORDS, int((max(0, chars) / 13) ** 0.5))))
+    room = chars - len(opening) - len(question) - 4
+    while len(words) > 8 and sum(len(words) ** 2 // i**2 * (len(word) + 1) for i, word in enumerate(words, 1)) > room:
+        words.pop()
+    weights = [1 / rank**2 for rank in range(1, len(words) + 1)]
     return _words(
-        draw,
-        chars,
-        "Below is a text in a secret code. Watch how often its words occur.",
-        f"Which {FREQUENT} coded words occur most often? Name the most frequent one first.",
-        f"The {FREQUENT} most frequent words are",
-        words,
-        [1 / rank**2 for rank in range(1, ranks + 1)],
-        FREQUENT,
-    )
+        draw, chars, opening, question, f"The {FREQUENT} most frequent words are", words, weights, FREQUENT
+    )  # fmt: skip
 
 
 def plan(draw: random.Random, chars: int, lines: int) -> Episode:
