@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.amend import combine, finish, unfinish
-from vllm_mac.kernels.match import unrotate
+from vllm_mac.kernels.match import narrow, unrotate
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _complete_kernel(
         pre = unrotate(p_q, p_cos_sin, m, o_d[None, :], m_gd, ROTARY, NEOX)
         o_entry = (ring * H + o_h) * W + m % W
         o_entry_d = o_entry[:, None] * D + o_d[None, :]
-        tl.store(p_ring_query + o_entry_d, pre.to(p_ring_query.dtype.element_ty), mask=m_gd)
+        tl.store(p_ring_query + o_entry_d, narrow(pre, p_ring_query), mask=m_gd)
         tl.store(p_ring_out + o_entry_d, near_out.to(p_ring_out.dtype.element_ty), mask=m_gd)
         tl.store(p_ring_lse + o_entry, near_lse, mask=m_g)
         tl.store(p_ring_chain + o_entry, tl.zeros((M,), tl.int32), mask=m_g)

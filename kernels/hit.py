@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.amend import attend, combine, finish, unfinish
-from vllm_mac.kernels.match import LAST, NO_KEY, scan, unrotate
+from vllm_mac.kernels.match import LAST, NO_KEY, narrow, scan, unrotate
 
 COUNTERS = (
     "heads_hit",
@@ -38,7 +38,8 @@ def _hit_kernel(
     log2_scale, bound, lag_weight,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, SINK: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
-    LAGGED: tl.constexpr, ANCHORED: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
+    LAGGED: tl.constexpr, RELATIVE: tl.constexpr, ANCHORED: tl.constexpr,
+    ROTARY: tl.constexpr, NEOX: tl.constexpr,
     S: tl.constexpr, BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr,
     SCAN_STAGES: tl.constexpr,
     NB: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
@@ -110,7 +111,7 @@ def _hit_kernel(
             p_group_query + (i_scan // S) * s_query_head, p_cos_sin,
             p_ring_query + o_ring * D, p_ring_chain + o_ring, m, first,
             i_s * SPAN, tl.minimum((i_s + 1) * SPAN, W), bound, lag_weight,
-            D, DP, ROTARY, NEOX, W, BAND, SINK, MAX_CHAIN, LAGGED,
+            D, DP, ROTARY, NEOX, W, BAND, SINK, MAX_CHAIN, LAGGED, RELATIVE,
             BW, SPAN, HALVES, SCAN_STAGES,
         )  # fmt: skip
         tl.store(p_key + (i_row * H + i_h) * S + i_s, key)
@@ -222,7 +223,7 @@ def _hit_kernel(
         else:
             p_g = p_group_query + (o_g * s_query_head)[:, None]
             pre = unrotate(p_g, p_cos_sin, m, o_d[None, :], m_gd, ROTARY, NEOX)
-            tl.store(p_ring_query + o_entry_d, pre.to(p_ring_query.dtype.element_ty), mask=m_gd)
+            tl.store(p_ring_query + o_entry_d, narrow(pre, p_ring_query), mask=m_gd)
         tl.store(p_ring_out + o_entry_d, near_out.to(p_ring_out.dtype.element_ty), mask=m_gd)
         tl.store(p_ring_lse + o_entry, near_lse, mask=m_g)
         tl.store(p_ring_chain + o_entry, chain, mask=m_g)
@@ -320,7 +321,8 @@ def decode_hits(
         block_table: `[B, *]` int32, last dimension contiguous.
         kv: `[blocks, K, BS, 2 D]` in query's dtype, any strides but 1 in the last dimension.
         store: the layer's rings (`ring.RingStore`), contiguous.
-        config: window, band, sink, threshold, min_context, lag_weight, reuse, max_chain.
+        config: window, band, sink, threshold, distance, min_context, lag_weight, reuse, max_chain.
+            The threshold is not compiled in: layers may differ in it.
         scale: factor of the scores.
         work: room for `B` rows. Its `hit` and `source` are written, and `part_out` and
             `part_lse` of missed groups, for `complete_misses`.
@@ -340,6 +342,7 @@ def decode_hits(
     tail = triton.cdiv(config.band + config.sink, bn)
     bands = max(1, min(tune["bands"], work.MAX_BANDS, tail))
     span = triton.cdiv(window, splits)
+    relative = config.distance == "relative"
     near_pages = triton.next_power_of_2(window // page + 2)
     _hit_kernel[(bands + group * splits, kv_heads, rows)](
         query, cos_sin, position, ring, first, block_table, kv,
@@ -348,12 +351,12 @@ def decode_hits(
         work.part_out, work.part_lse, work.arrived,
         query.stride(0), query.stride(1), block_table.stride(0),
         kv.stride(0), kv.stride(1), kv.stride(2), out.stride(0), out.stride(1),
-        scale * 1.4426950408889634, 2.0 * d * (1.0 - config.threshold) ** 2,
+        scale * 1.4426950408889634, 2.0 * (1 if relative else d) * (1.0 - config.threshold) ** 2,
         float(config.lag_weight),
         K=kv_heads, G=group, D=d, W=window, PAGE=page,
         BAND=config.band, SINK=config.sink, MIN_CONTEXT=config.min_context,
         MAX_CHAIN=config.max_chain or 0,
-        LAGGED=config.lag_weight > 0, ANCHORED=config.reuse == "anchored",
+        LAGGED=config.lag_weight > 0, RELATIVE=relative, ANCHORED=config.reuse == "anchored",
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
         S=splits, BW=min(tune["bw"], triton.next_power_of_2(span)), SPAN=span,
         HALVES=tune["halves"], SCAN_STAGES=tune["scan_stages"],

@@ -4,9 +4,13 @@ Device code, called by the kernels of `hit` and `complete`. `reference.match` an
 are its oracles.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LARGEST = tl.constexpr(448.0)  # in float8_e4m3fn
 # A candidate is one int64: the bits of its score (never negative, so they order as the score
 # does) above `LAST - position`, so that the smallest key is the best score and, among equals,
 # the later position.
@@ -44,6 +48,20 @@ def unrotate(p_query, p_cos_sin, m, o_d, m_d, ROTARY: tl.constexpr, NEOX: tl.con
 
 
 @triton.jit
+def narrow(x, p):
+    """`x`, float32, as the elements that `p` points to; what float8 does not reach becomes its largest."""
+    if p.dtype.element_ty.is_fp8():
+        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+        if INTERPRETED:
+            # The interpreter loses the carry when it rounds to float8. Adding 1.5 * 2^(e+20) rounds
+            # to float8's spacing, which is 2^(e-3) from 2^e on, and 2^-9 below 2^-6.
+            top = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000)
+            shift = top.to(tl.float32, bitcast=True) * 1572864.0
+            x = (x + shift) - shift
+    return x.to(p.dtype.element_ty)
+
+
+@triton.jit
 def _square(pre, p_x, m_row, o_d, D: tl.constexpr):
     """`(pre - x)^2` `[BW, DC]` over the dimensions `o_d` `[DC]` of the rows `p_x` `[BW]`."""
     x = tl.load(p_x[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
@@ -76,15 +94,16 @@ def scan(
     p_query, p_cos_sin, p_entry, p_chain, m, first, begin, end, bound, lag_weight,
     D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
     W: tl.constexpr, BAND: tl.constexpr, SINK: tl.constexpr, MAX_CHAIN: tl.constexpr,
-    LAGGED: tl.constexpr,
+    LAGGED: tl.constexpr, RELATIVE: tl.constexpr,
     BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Key of the best candidate of one head among the positions `m-1-lag`, `lag` in `[begin, end)`.
 
     p_query: the head's query after RoPE. p_entry: its ring's `[W, D]` queries. p_chain: `[W]`.
-    SPAN: the most lags there are. LAGGED: whether `lag_weight` is not 0. HALVES: whether to read
-    an entry's second half only where the first leaves it a chance: a distance only grows with the
-    dimensions, so the result is the same.
+    RELATIVE: whether `bound` is in units of the query's squared norm. SPAN: the most lags there
+    are. LAGGED: whether `lag_weight` is not 0. HALVES: whether to read an entry's second half only
+    where the first leaves it a chance: a distance only grows with the dimensions, so the result is
+    the same.
     """
     # An entry is read in up to four pieces: the fewer threads share a row, the fewer shuffles
     # does its sum take, and those, not memory, would bound the scan.
@@ -97,6 +116,13 @@ def scan(
     if C > 2:
         q_2 = unrotate(p_query, p_cos_sin, m, 2 * DC + o_d, 2 * DC + o_d < D, ROTARY, NEOX)
         q_3 = unrotate(p_query, p_cos_sin, m, 3 * DC + o_d, 3 * DC + o_d < D, ROTARY, NEOX)
+    if RELATIVE:
+        norm = q_0 * q_0
+        if C > 1:
+            norm += q_1 * q_1
+        if C > 2:
+            norm += q_2 * q_2 + q_3 * q_3
+        bound *= tl.sum(norm, 0)
     # p >= first, p >= 0 and p+1-BAND > SINK, for p = m-1-back
     end = tl.minimum(end, m - tl.maximum(first, BAND + SINK))
     best = tl.full((BW,), float("inf"), tl.float32)

@@ -11,12 +11,13 @@ a new one, V1 tells none). It checks every row of every layer as it passes.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from engine import worker
 
 from vllm_mac import cpu, paged, reference, steps
+from vllm_mac.ring import narrow
 
 
 @dataclass
@@ -88,6 +89,7 @@ def _check(watch, impl, query, kv_cache, metadata, output, rows, facts) -> None:
         pre = impl.mac.rotary.undo(query[b:e], torch.arange(start, lengths[row]))
         run = _decode if e - b == 1 and not prompt else _prefill
         wanted = run(watch, impl, start, query[b:e].float(), pre, key, value, rings)
+        _round(rings, impl.mac.store.query.dtype)
         error = (output[b:e].float() - wanted).abs().amax() / wanted.abs().amax()
         watch.worst = max(watch.worst, float(error))
 
@@ -101,6 +103,15 @@ def _rings(watch, impl, name, index, start) -> Rings:
         known = Rings([[{} for _ in range(group)] for _ in range(mac.num_kv_heads)], index)
         watch.rings[name, mac.name] = known
     return known
+
+
+def _round(rings: Rings, dtype: torch.dtype) -> None:
+    """Queries decide by a hair which entry matches, so the shadow stores them as the engine does."""
+    if dtype == torch.float32:
+        return
+    for ring in (ring for group in rings.groups for ring in group):
+        for p, entry in ring.items():
+            ring[p] = replace(entry, query=narrow(entry.query, dtype).to(entry.query.dtype))
 
 
 def _decode(watch, impl, m, query, pre, key, value, rings) -> torch.Tensor:

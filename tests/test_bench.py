@@ -157,7 +157,10 @@ def test_lags_have_the_mean_asked_for():
         data.draw_lags((1,), "normal", 1, 1, draw)
 
 
-@pytest.mark.parametrize("changes", [{}, {"sink": 5}, {"reuse": "chained"}, {"min_context": 4096}])
+FLOAT8 = {"ring_dtype": "float8_e4m3fn", "distance": "relative"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"sink": 5}, {"reuse": "chained"}, {"min_context": 4096}, FLOAT8])
 def test_counters_and_bytes_are_those_of_the_method(changes):
     step = make(config=resolve(CONFIG.model_dump(include={"window", "band", "min_context"}) | changes, {}))
     data.plant(step, 0.6, "geometric", 6, seed=3)
@@ -176,6 +179,15 @@ def test_counters_and_bytes_are_those_of_the_method(changes):
     assert (short > 0) == ("min_context" in changes) and (hit > 0) != (short > 0)
     least = 2 * 64 * 2 * min(sum(data.expected_counts(step, x)[4:5]) for x in step.layers)
     assert least < data.realised(step).step_bytes < shape.exact_bytes() + 4 * shape.batch * shape.heads * 32 * 64 * 2
+
+
+def test_float8_rings_save_a_byte_of_each_element_of_a_query():
+    keys = CONFIG.model_dump(include={"window", "band", "min_context"})
+    steps = [make(config=resolve(keys | changes, {})) for changes in ({}, FLOAT8)]
+    for step in steps:
+        data.plant(step, 1.0, "geometric", 6, seed=3)
+    saved = data.realised(steps[0]).step_bytes - data.realised(steps[1]).step_bytes
+    assert saved == 3 * 4 * 64 * (32 + 1 + 1)  # all entries are read to match, one to reuse it; one is written
 
 
 def test_replays_find_what_the_first_step_found():

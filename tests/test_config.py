@@ -32,6 +32,7 @@ DEFAULTS = {
     "band": 256,
     "sink": 0,
     "threshold": 0.45,
+    "distance": "absolute",
     "min_context": 2048,
     "lag_weight": 0.0,
     "reuse": "anchored",
@@ -40,7 +41,7 @@ DEFAULTS = {
     "max_sequences": None,
     "ring_memory_gib": 4.0,
     "miss_engine": "triton",
-    "layers": {"include": None, "exclude": []},
+    "layers": {"include": None, "exclude": [], "threshold": {}},
 }
 
 
@@ -82,7 +83,7 @@ def test_every_field_is_described():
 
 
 def test_is_frozen_hashable_and_survives_a_process_boundary():
-    config = resolve({"layers": {"include": [1, "2-3"]}}, {})
+    config = resolve({"layers": {"include": [1, "2-3"], "threshold": {"2-3": 0.5}}}, {})
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.window = 1
     with pytest.raises(pydantic.ValidationError, match="frozen"):
@@ -126,7 +127,8 @@ def test_a_truth_value_takes_nothing_else(value):
 
 
 @pytest.mark.parametrize(
-    "field", ["window", "band", "sink", "min_context", "reuse", "ring_dtype", "layers"]
+    "field",
+    ["window", "band", "sink", "distance", "min_context", "reuse", "ring_dtype", "layers"],
 )
 def test_null_only_where_it_has_a_meaning(field):
     assert f"{field}: received None (NoneType)" in refusal({field: None})
@@ -143,12 +145,13 @@ BOUNDS = [
     ("lag_weight", [0, 4.5], [-0.1], "a finite number of at least 0"),
     ("miss_engine", ["flashinfer", "triton"], ["flash", 1], "one of flashinfer, triton"),
     ("reuse", ["anchored", "chained"], ["nearest", "Anchored", 1], "one of anchored, chained"),
+    ("distance", ["absolute", "relative"], ["cosine", 0], "one of absolute, relative"),
     ("max_chain", [None, 1, 99], [0, -1], "an integer of at least 1 or null"),
     (
         "ring_dtype",
-        ["auto", "float32", "bfloat16", "float16"],
-        ["fp8", "bf16"],
-        "one of auto, float32, bfloat16, float16",
+        ["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"],
+        ["fp8", "bf16", "float8_e5m2"],
+        "one of auto, float32, bfloat16, float16, float8_e4m3fn",
     ),
     ("max_sequences", [None, 1, 512], [0], "an integer of at least 1 or null"),
     ("ring_memory_gib", [0.001, 80], [0, -1.0], "a finite number greater than 0"),
@@ -243,11 +246,62 @@ def test_patterns_come_as_a_list(value):
 
 def test_layers_is_a_mapping_with_known_keys():
     assert "layers: received [1] (list)" in refusal({"layers": [1]})
-    assert "must be a mapping with keys from include, exclude" in refusal({"layers": [1]})
+    keys = "include, exclude, threshold"
+    assert f"must be a mapping with keys from {keys}" in refusal({"layers": [1]})
     message = refusal({"layers": {"inculde": [1], 3: 4}})
     assert "layers.inculde: unknown key, received [1] (list)" in message
-    assert "did you mean 'include'? Known keys: include, exclude" in message
+    assert f"did you mean 'include'? Known keys: {keys}" in message
     assert "layers.3: unknown key" in message
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "found"),
+    [
+        ({}, [0.45] * 6),
+        ({2: 0.5, "4": 1}, [0.45, 0.45, 0.5, 0.45, 1, 0.45]),
+        ({"1-2": 0.6, "*.layers.5.*": 0}, [0.45, 0.6, 0.6, 0.45, 0.45, 0]),
+        # The last that matches counts: the exception below its rule.
+        ({"*": 0.7, "1-3": 0.6, 2: 0.5}, [0.7, 0.6, 0.5, 0.6, 0.7, 0.7]),
+        ({2: 0.5, "1-3": 0.6, "*": 0.7}, [0.7] * 6),
+    ],
+)
+def test_thresholds_of_layers(thresholds, found, yaml_file):
+    keys = {"window": 64, "layers": {"exclude": [0], "threshold": thresholds}}
+    path = yaml_file(yaml.safe_dump(keys, sort_keys=False))
+    for config in (resolve(keys, {}), resolve({"config": path}, {})):
+        own = [config.for_layer(NAME.format(i), i) for i in range(6)]
+        assert [one.threshold for one in own] == found
+        # Nothing but the threshold is the layer's own.
+        assert {one.model_copy(update={"threshold": 0.45}) for one in own} == {config}
+
+
+def test_patterns_of_thresholds_that_match_no_layer_are_known():
+    thresholds = {"*": 0.5, "2-3": 0.6, 7: 0.5, "*.mlp": 0.5, "8-9": 0.5}
+    config = resolve({"layers": {"threshold": thresholds}}, {})
+    layers = ((NAME.format(i), i) for i in range(8))
+    assert config.idle_thresholds(layers) == ["*.mlp", "8-9"]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, "0.5", None, True, float("nan"), [0.5]])
+def test_a_threshold_of_a_layer_is_checked_like_the_top_level_one(value):
+    message = refusal({"layers": {"threshold": {3: 0.5, "0-3": value}}})
+    assert f"layers.threshold.0-3: received {value!r} ({type(value).__name__}) from" in message
+    assert message.endswith("; must be a finite number from 0 to 1")
+
+
+@pytest.mark.parametrize("key", [-1, True, 1.0, None, "", "-1", "3-1", "0:3", "0-", (0, 3)])
+def test_a_threshold_is_of_a_layer_pattern(key):
+    message = refusal({"layers": {"threshold": {key: 0.5}}})
+    assert "  layers.threshold." in message and f": received {key!r} " in message
+    assert "[key]" not in message  # pydantic's name for where it went wrong
+    assert message.endswith("'model.layers.*.self_attn.attn'")
+
+
+@pytest.mark.parametrize("value", [0.5, [0.5], None, {3: 0.5, "3": 0.6}])
+def test_thresholds_of_layers_come_as_a_mapping_that_names_each_once(value):
+    message = refusal({"layers": {"threshold": value}})
+    assert f"layers.threshold: received {value!r}" in message
+    assert "must be a mapping to a finite number from 0 to 1, each key, given once, a layer" in message
 
 
 # Unknown keys, and several errors at once
@@ -457,12 +511,20 @@ CONFIGS = st.fixed_dictionaries(
         "lag_weight": st.floats(0, **FINITE) | st.integers(0, 9),
         "reuse": st.sampled_from(["anchored", "chained"]),
         "max_chain": st.none() | st.integers(1, 10**6),
-        "ring_dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
+        "distance": st.sampled_from(["absolute", "relative"]),
+        "ring_dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]),
         "miss_engine": st.sampled_from(["flashinfer", "triton"]),
         "max_sequences": st.none() | st.integers(1, 4096),
         "ring_memory_gib": st.floats(0, exclude_min=True, **FINITE) | st.integers(1, 80),
         "layers": st.fixed_dictionaries(
-            {}, optional={"include": st.none() | PATTERNS, "exclude": PATTERNS}
+            {},
+            optional={
+                "include": st.none() | PATTERNS,
+                "exclude": PATTERNS,
+                "threshold": PATTERNS.flatmap(
+                    lambda patterns: st.fixed_dictionaries(dict.fromkeys(patterns, st.floats(0, 1)))
+                ),
+            },
         ),
     },
 )
@@ -473,7 +535,7 @@ CONFIGS = st.fixed_dictionaries(
 def test_round_trip(tmp_path_factory, keys):
     config = resolve(keys, {})
     path = tmp_path_factory.mktemp("round") / "mac.yaml"
-    path.write_text(yaml.safe_dump(keys_of(config)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(keys_of(config), sort_keys=False), encoding="utf-8")
     assert resolve({"config": str(path)}, {}) == config
     assert resolve(keys_of(config), {}) == config
 
@@ -508,11 +570,14 @@ def test_whatever_comes_is_accepted_in_full_or_refused_by_the_one_exception(inli
 
 
 def test_describe_is_one_line_with_every_key():
-    line = resolve({"max_chain": 3, "layers": {"include": ["0-3", 5]}}, {}).describe()
+    layers = {"include": ["0-3", 5], "threshold": {5: 0.5, "0-3": 1}}
+    line = resolve({"max_chain": 3, "layers": layers}, {}).describe()
     assert "\n" not in line
     assert line.startswith("enabled=true window=512 band=256 sink=0 threshold=0.45 ")
     assert "reuse=anchored max_chain=3 ring_dtype=auto max_sequences=null" in line
-    assert line.endswith('layers.include=["0-3", 5] layers.exclude=[]')
+    assert line.endswith(
+        'layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}'
+    )
     assert all(f"{key}=" in line for key in DEFAULTS if key != "layers")
 
 

@@ -10,6 +10,8 @@ from scenarios import SCENARIOS, marathon
 from shadow import shadow
 from tiny_models import write
 
+from vllm_mac import metrics
+
 pytestmark = pytest.mark.cpu
 
 # Small enough for contexts of a few hundred tokens; every option is met at least once.
@@ -18,6 +20,8 @@ VARIANTS = {
     "anchored": SMALL,
     "chained": SMALL | dict(reuse="chained", sink=4, lag_weight=1.0),
     "capped": SMALL | dict(max_chain=3, threshold=0.5, sink=20),
+    "layered": SMALL
+    | dict(distance="relative", ring_dtype="float8_e4m3fn", layers={"threshold": {"*": 0.5, "0": 0.1, "1": 1.0}}),
 }
 # Both sides sum the same float32 products in other orders. A score is a dot product of 32
 # terms near 3 and enters an exponential: relative error near 32 eps |score| = 2e-5 at most.
@@ -28,6 +32,7 @@ TOLERANCE = 1e-4
 RUNS = [("v1", name, "anchored", True in scenario.caching) for name, scenario in SCENARIOS.items()]
 RUNS += [("v1", name, "chained", False) for name in ("chunked17", "preempt_all", "abort")]
 RUNS += [("v1", name, "capped", True) for name in ("prefix", "preempt_cached", "mixed8")]
+RUNS += [("v1", name, "layered", True) for name in ("chunked33", "prefix")]
 RUNS += [("v2", name, "anchored", True) for name in ("chunked33", "prefix", "preempt_cached", "abort")]
 
 
@@ -64,6 +69,14 @@ def test_three_hundred_tokens(engines):
     assert not scenario.missed(run)
     assert watch.restarts > 0 and watch.hits > 500 and watch.misses > 50
     assert watch.worst < TOLERANCE
+
+
+def test_layers_have_thresholds_of_their_own(engines):
+    scenario = SCENARIOS["mixed8"]
+    llm = engines("v1", "layered", True)
+    harness.run_schedule(llm, scenario.events, scenario.limits)
+    hits = [s.value for s in llm.collective_rpc(metrics.counters)[0] if s.labels.get("outcome") == "hit"]
+    assert len(hits) > 1 and hits[0] > 100 and hits[1] == 0
 
 
 @pytest.mark.parametrize("runner,name,variant,caching", RUNS)

@@ -11,13 +11,17 @@ import pytest
 import torch
 
 from vllm_mac import reference
+from vllm_mac.fused import Decoder
+from vllm_mac.kernels import hit
 from vllm_mac.kernels.complete import complete_misses
+from vllm_mac.kernels.exact import PrefixProblem
 from vllm_mac.kernels.hit import COUNTERS, Workspace, decode_hits
 from vllm_mac.reference import Entry, Partial
-from vllm_mac.ring import RingStore
+from vllm_mac.ring import RingStore, narrow
+from vllm_mac.rope import Rotary
 
 INTERPRETED = not torch.cuda.is_available()
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 
 
 @pytest.fixture
@@ -31,6 +35,7 @@ def config(**changes):
         "band": 24,
         "sink": 0,
         "threshold": 0.45,
+        "distance": "absolute",
         "min_context": 64,
         "lag_weight": 0.0,
         "reuse": "anchored",
@@ -55,6 +60,7 @@ class Case:
     rotary: int | None = None  # default: d
     neox: bool = True
     ringless: tuple = ()
+    size: float = 1.0  # of the queries
     fresh: dict = field(default_factory=dict)  # row -> number of entries its ring holds
     seed: int = 0
 
@@ -111,7 +117,7 @@ class Batch:
                 torch.arange(rotary // 2) * 8 / rotary
             )
             self.cos_sin = (1.1 * torch.cat((angle.cos(), angle.sin()), -1)).to(case.dtype)
-        pre = randn(b, h, d)
+        pre = case.size * randn(b, h, d)
         query = pre if self.cos_sin is None else rotate(pre, self.cos_sin, self.position, case.neox)
         self.query = query.to(case.dtype)
 
@@ -122,7 +128,9 @@ class Batch:
         self.first = torch.tensor(
             [max(0, n - 1 - case.fresh.get(i, w)) for i, n in enumerate(case.lengths)]
         )
-        self.store = RingStore.allocate(b + 2, h, w, d, case.ring_dtype or case.dtype, "cpu")
+        ring_dtype = case.ring_dtype or case.dtype
+        out_dtype = case.dtype if ring_dtype == FP8 else ring_dtype
+        self.store = RingStore.allocate(b + 2, h, w, d, ring_dtype, "cpu", out_dtype)
         for tensor in (self.store.query, self.store.out, self.store.lse):
             tensor.fill_(torch.nan)
         self.store.chain.fill_(-7)
@@ -146,9 +154,8 @@ class Batch:
                 }
                 if hits[case.pattern]:
                     p = int(torch.randint(oldest, m, (), generator=g))
-                    self.store.query[r, head, p % w] = (pre[i, head] + 0.2 * randn(d)).to(
-                        self.store.query.dtype
-                    )
+                    near = pre[i, head] + 0.2 * case.size * randn(d)
+                    self.store.query[r, head, p % w] = narrow(near, self.store.query.dtype)
                     self.store.chain[r, head, p % w] = 0
         for name in ("position", "table", "kv", "cos_sin", "query", "ring", "first"):
             tensor = getattr(self, name)
@@ -277,12 +284,7 @@ class Batch:
                 range(at.start, at.stop), entries[i, k], rough_entries[i, k], strict=True
             ):
                 at_slot = r, h, slot
-                close(
-                    self.store.query[at_slot],
-                    entry.query,
-                    entry.query,
-                    2 * torch.finfo(self.store.query.dtype).eps,
-                )
+                close_query(self.store.query[at_slot].cpu(), entry.query)
                 close(self.store.out[at_slot], entry.summary.out, rough_entry.summary.out, ring_eps)
                 if entry.summary.lse == -torch.inf:
                     assert self.store.lse[at_slot] == -torch.inf
@@ -302,7 +304,11 @@ class Batch:
                     getattr(before, name)[at_slot] = getattr(self.store, name)[at_slot]
         for name in ("query", "out", "lse", "chain"):
             torch.testing.assert_close(
-                getattr(self.store, name), getattr(before, name), rtol=0, atol=0, equal_nan=True
+                getattr(self.store, name).float(),
+                getattr(before, name).float(),
+                rtol=0,
+                atol=0,
+                equal_nan=True,
             )
         assert dict(zip(COUNTERS, self.counters.tolist(), strict=True)) == expected
         assert not self.work.arrived.any()
@@ -318,6 +324,16 @@ def close(got, exact, rough, eps):
     norm = exact.norm() if exact.norm() > 0 else 1.0
     error, eager = (got - exact).norm() / norm, (rough - exact).norm() / norm
     assert error <= 2 * eager + 4 * eps, f"error {error:.2e}, eager {eager:.2e}"  # NaN fails
+
+
+def close_query(got, exact):
+    """`got`, in a ring's dtype, is `exact` rounded to it."""
+    if got.dtype != FP8:
+        return close(got, exact, exact, 2 * torch.finfo(got.dtype).eps)
+    # Half the spacing, 2^-9 among the smallest; what is beyond the largest is the largest.
+    exact = exact.clamp(-448, 448)
+    bound = 1.01 * exact.abs() * torch.finfo(FP8).eps / 2 + 2**-10
+    assert ((got.double() - exact).abs() <= bound).all()  # NaN fails
 
 
 def observed(steps):
@@ -352,13 +368,124 @@ def test_lengths(length, sink, device):
 
 
 @pytest.mark.parametrize(
-    "dtype, ring_dtype", [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, BF16), (FP16, BF16)]
+    "dtype, ring_dtype",
+    [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, BF16), (FP16, BF16), (BF16, FP8), (FP32, FP8)],
 )
-def test_dtypes(dtype, ring_dtype, device):
+@pytest.mark.parametrize("reuse", ["anchored", "chained"])
+def test_dtypes(dtype, ring_dtype, reuse, device):
     steps = Batch(
-        Case(dtype=dtype, ring_dtype=ring_dtype, lengths=(100, 120)), config(sink=3), device
+        Case(dtype=dtype, ring_dtype=ring_dtype, lengths=(100, 120)),
+        config(sink=3, reuse=reuse),
+        device,
     ).check()
     assert observed(steps) == "mixed"
+
+
+@pytest.mark.parametrize("pattern", ["all", "none"])
+def test_float8_rings_saturate(pattern, device):
+    """Queries with many elements beyond 448 hit and miss like others, and leave no NaN."""
+    case = Case(pattern=pattern, ring_dtype=FP8, size=300.0, rotary=0)
+    batch = Batch(case, config(distance="relative", reuse="chained"), device)
+    batch.scale /= case.size
+    assert observed(batch.check()) == pattern
+    written = batch.store.query[int(batch.ring[0]), :, 199 % 32].float().abs()
+    assert written.max() == 448.0 and (written == 448.0).float().mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    "distance, size, threshold, pattern, found",
+    [
+        ("relative", 8.0, 0.45, "all", "all"),
+        ("absolute", 8.0, 0.45, "all", "none"),
+        ("relative", 0.02, 0.2, "none", "none"),
+        ("absolute", 0.02, 0.2, "none", "all"),
+    ],
+)
+@pytest.mark.parametrize("d", [32, 64, 96, 128])
+def test_distance(distance, size, threshold, pattern, found, d, device):
+    """Long queries of which a near one is planted, and short ones with none nearer than their size."""
+    case = Case(d=d, size=size, pattern=pattern, rotary=d // 2, group=2)
+    settings = config(distance=distance, threshold=threshold)
+    assert observed(Batch(case, settings, device).check()) == found
+
+
+def tune(splits, bands, small, flag):
+    """A `Workspace.tune`: small: how much at a time. flag: `halves`, and not `ahead`."""
+    return {
+        "splits": splits, "bands": bands, "bw": small, "bn": small, "bt": 16,
+        "stages": 1, "near_stages": 1, "scan_stages": 1, "warps": 4, "halves": flag, "ahead": not flag,
+        "registers": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("d, lag_weight", [(64, 0.0), (64, 0.1), (128, 0.1), (128, 4.0)])
+@pytest.mark.parametrize("distance, ring_dtype", [("absolute", FP32), ("relative", FP8)])
+def test_scan(distance, ring_dtype, d, lag_weight, halves, device):
+    """Several blocks of entries, about half of them acceptable: which wins is a matter of the score."""
+    case = Case(lengths=(140, 190), pattern="none", ring_dtype=ring_dtype, d=d, group=2, rotary=0)
+    settings = config(window=64, threshold=0.0, lag_weight=lag_weight, distance=distance)
+    batch = Batch(case, settings, device)
+    batch.work.tune = tune(1, 1, 16, halves)
+    # Every second head's entries differ in the first half of the dimensions only, which is then as
+    # far as the whole: none that is better than the best so far may be left out for it.
+    for ring, query in zip(batch.ring.tolist(), batch.query, strict=True):
+        same_half = query[::2, None, d // 2 :].expand(-1, 64, -1)
+        batch.store.query[ring, ::2, :, d // 2 :] = narrow(same_half, ring_dtype)
+    steps = batch.check()
+    assert observed(steps) != "none"
+    sources = [m - 1 - p for (i, _), s in steps.items() for m in [case.lengths[i]] for p in s.source]
+    # A large weight takes the most recent of the acceptable ones, which the first block has.
+    assert (max(sources) < 16) == (lag_weight > 1)
+
+
+def test_every_threshold_runs_the_same_kernel(device):
+    """Layers with thresholds of their own share one compiled kernel; the bound is an argument."""
+    batch = Batch(Case(lengths=(140,)), config(), device)
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, _grid):
+            return lambda *args, **constants: launched.append((args, constants))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hit, "_hit_kernel", Kernel())
+        for batch.config.threshold in (0.0, 0.45, 1.0):
+            batch.launch()
+    first, *others = launched
+    for args, constants in others:
+        assert constants == first[1]
+        differ = [i for i, (a, b) in enumerate(zip(first[0], args, strict=True)) if a is not b and not same(a, b)]
+        assert len(differ) == 1 and isinstance(args[differ[0]], float)
+
+
+def test_a_decoder_takes_each_layer_s_own_threshold(device):
+    """One decoder, made with one configuration, serves layers whose thresholds differ."""
+    lengths = (200, 190)
+    fresh = dict.fromkeys(range(2), 31)  # without the entry whose slot the first step overwrites
+    batch = Batch(Case(lengths, "all", rotary=0, fresh=fresh), config(miss_engine="triton"), device)
+    problem = PrefixProblem(
+        max_rows=2, heads=8, kv_heads=2, head_size=64, page_size=16, max_blocks=13, dtype=FP32,
+        band=24, sink=0, scale=batch.scale,
+    )  # fmt: skip
+    decoder = Decoder(problem, batch.config, torch.device(device))
+    for name in ("position", "ring", "first"):
+        getattr(decoder, name).copy_(getattr(batch, name))
+    for threshold, hits in ((1.0, 0), (0.45, 16)):
+        own = batch.config = config(threshold=threshold)
+        steps, _ = batch.oracle()
+        rough, _ = batch.oracle(FP32)
+        batch.counters.zero_()
+        decoder.begin_step(batch.table, batch.kv)
+        decoder.decode(batch.query, batch.kv, batch.table, batch.store, own, Rotary(None), batch.counters, batch.out)
+        assert batch.counters[COUNTERS.index("heads_hit")] == hits
+        for (i, k), step in steps.items():
+            heads = slice(4 * k, 4 * k + 4)
+            close(batch.out[i, heads], step.out, rough[i, k].out, torch.finfo(FP32).eps)
+
+
+def same(a, b):
+    return not isinstance(a, torch.Tensor) and type(a) is type(b) and a == b
 
 
 @pytest.mark.parametrize("neox", [True, False])
@@ -449,11 +576,7 @@ def test_every_split_gives_the_same(device):
         batch = Batch(
             Case(lengths=(200, 190)), config(window=50, band=70, sink=9, min_context=81), device
         )
-        batch.work.tune = {
-            "splits": splits, "bands": bands, "bw": small, "bn": small, "bt": 16,
-            "stages": 1, "near_stages": 1, "scan_stages": 1, "warps": 4, "halves": flag, "ahead": not flag,
-            "registers": None,
-        }  # fmt: skip
+        batch.work.tune = tune(splits, bands, small, flag)
         assert observed(batch.check()) == "mixed"
         outs.append(batch.out)
     for out in outs[1:]:
@@ -477,6 +600,30 @@ def test_full_size(group, kv_heads, d, page, head_major, dtype, pattern, device)
     assert observed(Batch(case, settings, device).check()) == (
         "mixed" if pattern == "all" else pattern
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("like_rows", [1, 8, 64])
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(
+    "distance, ring_dtype, lag_weight, reuse",
+    [
+        ("absolute", FP8, 0.0, "anchored"),
+        ("relative", BF16, 1.0, "chained"),
+        ("relative", FP8, 1.0, "chained"),
+    ],
+)
+def test_full_size_options(distance, ring_dtype, lag_weight, reuse, d, like_rows, device):
+    """Options of the match at window 512, each with the work split as for a small and a large batch."""
+    settings = config(
+        window=512, band=256, min_context=512, distance=distance, lag_weight=lag_weight, reuse=reuse
+    )
+    case = Case((2100, 4097, 700), "mixed", 4, 8, d, dtype=BF16, ring_dtype=ring_dtype)
+    batch = Batch(case, settings, device)
+    batch.work.tune = hit._tune(
+        like_rows, 32, 8, batch.work.slots, d, 512, batch.store.query.dtype.itemsize
+    )
+    assert observed(batch.check()) == "mixed"
 
 
 @pytest.mark.gpu

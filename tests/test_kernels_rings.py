@@ -20,7 +20,7 @@ from vllm_mac.ring import RingStore, RingTable
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 
 
 # --- assign ------------------------------------------------------------------------------------
@@ -304,6 +304,7 @@ class Case:
     head_major: bool = False
     rotary: int | None = None  # default: d
     neox: bool = True
+    size: float = 1.0  # of the queries; scores are divided by it
     window: int = 16
     band: int = 24
     sink: int = 0
@@ -325,8 +326,9 @@ def check(case: Case) -> Counter:
     """Record a batch and compare everything written. Returns what kinds of summaries there were."""
     g = torch.Generator().manual_seed(case.seed)
     k, d, page, window = case.kv_heads, case.d, case.page, case.window
-    rows, h, scale = len(case.chunks), k * case.group, d**-0.5
+    rows, h, scale = len(case.chunks), k * case.group, d**-0.5 / case.size
     ring_dtype, prefix_dtype = case.ring_dtype or case.dtype, case.prefix_dtype or case.dtype
+    out_dtype = case.dtype if ring_dtype == FP8 else ring_dtype
     config = SimpleNamespace(window=window, band=case.band, sink=case.sink)
     lo = -(-case.sink // page) * page
 
@@ -344,7 +346,7 @@ def check(case: Case) -> Counter:
     begins = [0]
     for start, stop in case.chunks:
         begins.append(begins[-1] + stop - start)
-    query = torch.randn(begins[-1], h, d, generator=g).to(case.dtype)
+    query = (case.size * torch.randn(begins[-1], h, d, generator=g)).to(case.dtype)
     longest = max(stop for _, stop in case.chunks)
     rotary = d if case.rotary is None else case.rotary
     angle = torch.arange(longest)[:, None] * 0.3 ** (torch.arange(rotary // 2) * 8 / max(rotary, 1))
@@ -354,7 +356,7 @@ def check(case: Case) -> Counter:
     # Expected, and the prefixes that FlashInfer would give.
     names = ("query", "out", "lse", "chain")
     want = RingStore.allocate(rows + 2, h, window, d, FP32, "cpu")
-    store = RingStore.allocate(rows + 2, h, window, d, ring_dtype, "cpu")
+    store = RingStore.allocate(rows + 2, h, window, d, ring_dtype, "cpu", out_dtype)
     for each in (want, store):
         for name in names:
             getattr(each, name).fill_(-7 if name == "chain" else torch.nan)
@@ -421,8 +423,8 @@ def check(case: Case) -> Counter:
     biggest = float(kv[..., d:].abs().max())
     # The prefix is rounded before it is merged with weight at most 1, the result after.
     # Triton's interpreter truncates to bf16.
-    round_in = torch.finfo(prefix_dtype).eps / 2
-    round_out = torch.finfo(ring_dtype).eps / (1 if INTERPRETED and ring_dtype == BF16 else 2)
+    unit_of = lambda dtype: torch.finfo(dtype).eps / (1 if INTERPRETED and dtype == BF16 else 2)
+    round_in, round_out, round_query = torch.finfo(prefix_dtype).eps / 2, unit_of(out_dtype), unit_of(ring_dtype)
     got = RingStore(**{name: getattr(store, name).cpu() for name in names})
     written = want.chain == 0
     assert written.any() and torch.equal(got.chain, want.chain)
@@ -432,8 +434,12 @@ def check(case: Case) -> Counter:
     expected, error = want.out[written], (got.out.float() - want.out)[written].abs()
     bound = round_in * biggest + round_out * expected.abs() * 1.01 + 4 * lse_error * biggest
     assert (error <= bound).all(), float((error - bound).max())
-    expected, error = want.query[written], (got.query.float() - want.query)[written].abs()
-    bound = round_out * expected.abs() * 1.01 + 8 * unit * query.float().abs().max()
+    expected, least = want.query[written], 8 * unit * query.float().abs().max()
+    if ring_dtype == FP8:
+        # What float8 does not reach becomes its largest; 2^-10 is half the spacing of its smallest.
+        expected, least = expected.clamp(-448, 448), least + 2**-10
+    error = (got.query.float()[written] - expected).abs()
+    bound = round_query * expected.abs() * 1.01 + least
     assert (error <= bound).all(), float((error - bound).max())
     expected, found = want.lse[written], got.lse[written]
     some = expected > -torch.inf
@@ -475,6 +481,13 @@ def test_record_dtypes(dtype, ring_dtype, prefix_dtype):
     )["far"]
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_record_float8_queries(size, dtype):
+    """Elements of queries beyond 448, of which size 300 has many, are recorded as that, not as NaN."""
+    assert check(Case(((30, 44), (0, 3)), (), dtype=dtype, ring_dtype=FP8, size=size, sink=5))["far"]
+
+
 @pytest.mark.parametrize("neox", [True, False])
 @pytest.mark.parametrize("rotary", [0, 32, 64])
 def test_record_rotary(rotary, neox):
@@ -512,3 +525,11 @@ def test_record_full_size(group, kv_heads, d, page, head_major, dtype):
         chunks, (4,), group, kv_heads, d, page, dtype, head_major=head_major, window=512, band=256, sink=4,
     ))  # fmt: skip
     assert kinds["far"] and kinds["near only"] and kinds["empty"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_record_full_size_float8(size):
+    chunks = ((0, 257), (100, 612), (3500, 4097))
+    case = Case(chunks, (), 4, 8, 128, ring_dtype=FP8, size=size, window=512, band=256)
+    assert check(case)["far"]

@@ -1,7 +1,8 @@
 """`paged` against the plain reference, head for head, over whole sequences of a batch.
 
-Queries before RoPE are multiples of 1/8 in [-3, 3]: every ring dtype holds them, and sums of
-their squared differences are exact in float32, ties and limits included. So which position
+Queries before RoPE are multiples of 1/8 in [-3, 3], in float8 rings only those it holds: every
+ring dtype holds them, and sums of their squares and of their squared differences are exact in
+float32, ties and limits included. So which position
 each head reuses must agree exactly with the reference in float64, and only outputs may round.
 """
 
@@ -17,10 +18,10 @@ from rounding import BFLOAT16, FLOAT32, decode_error, largest_score
 from vllm_mac import paged, reference
 from vllm_mac.config import MacConfig
 from vllm_mac.reference import Entry, Partial
-from vllm_mac.ring import RingStore
+from vllm_mac.ring import RingStore, ring_dtypes
 
 ROUNDOFF = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: 2.0**-11}
-NAN = float("nan")
+NAN, FP8 = float("nan"), torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,16 @@ class Case:
     band: int = 8
     sink: int = 0
     threshold: float = 0.5
+    distance: str = "absolute"
     min_context: int = 16
     lag_weight: float = 0.0
     reuse: str = "anchored"
     max_chain: int | None = None
 
     def config(self) -> MacConfig:
-        names = ("window", "band", "sink", "threshold", "min_context", "lag_weight", "reuse", "max_chain")
-        return MacConfig(**{name: getattr(self, name) for name in names})
+        names = ("window", "band", "sink", "threshold", "distance", "min_context", "lag_weight", "reuse", "max_chain")
+        ring = str(self.ring).removeprefix("torch.")
+        return MacConfig(ring_dtype=ring, **{name: getattr(self, name) for name in names})
 
 
 def paged_cache(case: Case, blocks: int) -> torch.Tensor:
@@ -77,7 +80,8 @@ class Batch:
         self.rings = len(case.rows) + 1
         given_rings = torch.randperm(self.rings, generator=g)[: len(case.rows)].tolist()
         self.ring = [r if has else -1 for r, (_, _, has) in zip(given_rings, case.rows)]
-        self.store = RingStore.allocate(self.rings, self.heads, case.window, case.d, case.ring, "cpu")
+        query_dtype, out_dtype = ring_dtypes(self.c, case.kv)
+        self.store = RingStore.allocate(self.rings, self.heads, case.window, case.d, query_dtype, "cpu", out_dtype)
         for part in (self.store.query, self.store.out, self.store.lse):
             part.fill_(NAN)
         self.store.chain.fill_(-(2**30))
@@ -92,6 +96,8 @@ class Batch:
         much = torch.tensor([1, 3, 9, 10, 12])[torch.randint(0, 5, change.shape[:2], generator=g)]
         which = torch.randint(0, 2, change.shape[:2], generator=g)
         self.pre = base[which] + (change * much[..., None, None]).round() / 8
+        if case.ring == FP8:
+            self.pre = self.pre.to(FP8).float()
         self.query = (self.pre + 0.3 * torch.randn(self.pre.shape, generator=g)).to(case.kv).float()
         kv = torch.randn(len(case.rows), case.kv_heads, total, 2 * case.d, generator=g).to(case.kv)
         self.fresh = kv
@@ -136,7 +142,8 @@ class Batch:
         exact = torch.stack([torch.stack(x) if isinstance(x, list) else x for x in exact])
         error = decode_error(self.length[b], self.case.d, self.sigma(b, positions), chain)
         # Each summary that the chain went through was rounded to the ring's dtype.
-        error += chain * ROUNDOFF[self.case.ring] * (self.case.ring != torch.float32)
+        stored = self.store.out.dtype
+        error += chain * ROUNDOFF[stored] * (stored != torch.float32)
         off = (out.double() - exact).abs().max()
         assert off <= error * self.largest, f"row {b}, {positions}: {off:.2g} > {error * self.largest:.2g}"
 
@@ -182,7 +189,7 @@ class Batch:
                     assert self.store.chain[ring, h, slot] == entry.chain
                     n, sigma = self.length[b], self.sigma(b, p)
                     error = decode_error(n, self.case.d, sigma, entry.chain)
-                    stored = (entry.chain + 1) * ROUNDOFF[self.case.ring]
+                    stored = (entry.chain + 1) * ROUNDOFF[self.store.out.dtype]
                     off = (self.store.out[ring, h, slot].double() - entry.summary.out).abs().max()
                     assert off <= (error + stored) * self.largest
                     if entry.summary.lse == -torch.inf:
@@ -210,6 +217,10 @@ CASES = {
     "gqa 4, float16 kv and ring": Case(group=4, d=32, kv=torch.float16, ring=torch.float16, layout="head-major"),
     "gqa 7": Case(kv_heads=1, group=7, d=96, steps=20, lag_weight=1.0),
     "mqa 8, bfloat16 ring": Case(kv_heads=1, group=8, d=128, steps=20, ring=torch.bfloat16, block=128),
+    "float8 ring": Case(ring=FP8, lag_weight=1.0),
+    "float8 ring, bfloat16 kv, chained": Case(ring=FP8, kv=torch.bfloat16, reuse="chained", sink=2),
+    "relative": Case(distance="relative", d=64, threshold=0.55),
+    "relative, lag, cap, float8 ring": Case(distance="relative", lag_weight=1.5, max_chain=2, ring=FP8),
     "mqa 16": Case(kv_heads=1, group=16, d=32, steps=15),
     "head size 256": Case(kv_heads=2, group=1, d=256, steps=20, layout="slice", kv=torch.bfloat16, ring=torch.bfloat16),
     "chained": Case(reuse="chained", layout="slice", sink=1),
@@ -251,13 +262,14 @@ def test_decoding_from_the_very_first_token():
         block=st.sampled_from([1, 4, 16]),
         layout=st.sampled_from(["token-major", "head-major", "slice"]),
         kv=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-        ring=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        ring=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, FP8]),
         rows=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.booleans()), min_size=1, max_size=3).map(tuple),
         steps=st.integers(1, 12),
         window=st.sampled_from([1, 2, 8, 16]),
         band=st.integers(1, 10),
         sink=st.integers(0, 5),
         threshold=st.sampled_from([0.0, 0.25, 0.5]),
+        distance=st.sampled_from(["absolute", "relative"]),
         min_context=st.integers(17, 24),
         lag_weight=st.sampled_from([0.0, 0.5, 2.0]),
         reuse=st.sampled_from(["anchored", "chained"]),
@@ -301,6 +313,30 @@ def test_match_at_the_limit(threshold, query, found):
     pre_query = torch.tensor([[[query, query, 0.0, 0.0]]])
     args = torch.tensor([20]), pre_query, torch.tensor([0]), torch.tensor([0]), store_of(torch.zeros(1, 1, 8, 4))
     assert paged.match(*args, config).tolist() == [[found]]
+
+
+@pytest.mark.parametrize("scale", [0.125, 1.0, 8.0])
+@pytest.mark.parametrize("other, found", [(0.0, -1), (0.125, 19)])
+def test_match_at_the_relative_limit(scale, other, found):
+    """2 |q|^2 (1 - 0.5)^2 = 2 for (1, 1, 1, 1), and (0, 0, 1, 1) is just that far; so at any scale."""
+    config = MacConfig(window=8, band=4, min_context=16, threshold=0.5, distance="relative")
+    store = store_of(torch.tensor([other, other, 1.0, 1.0]).expand(1, 1, 8, 4) * scale)
+    args = torch.tensor([20]), torch.full((1, 1, 4), scale), torch.tensor([0]), torch.tensor([0]), store
+    assert paged.match(*args, config).tolist() == [[found]]
+
+
+def test_float8_rings_hold_no_more_than_their_largest_and_no_nan():
+    """Entries beyond it match like any other once their query is as large."""
+    config = MacConfig(window=8, band=4, min_context=16, ring_dtype="float8_e4m3fn")
+    store = RingStore.allocate(1, 1, 8, 4, FP8, "cpu", torch.float32)
+    store.query.fill_(NAN)
+    query = torch.tensor([[[1e5, -500.0, 460.0, 448.0]]])
+    args = query, query, torch.randn(2, 1, 16, 8), torch.arange(2)[None], torch.tensor([0])
+    paged.decode(torch.tensor([20]), *args, torch.tensor([20]), store, config, 1.0)
+    assert store.query[0, 0, 20 % 8].float().tolist() == [448.0, -448.0, 448.0, 448.0]
+    assert store.out.dtype == torch.float32
+    got = paged.match(torch.tensor([21]), query.clamp(-448, 448), args[-1], torch.tensor([20]), store, config)
+    assert got.tolist() == [[20]]
 
 
 def test_match_takes_the_later_of_equals_across_the_wrap():

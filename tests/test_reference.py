@@ -178,6 +178,27 @@ def test_threshold_1_never_matches_even_an_equal_query():
     assert pick(20, 1.0, ring_of({18: 1.0}), threshold=1.0, lag_weight=1.0) == -1
 
 
+def test_relative_distance_is_measured_by_the_query_itself():
+    # (x, x) from (y, y): 2 (x-y)^2 < 2 * 2 x^2 (1 - 0.5)^2 where |x-y| < |x| / 2^0.5.
+    keys = dict(threshold=0.5, distance="relative")
+    for x in (0.01, 1.0, -40.0):
+        assert pick(20, x, ring_of({18: 0.30 * x}), **keys) == 18
+        assert pick(20, x, ring_of({18: 0.29 * x}), **keys) == -1
+    assert pick(20, 0.01, ring_of({18: 0.0}), threshold=0.5) == 18  # near, measured by d
+    # It is this step's query that measures: the other way round 0.3 is too far from 1.
+    assert pick(20, 0.3, ring_of({18: 1.0}), **keys) == -1
+    assert pick(20, 0.0, ring_of({18: 0.0}), **keys) == -1  # nothing is nearer than 0
+
+
+def test_lag_weight_counts_in_units_of_the_limit_of_either_distance():
+    # Limit 4 |x|^2 / 4 = 16 at x = 4, d = 2 and threshold 0.5, 16 times the absolute one.
+    # Scores 0 + 16 w 7/8 at 13 and 8 + 16 w 1/8 at 19, equal at w = 2/3.
+    ring = ring_of({13: 4.0, 19: 2.0})
+    keys = dict(threshold=0.5, distance="relative")
+    assert pick(20, 4.0, ring, lag_weight=0.6, **keys) == 13
+    assert pick(20, 4.0, ring, lag_weight=0.7, **keys) == 19
+
+
 def test_max_chain_leaves_out_entries_that_deep():
     ring = ring_of({17: 0.25, 18: 0.0}, chains={17: 2, 18: 3})
     assert [pick(20, 0.0, ring, max_chain=n) for n in (None, 4, 3, 2)] == [18, 18, 17, -1]
@@ -205,6 +226,7 @@ eighths = st.integers(-8, 8).map(lambda n: n / 8)  # distances without rounding,
             "band": st.integers(1, 8),
             "sink": st.integers(0, 6),
             "threshold": st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),
+            "distance": st.sampled_from(["absolute", "relative"]),
             "lag_weight": st.sampled_from([0.0, 0.5, 1.0]),
             "max_chain": st.sampled_from([None, 1, 3]),
             "min_context": st.integers(16, 20),
@@ -214,7 +236,8 @@ eighths = st.integers(-8, 8).map(lambda n: n / 8)  # distances without rounding,
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_match_is_what_the_definition_says(m, query, ring, keys):
     c, d = config(**keys), 2
-    bound = 2 * d * (1 - c.threshold) ** 2
+    size = d * query**2 if c.distance == "relative" else d
+    bound = 2 * size * (1 - c.threshold) ** 2
     scores = {}
     for p, (q, chain) in ring.items():
         squared = d * (query - q) ** 2

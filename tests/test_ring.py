@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring_model import Engine, Row, assign, make_config
 
-from vllm_mac.ring import RingStore, RingTable, ring_bytes
+from vllm_mac.config import MacConfig
+from vllm_mac.ring import RingStore, RingTable, narrow, ring_bytes, ring_dtypes
 
 prompts = st.tuples(st.integers(0, 3), st.integers(1, 9))  # one of few contents, and a length
 events = st.one_of(
@@ -264,9 +265,28 @@ def test_padding_rows_and_tokens_change_nothing():
     assert one(table, [1, 2, 3], 9, 10) == (ring, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_ring_bytes_is_what_a_store_takes(dtype):
-    store = RingStore.allocate(3, 4, 8, 32, dtype, "cpu")
+@pytest.mark.parametrize("model", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"])
+def test_ring_bytes_is_what_a_store_takes(name, model):
+    dtypes = ring_dtypes(MacConfig(ring_dtype=name), model)
+    store = RingStore.allocate(3, 4, 8, 32, dtypes[0], "cpu", dtypes[1])
     parts = [store.query, store.out, store.lse, store.chain]
-    assert 3 * ring_bytes(4, 8, 32, dtype) == sum(part.nbytes for part in parts)
-    assert store.query.dtype == store.out.dtype == dtype and store.lse.dtype == torch.float32
+    assert 3 * ring_bytes(4, 8, 32, *dtypes) == sum(part.nbytes for part in parts)
+    assert store.lse.dtype == torch.float32
+    # An output in float8 would be off by 6 %.
+    assert store.query.dtype == (model if name == "auto" else getattr(torch, name))
+    assert store.out.dtype == (model if name == "float8_e4m3fn" else store.query.dtype)
+
+
+def test_without_another_dtype_outputs_are_stored_like_queries():
+    store = RingStore.allocate(1, 1, 2, 32, torch.bfloat16, "cpu")
+    assert store.query.dtype == store.out.dtype == torch.bfloat16
+    assert ring_bytes(1, 2, 32, torch.bfloat16) == 2 * (2 * 32 * 2 + 8)
+
+
+def test_narrow_saturates_where_there_is_no_infinity():
+    """Not every PyTorch does so by itself: some make it NaN."""
+    x = torch.tensor([448.0, 449.0, 480.0, 1e5, -float("inf"), -3.0, 2**-9])
+    stored = narrow(x, torch.float8_e4m3fn).float()
+    assert stored.tolist() == [448.0, 448.0, 448.0, 448.0, -448.0, -3.0, 2**-9]
+    assert narrow(x, torch.float32).tolist() == x.tolist()

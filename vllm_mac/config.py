@@ -15,10 +15,12 @@ from typing import Annotated, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -65,6 +67,26 @@ LayerPatterns = Annotated[
 ]
 
 
+def _number_keys(thresholds: object) -> object:
+    """JSON has no integer keys: "3" is the layer index 3 where a pattern is a key."""
+    if not isinstance(thresholds, dict):
+        return thresholds
+    number = lambda key: int(key) if isinstance(key, str) and key.isdecimal() else key
+    named = {number(key): value for key, value in thresholds.items()}
+    if len(named) < len(thresholds):
+        raise ValueError("a layer index given twice")  # as 3 and as "3"
+    return named
+
+
+# Kept as pairs, which can be hashed and have an order.
+LayerThresholds = Annotated[
+    dict[LayerPattern, Annotated[float, Field(ge=0, le=1)]],
+    BeforeValidator(_number_keys),
+    AfterValidator(lambda thresholds: tuple(thresholds.items())),
+    PlainSerializer(lambda pairs: {str(pattern): value for pattern, value in pairs}),
+]
+
+
 def _pattern_matches(pattern: int | str, name: str, index: int) -> bool:
     if isinstance(pattern, int):
         return pattern == index
@@ -86,6 +108,11 @@ class LayerSelection(_Section):
     exclude: LayerPatterns = Field(
         (), description="Layers to leave exact, whatever `include` says."
     )
+    threshold: LayerThresholds = Field(
+        (),
+        description="Thresholds of layers by pattern, instead of the top-level one; of several "
+        "patterns that match a layer the last counts.",
+    )
 
 
 class MacConfig(_Section):
@@ -102,6 +129,11 @@ class MacConfig(_Section):
         ge=0,
         le=1,
         description="Hit when |q-q'|^2 < 2 d (1-threshold)^2; higher is stricter, 1 never hits.",
+    )
+    distance: Literal["absolute", "relative"] = Field(
+        "absolute",
+        description="What a query's distance is measured by: d, the squared norm of a standard "
+        "normal query (absolute), or the query's own squared norm (relative).",
     )
     # Validated as a default too: the check below needs the three fields together.
     min_context: int = Field(
@@ -125,8 +157,10 @@ class MacConfig(_Section):
     max_chain: int | None = Field(
         None, ge=1, description="Longest chain of hits built on one exact read; null for no cap."
     )
-    ring_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="What rings are stored in; auto is the model's dtype."
+    ring_dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = Field(
+        "auto",
+        description="What rings are stored in; auto is the model's dtype. With float8_e4m3fn only "
+        "the queries are float8, and the outputs in the model's dtype.",
     )
     max_sequences: int | None = Field(
         None, ge=1, description="Rings to allocate; null for as many as max_num_seqs."
@@ -171,6 +205,20 @@ class MacConfig(_Section):
 
         include = self.layers.include
         return (include is None or listed(include)) and not listed(self.layers.exclude)
+
+    def for_layer(self, layer_name: str, layer_index: int) -> "MacConfig":
+        """The configuration of one layer: with the threshold that `layers.threshold` gives it."""
+        threshold = self.threshold
+        for pattern, value in self.layers.threshold:
+            if _pattern_matches(pattern, layer_name, layer_index):
+                threshold = value
+        return self if threshold == self.threshold else self.model_copy(update={"threshold": threshold})
+
+    def idle_thresholds(self, layers: Iterable[tuple[str, int]]) -> list[int | str]:
+        """Patterns of `layers.threshold` that match none of these (name, index)."""
+        layers = list(layers)
+        matched = lambda pattern: any(_pattern_matches(pattern, *layer) for layer in layers)
+        return [pattern for pattern, _ in self.layers.threshold if not matched(pattern)]
 
     def describe(self) -> str:
         """One line for the log: every key with its value, `layers` by its dotted keys."""
@@ -310,7 +358,7 @@ def _unknown_key(name: str, value: object, source: str, known: Iterable[str]) ->
 def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     """One line for one of pydantic's errors, in the terms of the configuration."""
     loc = error["loc"]
-    name, value = ".".join(map(str, loc)), error["input"]
+    name, value = ".".join(str(part) for part in loc if part != "[key]"), error["input"]
     source = sources.get(str(loc[0]), "the defaults")
     if error["type"] == "fields_disagree":
         origins = (f"{key} from {sources.get(key, 'the defaults')}" for key in _SUMMARY_FIELDS)
@@ -326,6 +374,11 @@ def _valid(loc: tuple[int | str, ...]) -> str:
         return _in_words(MacConfig.model_json_schema()["properties"][loc[0]])
     if len(loc) == 1:
         return f"a mapping with keys from {', '.join(LayerSelection.model_fields)}"
+    threshold = _in_words(MacConfig.model_json_schema()["properties"]["threshold"])
+    if loc[1] == "threshold" and loc[-1] != "[key]":
+        if len(loc) > 2:
+            return threshold
+        return f"a mapping to {threshold}, each key, given once, {_PATTERN_RULE}"
     if len(loc) == 2:
         return f"a list, each item {_PATTERN_RULE}" + (", or null" if loc[1] == "include" else "")
     return _PATTERN_RULE

@@ -243,7 +243,7 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         if rows:
             mac = self.mac
             attn_metadata.decoder.decode(
-                query[:rows], kv_cache, attn_metadata.block_table, mac.store, mac.rotary, mac.counts, output[:rows]
+                query[:rows], kv_cache, attn_metadata.block_table, mac.store, mac.config, mac.rotary, mac.counts, output[:rows]
             )
         return output
 

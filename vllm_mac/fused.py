@@ -28,7 +28,7 @@ class Decoder:
     """
 
     def __init__(self, problem: PrefixProblem, config: MacConfig, device: torch.device):
-        self.problem, self.config = problem, config
+        self.problem = problem
         self.names: tuple[str, ...] | None = None  # of the layers it decodes for
         rows, heads, d = problem.max_rows, problem.heads, problem.head_size
         self.position, self.ring, self.first = (torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in "prf")
@@ -42,12 +42,14 @@ class Decoder:
         self._exact.begin_step(block_table, self.position[: len(block_table)], kv)
 
     def decode(
-        self, query: Tensor, kv: Tensor, block_table: Tensor, store: RingStore, rotary: Rotary, counts: Tensor, out: Tensor
-    ) -> None:
+        self, query: Tensor, kv: Tensor, block_table: Tensor, store: RingStore, config: MacConfig, rotary: Rotary,
+        counts: Tensor, out: Tensor,
+    ) -> None:  # fmt: skip
         """One layer's step: match, amend, complete; misses read their prefix.
 
         query, out: `[B, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`. block_table: that of
-        `begin_step`. counts: `[6]` int64, see `kernels.hit.COUNTERS`.
+        `begin_step`. config: the layer's own, whose threshold may differ. counts: `[6]` int64, see
+        `kernels.hit.COUNTERS`.
         """
         rows = len(query)
         position, ring, hit = self.position[:rows], self.ring[:rows], self._work.hit[:rows]
@@ -55,7 +57,7 @@ class Decoder:
         rope = rotation(rotary)
         scale = self.problem.scale
         decode_hits(
-            query, position, ring, self.first[:rows], block_table, kv, store, self.config, scale, self._work, out, counts,
+            query, position, ring, self.first[:rows], block_table, kv, store, config, scale, self._work, out, counts,
             **rope,
         )  # fmt: skip
         self._exact.run(query, kv, block_table, position, hit, prefix_out, prefix_lse)

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mac.config import MacConfig, MacConfigError, resolve
-from vllm_mac.ring import RingStore, ring_bytes
+from vllm_mac.ring import RingStore, ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
 
 logger = init_logger("vllm.mac")
@@ -27,6 +27,7 @@ HIT, MISS, SHORT_CONTEXT, NO_RING, READ, SKIPPED = range(6)
 class MacLayer:
     """What MAC keeps for one `Attention` layer of one worker.
 
+    config: the layer's own once it is settled, with its threshold (`MacConfig.for_layer`).
     exact: why no step of the layer uses MAC, or None when it is served. Reasons that depend
         on the row of a batch instead (`short_context`, `no_ring`) are counted, not kept.
     counts: `[6]` int64 on the layer's device, totals over decode steps: heads hit, missed,
@@ -83,7 +84,8 @@ class MacLayer:
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Settle whether the layer is served and allocate its rings; `dtype` is the model's.
 
-        Raises MacConfigError where the byte budget does not hold one ring.
+        Raises MacConfigError where the byte budget does not hold one ring, and where the device
+        does not know the rings' dtype.
         """
         if self.store is not None:
             return  # weights were reloaded
@@ -91,14 +93,17 @@ class MacLayer:
         if not self.settled:
             settle(layers, dtype)
         if self.exact is None:
+            query_dtype, out_dtype = ring_dtypes(self.config, dtype)
+            check_device(query_dtype, device)
             self.counts = torch.zeros(6, dtype=torch.int64, device=device)
             self.store = RingStore.allocate(
                 ring_count(layers, dtype),
                 self.num_heads,
                 self.config.window,
                 self.head_size,
-                ring_dtype(self.config, dtype),
+                query_dtype,
                 device,
+                out_dtype,
             )
 
 
@@ -129,7 +134,13 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
                 layer.exact = "rotary"
                 unknown.setdefault(str(error), []).append(layer.name)
         layer.holder = None
+    served = [layer for layer in layers if layer.exact is None]
+    for layer in served:
+        layer.config = config.for_layer(layer.name, extract_layer_index(layer.name))
     logger.info("MAC configuration: %s", config.describe())
+    idle = config.idle_thresholds((layer.name, extract_layer_index(layer.name)) for layer in served)
+    if served and idle and vllm_config.parallel_config.pipeline_parallel_size == 1:
+        logger.warning("MAC: layers.threshold: no layer that MAC serves matches %s", ", ".join(map(repr, idle)))
     for error, names in unknown.items():
         logger.warning("MAC leaves %s exact: %s", ", ".join(names), error)
     if vllm_config.speculative_config is not None:
@@ -138,7 +149,6 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     for layer in layers:
         if layer.exact is not None:
             reasons[layer.exact] = reasons.get(layer.exact, 0) + 1
-    served = [layer for layer in layers if layer.exact is None]
     exact = f"; exact: {', '.join(f'{n} ({r})' for r, n in reasons.items())}" if reasons else ""
     if not served:
         logger.warning("MAC serves none of %d attention layers%s", len(layers), exact)
@@ -151,8 +161,16 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
-def ring_dtype(config: MacConfig, model_dtype: torch.dtype) -> torch.dtype:
-    return model_dtype if config.ring_dtype == "auto" else getattr(torch, config.ring_dtype)
+def check_device(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise MacConfigError where kernels on `device` cannot convert to and from a ring's dtype."""
+    if device.type != "cuda" or dtype != torch.float8_e4m3fn:
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise MacConfigError(
+            f"ring_dtype: received 'float8_e4m3fn', which needs a GPU of sm89 or later, and this one is sm{major}{minor}; "
+            "must be one of auto, float32, bfloat16, float16"
+        )
 
 
 def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:
@@ -176,7 +194,7 @@ def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:
 
 
 def _ring_bytes(layer: MacLayer, dtype: torch.dtype) -> int:
-    return ring_bytes(layer.num_heads, layer.config.window, layer.head_size, ring_dtype(layer.config, dtype))
+    return ring_bytes(layer.num_heads, layer.config.window, layer.head_size, *ring_dtypes(layer.config, dtype))
 
 
 def _tell_layer(holder: nn.Module, _name: str, child: nn.Module | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_mac.config import MacConfig
 from vllm_mac.reference import Partial, limit, merge, split
-from vllm_mac.ring import RingStore
+from vllm_mac.ring import RingStore, narrow
 
 # Scores of one block of queries are held at once; this many keeps them within some 64 MB.
 SCORES_AT_ONCE = 1 << 24
@@ -82,6 +82,8 @@ def match(
     usable = (ring[:, None] >= 0) & (p >= first[:, None]) & (p + 1 - config.band > config.sink)
     usable &= (position[:, None] + 1 >= config.min_context) & (p >= 0)
     bound = limit(d, config)
+    if config.distance == "relative":
+        bound = limit((pre_query**2).sum(-1, keepdim=True), config)
     usable = usable[:, None] & (distance < bound)
     if config.max_chain is not None:
         usable &= store.chain[index] < config.max_chain
@@ -226,7 +228,7 @@ def _record(
     """Write one entry per row with a ring; query and summary.out `[B, H, D]`, chain `[B, H]`."""
     rows = (ring >= 0).nonzero()[:, 0]
     r, slot = ring[rows], position[rows] % window
-    store.query[r, :, slot] = query[rows].to(store.query.dtype)
+    store.query[r, :, slot] = narrow(query[rows], store.query.dtype)
     store.out[r, :, slot] = summary.out[rows].to(store.out.dtype)
     store.lse[r, :, slot] = summary.lse[rows]
     store.chain[r, :, slot] = chain[rows].to(store.chain.dtype)

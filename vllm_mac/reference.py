@@ -95,9 +95,13 @@ def split(m: int, config: MacConfig) -> tuple[int, int]:
     return sink_end, max(m + 1 - config.band, sink_end)
 
 
-def limit(d: int, config: MacConfig) -> float:
-    """Squared distance under which a match is accepted: `2 d (1 - threshold)^2`."""
-    return 2.0 * d * (1.0 - config.threshold) ** 2
+def limit(size: float, config: MacConfig) -> float:
+    """Squared distance under which a match is accepted: `2 size (1 - threshold)^2`.
+
+    size: `d`, the squared norm of a standard normal query, or with `distance: relative` that of
+    the query itself. A tensor of any shape gives one of limits.
+    """
+    return 2.0 * size * (1.0 - config.threshold) ** 2
 
 
 def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig) -> int:
@@ -109,7 +113,8 @@ def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig) -> int:
     """
     if m + 1 < config.min_context:
         return -1
-    bound = limit(pre_query.shape[-1], config)
+    size = float((pre_query**2).sum()) if config.distance == "relative" else pre_query.shape[-1]
+    bound = limit(size, config)
     best, best_score = -1, torch.inf
     for p in range(m - 1, max(m - config.window, 0) - 1, -1):
         entry = ring.get(p)

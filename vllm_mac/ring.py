@@ -22,8 +22,8 @@ from vllm_mac.config import MacConfig
 class RingStore:
     """One layer's rings. Uninitialised memory: `RingTable` says what may be read.
 
-    query: `[R, H, W, D]` in the ring dtype, pre-RoPE query that matches are judged by.
-    out: `[R, H, W, D]` in the ring dtype, output part of the summary.
+    query: `[R, H, W, D]`, pre-RoPE query that matches are judged by.
+    out: `[R, H, W, D]`, output part of the summary. Of both dtypes see `ring_dtypes`.
     lse: `[R, H, W]` float32, natural-log LSE of the summary (`-inf` for an empty one).
     chain: `[R, H, W]` int32, hits since the exact evaluation the summary descends from.
     """
@@ -34,19 +34,39 @@ class RingStore:
     chain: Tensor
 
     @classmethod
-    def allocate(cls, rings: int, heads: int, window: int, head_size: int, dtype: torch.dtype, device) -> "RingStore":
+    def allocate(
+        cls, rings: int, heads: int, window: int, head_size: int, dtype: torch.dtype, device, out_dtype: torch.dtype | None = None
+    ) -> "RingStore":
+        """dtype: of the queries, and of the outputs unless they have `out_dtype`."""
         shape = (rings, heads, window)
         return cls(
             query=torch.empty(*shape, head_size, dtype=dtype, device=device),
-            out=torch.empty(*shape, head_size, dtype=dtype, device=device),
+            out=torch.empty(*shape, head_size, dtype=out_dtype or dtype, device=device),
             lse=torch.empty(shape, dtype=torch.float32, device=device),
             chain=torch.empty(shape, dtype=torch.int32, device=device),
         )
 
 
-def ring_bytes(heads: int, window: int, head_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one ring of one layer."""
-    return heads * window * (2 * head_size * dtype.itemsize + 4 + 4)
+def ring_bytes(heads: int, window: int, head_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> int:
+    """Bytes of one ring of one layer, its dtypes as for `RingStore.allocate`."""
+    return heads * window * (head_size * (dtype.itemsize + (out_dtype or dtype).itemsize) + 4 + 4)
+
+
+def ring_dtypes(config: MacConfig, model_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """What the queries and the outputs of a ring are stored in.
+
+    float8_e4m3fn has 4 bits of precision: enough to compare queries by, but up to 6 % off an output.
+    """
+    query = model_dtype if config.ring_dtype == "auto" else getattr(torch, config.ring_dtype)
+    return query, model_dtype if query == torch.float8_e4m3fn else query
+
+
+def narrow(query: Tensor, dtype: torch.dtype) -> Tensor:
+    """`query` in a ring's dtype. float8_e4m3fn has no infinity: what is beyond its range becomes its
+    largest value, which not every PyTorch does by itself."""
+    if dtype == torch.float8_e4m3fn:
+        query = query.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return query.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

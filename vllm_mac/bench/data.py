@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vllm_mac import paged
 from vllm_mac.bench import BenchError
 from vllm_mac.config import MacConfig
-from vllm_mac.ring import RingStore
+from vllm_mac.ring import RingStore, narrow, ring_dtypes
 from vllm_mac.rope import Rotary
 
 LAGS = ("geometric", "uniform", "constant")
@@ -97,10 +97,6 @@ class Step:
         return self.shape.head_size**-0.5
 
 
-def ring_dtype(config: MacConfig, dtype: torch.dtype) -> torch.dtype:
-    return dtype if config.ring_dtype == "auto" else getattr(torch, config.ring_dtype)
-
-
 def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: int) -> Step:
     """Layers whose caches lie one after the other in `pool` (flat, filled), as often as they fit.
 
@@ -117,8 +113,9 @@ def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: 
     ints = lambda value: torch.full((rows,), value, dtype=torch.int32, device=device)
     made = []
     for i in range(layers):
+        query_dtype, out_dtype = ring_dtypes(config, shape.dtype)
         store = RingStore.allocate(
-            rows, shape.heads, config.window, shape.head_size, ring_dtype(config, shape.dtype), device
+            rows, shape.heads, config.window, shape.head_size, query_dtype, device, out_dtype
         )
         # Summaries weigh about as much as the keys that are read, so that an error in either shows.
         store.out.normal_(0, 0.1, generator=draw)
@@ -159,7 +156,8 @@ def plant(step: Step, rate: float, law: str, mean_lag: int, seed: int) -> None:
     size = (shape.batch, shape.heads)
     for layer in step.layers:
         store = layer.store
-        store.query.normal_(generator=noise)
+        # By way of the outputs' dtype: PyTorch draws no float8.
+        store.query.copy_(torch.empty_like(store.out).normal_(generator=noise))
         store.chain.zero_()
         hits = torch.rand(size, generator=choose) < rate
         lags = draw_lags(size, law, mean_lag, max(1, min(config.window - 1, m - config.band - config.sink)), choose)
@@ -169,7 +167,7 @@ def plant(step: Step, rate: float, law: str, mean_lag: int, seed: int) -> None:
         row, head = row.to(slot.device), head.to(slot.device)
         near = step.rotary.undo(layer.query, step.position.long())[row, head]
         near = near + NEAR * torch.randn(near.shape, generator=noise, device=near.device)
-        store.query[step.ring[row].long(), head, slot] = near.to(store.query.dtype)
+        store.query[step.ring[row].long(), head, slot] = narrow(near, store.query.dtype)
         # Shorter sequences do not try to match.
         layer.source = source if shape.context >= config.min_context else torch.full_like(source, -1)
 
@@ -226,11 +224,12 @@ def realised(step: Step) -> Realised:
     hit = (grouped >= 0).all(-1)
     mean = lambda x: float(x.double().mean()) if x.numel() else None
     read = sum(expected_counts(step, layer)[4] for layer in step.layers) / len(step.layers)
-    entry = step.layers[0].store.query.dtype.itemsize * shape.head_size
+    store = step.layers[0].store
+    query, out = (part.dtype.itemsize * shape.head_size for part in (store.query, store.out))
     heads = shape.batch * shape.heads
     searched = min(config.window, m) if shape.context >= config.min_context else 0
     # The ring's queries; an entry of query, output, LSE and chain written, and on a hit one read.
-    rings = heads * (searched * entry + (1 + float(hit.double().mean())) * (2 * entry + 8))
+    rings = heads * (searched * query + (1 + float(hit.double().mean())) * (query + out + 8))
     rows = 2 * heads * shape.head_size * shape.dtype.itemsize
     return Realised(
         heads_matched=mean(source >= 0),

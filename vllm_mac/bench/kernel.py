@@ -22,11 +22,10 @@ from vllm_mac.bench.data import (
     plant,
     realised,
     reference,
-    ring_dtype,
 )
 from vllm_mac.bench.report import quantiles
 from vllm_mac.config import MacConfig
-from vllm_mac.ring import ring_bytes
+from vllm_mac.ring import ring_bytes, ring_dtypes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -129,7 +128,7 @@ def make_pool(options: Options, shapes: list[Shape], device: torch.device) -> to
 
 
 def _beside(options: Options, shape: Shape) -> int:
-    ring = shape.batch * ring_bytes(shape.heads, options.config.window, shape.head_size, ring_dtype(options.config, shape.dtype))
+    ring = shape.batch * ring_bytes(shape.heads, options.config.window, shape.head_size, *ring_dtypes(options.config, shape.dtype))
     row = shape.cache_elements // shape.batch
     return (layer_count(options, shape) + 5) * ring + 3 * 4 * row + (1 << 30)
 
@@ -231,7 +230,7 @@ def _decoder(step: Step):
 
 
 def _decode(step: Step, decoder, layer) -> None:
-    decoder.decode(layer.query, layer.kv, step.block_table, layer.store, step.rotary, layer.counts, layer.out)
+    decoder.decode(layer.query, layer.kv, step.block_table, layer.store, step.config, step.rotary, layer.counts, layer.out)
 
 
 def check(step: Step, decoder) -> float:
