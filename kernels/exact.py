@@ -116,7 +116,7 @@ def _prefix_kernel(
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BN: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     P: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, OF_HITS: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -127,9 +127,9 @@ def _prefix_kernel(
 
     # Every program lays out the whole line of work by itself: no other launch, no waiting.
     o_r = tl.arange(0, BR)
-    b_hit = tl.load(hit + o_r, mask=o_r < groups, other=1)  # [BR]
+    b_hit = tl.load(hit + o_r, mask=o_r < groups, other=0) != 0  # [BR]
     b_m = tl.load(position + o_r // K, mask=o_r < groups, other=-1).to(tl.int32)  # [BR]
-    b_tokens = tl.where(b_hit == 0, tl.maximum(b_m + 1 - band - first_token, 0), 0)
+    b_tokens = tl.where(b_hit == OF_HITS, tl.maximum(b_m + 1 - band - first_token, 0), 0)
     b_units = (b_tokens + BN - 1) // BN  # [BR]
     b_end = tl.cumsum(b_units, 0)
     total = tl.sum(b_units, 0)
@@ -138,7 +138,7 @@ def _prefix_kernel(
     i_r = i_p
     while i_r < groups:
         m = tl.load(position + i_r // K)
-        if (tl.load(hit + i_r) != 0) | (m + 1 - band <= first_token):
+        if ((tl.load(hit + i_r) != 0) != OF_HITS) | (m + 1 - band <= first_token):
             row, head = (i_r // K).to(tl.int64), (i_r % K) * G
             at_none = out + row * stride_ob + head * stride_oh
             b_zero = tl.zeros([BM, BD], tl.float32)
@@ -284,9 +284,11 @@ class TritonExact:
         device,
         programs: int | None = None,
         tuning: Tuning | None = None,
+        of_hits: bool = False,
     ):
-        """programs: how many share the work; by default as many as the device holds at once."""
-        self.problem = problem
+        """programs: how many share the work; by default as many as the device holds at once.
+        of_hits: attend for the groups that hit instead of those that missed."""
+        self.problem, self.of_hits = problem, of_hits
         self.out_dtype = problem.dtype  # what callers may allocate for either engine
         limits, sms, self.pdl = {}, 4, False
         if torch.device(device).type == "cuda":
@@ -326,8 +328,9 @@ class TritonExact:
 
         query: `[B, H, D]` after RoPE. kv: `[blocks, K, page, 2 D]`, any strides but the last,
         which is 1. block_table: `[B, *]` int32. position: `[B]` int32, `m`, or -1 for a padded
-        row. hit: `[B, K]` int32, contiguous, nonzero where nothing is to be read. Writes out
-        `[B, H, D]` (any float dtype) and lse `[B, H]` float32, **base 2**.
+        row. hit: `[B, K]` int32, contiguous, nonzero where nothing is to be read, or with `of_hits`
+        where something is. Writes out `[B, H, D]` (any float dtype) and lse `[B, H]` float32,
+        **base 2**.
         """
         p, t = self.problem, self.tuning
         rows = query.shape[0]
@@ -345,6 +348,7 @@ class TritonExact:
             BN=t.block, BG=max(16, heads), BM=heads,
             BD=width, BR=max(16, triton.next_power_of_2(groups)),
             P=self._block, UNROLL=max(1, min(8, 8192 // (heads * width))),
-            STAGES=t.stages, DOT=self._dot, PDL=self.pdl, num_warps=t.warps, num_stages=t.stages,
+            STAGES=t.stages, DOT=self._dot, PDL=self.pdl, OF_HITS=self.of_hits,
+            num_warps=t.warps, num_stages=t.stages,
             **({"launch_pdl": True} if self.pdl else {}),
         )  # fmt: skip

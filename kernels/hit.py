@@ -23,6 +23,7 @@ COUNTERS = (
     "heads_missed",
     "heads_short",
     "heads_without_ring",
+    "heads_over_budget",
     "tokens_read",
     "tokens_skipped",
 )
@@ -33,7 +34,7 @@ def _hit_kernel(
     p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
     p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
     p_out, p_source, p_hit, p_counters, p_key, p_band_acc, p_band_sum, p_part_out, p_part_lse,
-    p_arrived,
+    p_arrived, p_paused,
     s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
     log2_scale, bound, lag_weight,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
@@ -57,7 +58,10 @@ def _hit_kernel(
     first = tl.load(p_first + i_row).to(tl.int32)
     if m < 0:
         return
-    matching = (ring >= 0) & (m + 1 >= MIN_CONTEXT)
+    able = (ring >= 0) & (m + 1 >= MIN_CONTEXT)
+    matching = able
+    if p_paused is not None:
+        matching = able & (tl.load(p_paused) == 0)
     if (i_part >= NB) & (not matching):
         return
 
@@ -237,10 +241,12 @@ def _hit_kernel(
         tl.store(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], rest_out, mask=m_gd)
 
     kind = tl.where(hit, 0, tl.where(matching, 1, tl.where(m + 1 < MIN_CONTEXT, 2, 3)))
+    if p_paused is not None:
+        kind = tl.where(able & (not matching), 4, kind)
     read = tl.where(hit, m + 1 - least + sink_end, m + 1)
     tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64), sem="relaxed")
-    tl.atomic_add(p_counters + 4, read.to(tl.int64), sem="relaxed")
-    tl.atomic_add(p_counters + 5, (m + 1 - read).to(tl.int64), sem="relaxed")
+    tl.atomic_add(p_counters + 5, read.to(tl.int64), sem="relaxed")
+    tl.atomic_add(p_counters + 6, (m + 1 - read).to(tl.int64), sem="relaxed")
 
 
 @dataclass(slots=True)
@@ -311,6 +317,7 @@ def decode_hits(
     counters,
     cos_sin=None,
     is_neox=True,
+    paused=None,
 ):
     """Match all heads; decode and record the KV groups that hit; prepare those that missed.
 
@@ -327,9 +334,10 @@ def decode_hits(
         work: room for `B` rows. Its `hit` and `source` are written, and `part_out` and
             `part_lse` of missed groups, for `complete_misses`.
         out: `[B, H, D]` in query's dtype, last dimension contiguous; written for groups that hit.
-        counters: `[6]` int64, added to: see `COUNTERS`. The tokens are KV tokens per KV head.
+        counters: `[7]` int64, added to: see `COUNTERS`. The tokens are KV tokens per KV head.
         cos_sin: `[positions, rotary_dim]`, `[cos | sin]`, or None for a layer without RoPE.
         is_neox: whether RoPE pairs `j` with `j + rotary_dim/2`, else `2j` with `2j + 1`.
+        paused: `[1]` int32, nonzero while the layer is to be exact; None where it never is.
     """
     rows, heads, d = query.shape
     kv_heads, page = kv.shape[1], kv.shape[2]
@@ -348,7 +356,7 @@ def decode_hits(
         query, cos_sin, position, ring, first, block_table, kv,
         store.query, store.out, store.lse, store.chain,
         out, work.source, work.hit, counters, work.key, work.band_acc, work.band_sum,
-        work.part_out, work.part_lse, work.arrived,
+        work.part_out, work.part_lse, work.arrived, paused,
         query.stride(0), query.stride(1), block_table.stride(0),
         kv.stride(0), kv.stride(1), kv.stride(2), out.stride(0), out.stride(1),
         scale * 1.4426950408889634, 2.0 * (1 if relative else d) * (1.0 - config.threshold) ** 2,

@@ -172,12 +172,12 @@ def test_counters_and_bytes_are_those_of_the_method(changes):
             position, layer.query, step.rotary.undo(layer.query, position), layer.kv, step.block_table, step.ring.long(),
             step.first.long(), layer.store, step.config, step.scale,
         )  # fmt: skip
-    hit, miss, short, no_ring, read, skipped = data.expected_counts(step, layer)
+    hit, miss, short, no_ring, over, read, skipped = data.expected_counts(step, layer)
     assert hit == int(done.hit.sum()) * 2 and read == int(done.read.sum())
-    assert hit + miss + short == shape.batch * shape.heads and no_ring == 0
+    assert hit + miss + short == shape.batch * shape.heads and no_ring == over == 0
     assert read + skipped == shape.batch * shape.kv_heads * shape.context
     assert (short > 0) == ("min_context" in changes) and (hit > 0) != (short > 0)
-    least = 2 * 64 * 2 * min(sum(data.expected_counts(step, x)[4:5]) for x in step.layers)
+    least = 2 * 64 * 2 * min(sum(data.expected_counts(step, x)[-2:-1]) for x in step.layers)
     assert least < data.realised(step).step_bytes < shape.exact_bytes() + 4 * shape.batch * shape.heads * 32 * 64 * 2
 
 
@@ -281,6 +281,20 @@ def test_kernel_rows(baselines):
         assert row["best_exact_ms"] == 2.0 and row["speedup"] == 1.0
         assert row["bound_ms"] == pytest.approx(2.0 + (1 - row["groups_hit"]) * 2.0)
         assert row["lags"] == "geometric, mean 6" and "window=32" in row["config"]
+
+
+@pytest.mark.parametrize("audit, audited", [(0.0, None), (0.5, False), (1.0, True)])
+def test_audits_are_timed_where_every_step_is_one(baselines, monkeypatch, audit, audited):
+    counted, decode = [], kernel._decode
+
+    def watched(step, decoder, layer):
+        decode(step, decoder, layer)
+        counted.append(None if layer.audited is None else bool(layer.audited.any()))
+
+    monkeypatch.setattr(kernel, "_decode", watched)
+    config = CONFIG.model_copy(update={"audit": audit})
+    [row] = kernel.run(options(baselines=(), hit_rates=(1.0,), config=config), lambda _: None, DEVICE, clocks())
+    assert row["hit_rate"] == 1.0 and f"audit={audit}" in row["config"] and set(counted) == {audited}
 
 
 def test_no_speed_of_a_wrong_baseline(baselines):
@@ -476,7 +490,8 @@ def test_decode_on_a_real_engine(tmp_path):
     model, rows = write("llama", tmp_path / "models"), tmp_path / "rows.json"
     keys = {"window": 32, "band": 16, "min_context": 64}
     engine = {"block_size": 32, "dtype": "float32", "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 32 << 20}
-    quick = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    # Engines of other tests leave their choice of runner in the environment.
+    quick = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
              "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | quick
     code = "from vllm_mac.cli import main; main()"

@@ -41,6 +41,8 @@ DEFAULTS = {
     "max_sequences": None,
     "ring_memory_gib": 4.0,
     "miss_engine": "triton",
+    "audit": 0.0,
+    "error_budget": None,
     "layers": {"include": None, "exclude": [], "threshold": {}},
 }
 
@@ -95,7 +97,7 @@ def test_is_frozen_hashable_and_survives_a_process_boundary():
 
 
 INTEGERS = ["window", "band", "sink", "min_context", "max_chain", "max_sequences"]
-FLOATS = ["threshold", "lag_weight", "ring_memory_gib"]
+FLOATS = ["threshold", "lag_weight", "ring_memory_gib", "audit"]
 
 
 @pytest.mark.parametrize("field", INTEGERS)
@@ -155,6 +157,8 @@ BOUNDS = [
     ),
     ("max_sequences", [None, 1, 512], [0], "an integer of at least 1 or null"),
     ("ring_memory_gib", [0.001, 80], [0, -1.0], "a finite number greater than 0"),
+    ("audit", [0, 0.01, 1], [-0.1, 1.5], "a finite number from 0 to 1"),
+    ("error_budget", [None], [0, 1.1, "0.1"], "a finite number from 0.0001 to 1 or null"),
 ]
 
 
@@ -195,6 +199,16 @@ def test_disagreeing_fields_name_the_origin_of_each(yaml_file):
     assert f"band from {INLINE}, sink from {path} (named by {INLINE}.config)" in message
     assert "min_context from the defaults" in message
     assert resolve({"config": path, "band": 2042}, {}).band == 2042
+
+
+def test_an_error_budget_needs_audits(yaml_file):
+    message = refusal({"error_budget": 0.1})
+    assert "error_budget: a budget needs audits to be judged by: received error_budget=0.1, audit=0.0" in message
+    assert f"audit from the defaults, error_budget from {INLINE}" in message
+    path = yaml_file("error_budget: 0.1\n")
+    assert resolve({"config": path, "audit": 0.01}, {}).error_budget == 0.1
+    wrong = refusal({"audit": 2, "error_budget": 0.1})
+    assert "audit: received 2" in wrong and "needs audits" not in wrong
 
 
 # Layers

@@ -155,8 +155,8 @@ class Run(Engine):
     def _decode(self, rows: int) -> None:
         for i in range(LAYERS):
             self.decoder.decode(
-                self.query[i, :rows], self.kv[i], self.blocks[:rows], self.store[i], self.plan.device_rotary,
-                self.counts[i], self.out[i, :rows],
+                self.query[i, :rows], self.kv[i], self.blocks[:rows], self.store[i], self.config,
+                self.plan.device_rotary, self.counts[i], self.out[i, :rows],
             )  # fmt: skip
 
     def _capture(self, size: int):

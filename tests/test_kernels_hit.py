@@ -177,6 +177,7 @@ class Batch:
         self.out = torch.full_like(self.query, torch.nan)
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self.scale = d**-0.5
+        self.paused = None
 
     def oracle(self, dtype=torch.float64):
         """A `reference.Step` per (row, KV head), and the new `Entry` of each of its heads."""
@@ -236,7 +237,7 @@ class Batch:
         decode_hits(
             self.query, self.position, self.ring, self.first, self.table, self.kv,
             self.store, self.config, self.scale, self.work, self.out, self.counters,
-            self.cos_sin, self.case.neox,
+            self.cos_sin, self.case.neox, paused=self.paused,
         )  # fmt: skip
 
     def finish(self, prefix, base2):
@@ -534,7 +535,34 @@ def test_rows_of_all_kinds(device):
     case = Case(lengths=(30, 200, 0, 170, 180, 64, 300), ringless=(1,), fresh={3: 0, 4: 5})
     batch = Batch(case, config(sink=2), device)
     assert observed(batch.check()) == "mixed"
-    assert all(count > 0 for count in batch.counters.tolist())
+    counted = dict(zip(COUNTERS, batch.counters.tolist(), strict=True))
+    assert [name for name, count in counted.items() if not count] == ["heads_over_budget"]
+
+
+def test_a_paused_layer_misses_and_records(device):
+    """As one that nothing can match; only what is counted differs."""
+    case = Case(lengths=(30, 200, 0, 170), ringless=(3,), pattern="all")
+    names = "query", "out", "lse", "chain"
+    ended = []
+    for paused, settings in ((0, config()), (1, config()), (None, config(threshold=1.0))):
+        batch = Batch(case, settings, device)
+        batch.paused = None if paused is None else torch.tensor([paused], dtype=torch.int32, device=device)
+        if paused == 0:
+            batch.check()
+            assert batch.counters[0] > 0 and batch.counters[COUNTERS.index("heads_over_budget")] == 0
+            continue
+        prefix = torch.zeros_like(batch.out), torch.full(batch.out.shape[:2], -torch.inf, device=device)
+        batch.launch()
+        batch.finish(prefix, False)
+        ended.append((batch, dict(zip(COUNTERS, batch.counters.tolist(), strict=True))))
+    (got, counted), (wanted, plain) = ended
+    assert got.work.hit[:2].eq(0).all() and got.work.hit[3].eq(0).all()
+    assert counted.pop("heads_missed") == plain.pop("heads_over_budget") == 0
+    assert counted.pop("heads_over_budget") == plain.pop("heads_missed") == 8
+    assert counted == plain and plain["heads_without_ring"] == plain["heads_short"] == 8
+    pairs = [(got.out, wanted.out), *((getattr(got.store, n), getattr(wanted.store, n)) for n in names)]
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_steps_in_a_row(device):

@@ -11,7 +11,7 @@ LONGEST = 450
 
 # Imports point one way, downwards: cli -> backend rooms -> engine rooms -> config.
 CONFIG, ENGINE, BACKEND, CLI = range(4)
-ENGINE_ROOMS = {"reference", "paged", "ring", "rope", "kernels", "flashinfer_exact", "fused"}
+ENGINE_ROOMS = {"reference", "paged", "audit", "ring", "rope", "kernels", "flashinfer_exact", "fused"}
 
 
 def modules() -> dict[str, Path]:
@@ -100,12 +100,12 @@ def test_rooms_that_must_not_know_each_other(room, stranger):
 
 
 def test_the_engine_on_cpus_needs_no_triton():
-    reached, left = set(), ["paged", "rope"]
+    reached, left = set(), ["paged", "rope", "audit"]
     while left:
         reached.add(name := left.pop())
         assert "triton" not in top(MODULES[name], name), name
         left += own(MODULES[name], name) - reached
-    assert {"config", "reference", "ring"} <= reached
+    assert {"config", "reference", "ring", "audit"} <= reached
 
 
 @pytest.mark.parametrize("name", MODULES)

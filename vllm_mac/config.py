@@ -31,7 +31,6 @@ ENV_VAR = "MAC_ATTENTION_CONFIG"  # vLLM warns about unknown VLLM_* names
 INLINE = "--additional-config mac"
 FILE_KEY = "config"  # the inline key that names a YAML file
 
-_SUMMARY_FIELDS = ("band", "sink", "min_context")
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _PATTERN_RULE = (
     "a layer index such as 3, an inclusive range such as '0-3', or a glob on the "
@@ -171,6 +170,16 @@ class MacConfig(_Section):
     miss_engine: Literal["flashinfer", "triton"] = Field(
         "triton", description="What reads the prefix for missed heads on GPUs."
     )
+    audit: float = Field(
+        0.0, ge=0, le=1, description="Share of decode steps whose hits are computed exactly too."
+    )
+    error_budget: float | None = Field(
+        None,
+        ge=1e-4,
+        le=1,
+        description="Relative attention error; a layer whose audited p95 stays above it goes "
+        "exact. null for no budget.",
+    )
     layers: LayerSelection = Field(
         LayerSelection(), description="Which attention layers MAC serves."
     )
@@ -194,7 +203,20 @@ class MacConfig(_Section):
             {
                 "received": f"band={band}, sink={sink}, min_context={min_context}",
                 "least": band + sink + 2,
+                "fields": ("band", "sink", "min_context"),
             },
+        )
+
+    @field_validator("error_budget", mode="after")
+    @classmethod
+    def _errors_are_audited(cls, budget: float | None, info: ValidationInfo) -> float | None:
+        if budget is None or info.data.get("audit") != 0:  # absent: wrong by itself and reported so
+            return budget
+        raise PydanticCustomError(
+            "fields_disagree",
+            "a budget needs audits to be judged by: received {received}; set audit to a share of "
+            "decode steps above 0, such as 0.01, or error_budget to null",
+            {"received": f"error_budget={budget}, audit=0.0", "fields": ("audit", "error_budget")},
         )
 
     def covers(self, layer_name: str, layer_index: int) -> bool:
@@ -361,7 +383,7 @@ def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     name, value = ".".join(str(part) for part in loc if part != "[key]"), error["input"]
     source = sources.get(str(loc[0]), "the defaults")
     if error["type"] == "fields_disagree":
-        origins = (f"{key} from {sources.get(key, 'the defaults')}" for key in _SUMMARY_FIELDS)
+        origins = (f"{key} from {sources.get(key, 'the defaults')}" for key in error["ctx"]["fields"])
         return f"{name}: {error['msg']} ({', '.join(origins)})"
     if error["type"] in ("extra_forbidden", "invalid_key"):
         return _unknown_key(name, value, source, tuple(LayerSelection.model_fields))

@@ -17,8 +17,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_mac import paged
-from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED
+from vllm_mac import audit, paged
+from vllm_mac.layers import HIT, MISS, NO_RING, OVER_BUDGET, READ, SHORT_CONTEXT, SKIPPED
 from vllm_mac.steps import Group, Step
 from vllm_mac.support import MacImpl, MacSupport
 
@@ -99,19 +99,31 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
     def _decode(self, query, kv_cache, blocks, step: Step) -> Tensor:
         mac = self.mac
         pre_query = mac.rotary.undo(query, step.position)
+        paused = mac.paused is not None and bool(mac.paused)
+        # A layer over its budget records, but may read nothing of what it recorded.
+        first = step.position if paused else step.first
         decoded = paged.decode(
-            step.position, query, pre_query, kv_cache, blocks, step.ring, step.first, mac.store, mac.config, self.scale
+            step.position, query, pre_query, kv_cache, blocks, step.ring, first, mac.store, mac.config, self.scale
         )
+        out = decoded.out.to(query.dtype)
         length = step.position + 1
         short = length < mac.config.min_context
         absent = ~short & (step.ring < 0)
         hits = decoded.hit.sum(1) * self.num_queries_per_kv
-        tried = ~short & ~absent
+        over = ~short & ~absent & paused
+        tried = ~short & ~absent & ~over
         read = decoded.read.sum()
         mac.counts[HIT] += hits.sum()
         mac.counts[MISS] += (self.num_heads - hits)[tried].sum()
         mac.counts[SHORT_CONTEXT] += short.sum() * self.num_heads
         mac.counts[NO_RING] += absent.sum() * self.num_heads
+        mac.counts[OVER_BUDGET] += over.sum() * self.num_heads
         mac.counts[READ] += read
         mac.counts[SKIPPED] += length.sum() * self.num_kv_heads - read
-        return decoded.out.to(query.dtype)
+        if step.audited:
+            exact = paged.exact(step.position, query, kv_cache, blocks, decoded.hit, self.scale)
+            audit.tally(
+                step.position, step.ring, decoded.hit, decoded.source, mac.store.chain, out, exact,
+                audit.edges(out.device), mac.audited,
+            )  # fmt: skip
+        return out

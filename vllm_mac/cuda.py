@@ -137,7 +137,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         context = self.vllm_config.compilation_config.static_forward_context
         cache = context[self.served[0].name].kv_cache
         if decodes and cache.dim() == 4:  # vLLM builds for its estimates before there is a cache
-            decoder.begin_step(metadata.block_table, cache)
+            audited = not capture and self.group.table is not None and self.group.begin_decodes()
+            decoder.begin_step(metadata.block_table, cache, audited)
         return metadata
 
     def _row_facts(self, common: CommonAttentionMetadata) -> tuple[Tensor | None, Tensor | None]:
@@ -243,8 +244,9 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         if rows:
             mac = self.mac
             attn_metadata.decoder.decode(
-                query[:rows], kv_cache, attn_metadata.block_table, mac.store, mac.config, mac.rotary, mac.counts, output[:rows]
-            )
+                query[:rows], kv_cache, attn_metadata.block_table, mac.store, mac.config, mac.rotary, mac.counts, output[:rows],
+                mac.audited, mac.paused,
+            )  # fmt: skip
         return output
 
     def _seed(self, query: Tensor, kv_cache: Tensor, seeds: Seeds) -> None:

@@ -3,11 +3,15 @@
 Knows kernels and buffers, not vLLM. `paged` is the same in PyTorch.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from vllm_mac import audit
 from vllm_mac.config import MacConfig
 from vllm_mac.flashinfer_exact import FlashInferExact
+from vllm_mac.kernels.audit import tally
 from vllm_mac.kernels.complete import complete_misses
 from vllm_mac.kernels.exact import PrefixProblem, TritonExact
 from vllm_mac.kernels.hit import Workspace, decode_hits
@@ -36,20 +40,26 @@ class Decoder:
         self._exact = ENGINES[config.miss_engine](problem, device)
         self._prefix_out = torch.empty(rows, heads, d, dtype=problem.dtype, device=device)
         self._prefix_lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
+        self._auditor = Auditor(problem, device) if config.audit else None
 
-    def begin_step(self, block_table: Tensor, kv: Tensor) -> None:
-        """block_table: `[B, *]` int32. kv: any layer's cache, `[blocks, K, page, 2 D]`."""
+    def begin_step(self, block_table: Tensor, kv: Tensor, audited: bool = False) -> None:
+        """block_table: `[B, *]` int32. kv: any layer's cache, `[blocks, K, page, 2 D]`. audited:
+        whether this step is, in a decoder whose configuration says that steps may be."""
         self._exact.begin_step(block_table, self.position[: len(block_table)], kv)
+        if self._auditor is not None:
+            self._auditor.begin_step(self.position, audited)
 
     def decode(
         self, query: Tensor, kv: Tensor, block_table: Tensor, store: RingStore, config: MacConfig, rotary: Rotary,
-        counts: Tensor, out: Tensor,
+        counts: Tensor, out: Tensor, audited: Tensor | None = None, paused: Tensor | None = None,
     ) -> None:  # fmt: skip
         """One layer's step: match, amend, complete; misses read their prefix.
 
         query, out: `[B, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`. block_table: that of
-        `begin_step`. config: the layer's own, whose threshold may differ. counts: `[6]` int64, see
-        `kernels.hit.COUNTERS`.
+        `begin_step`. config: the layer's own, whose threshold may differ. counts: `[7]` int64, see
+        `kernels.hit.COUNTERS`. audited: the layer's histograms (`audit.histograms`), added to;
+        required where steps may be audited. paused: `[1]` int32, nonzero for a layer that is not to
+        match, or None for one that always may.
         """
         rows = len(query)
         position, ring, hit = self.position[:rows], self.ring[:rows], self._work.hit[:rows]
@@ -58,13 +68,51 @@ class Decoder:
         scale = self.problem.scale
         decode_hits(
             query, position, ring, self.first[:rows], block_table, kv, store, config, scale, self._work, out, counts,
-            **rope,
+            **rope, paused=paused,
         )  # fmt: skip
         self._exact.run(query, kv, block_table, position, hit, prefix_out, prefix_lse)
         complete_misses(
             query, position, ring, store, prefix_out, prefix_lse, self._work, out,
             **rope, prefix_lse_base2=self._exact.lse_base == 2,
         )  # fmt: skip
+        if self._auditor is not None:
+            self._auditor.run(query, kv, block_table, ring, self._work, store, out, audited)
+
+
+class Auditor:
+    """Computes the hits of audited steps exactly, beside a decoder, and counts how far off they were.
+
+    Two launches a layer, in every step, so that one CUDA graph serves all steps: in a step that
+    is not audited they find no position to work on.
+    """
+
+    def __init__(self, problem: PrefixProblem, device: torch.device):
+        rows, heads = problem.max_rows, problem.heads
+        self._whole = TritonExact(replace(problem, band=0, sink=0), device, of_hits=True)
+        # Of the rows of an audited step; -1 throughout in any other.
+        self._position = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self._out = torch.empty(rows, heads, problem.head_size, dtype=torch.float32, device=device)
+        self._lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
+        self._edges = audit.edges(device)
+
+    def begin_step(self, position: Tensor, audited: bool) -> None:
+        """position: `[rows]` int32, all of the decoder's."""
+        if audited:
+            self._position.copy_(position)
+        else:
+            self._position.fill_(-1)
+
+    def run(
+        self, query: Tensor, kv: Tensor, block_table: Tensor, ring: Tensor, work: Workspace, store: RingStore, out: Tensor,
+        counts: Tensor,
+    ) -> None:
+        """After a layer's step, which left `out` and `work`. counts: `[H + 2, BUCKETS]` int64."""
+        rows = len(query)
+        position, hit, exact = self._position[:rows], work.hit[:rows], self._out[:rows]
+        self._whole.run(query, kv, block_table, position, hit, exact, self._lse[:rows])
+        tally(
+            position, ring, hit, work.source[:rows], store.chain, out, exact, self._edges, counts, pdl=work.pdl
+        )
 
 
 def rotation(rotary: Rotary) -> dict:

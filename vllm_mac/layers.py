@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_mac.audit import histograms
 from vllm_mac.config import MacConfig, MacConfigError, resolve
 from vllm_mac.ring import RingStore, ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
@@ -21,7 +22,7 @@ logger = init_logger("vllm.mac")
 HEAD_SIZES = range(32, 257)
 
 # Order of `MacLayer.counts`, which kernels add to as well.
-HIT, MISS, SHORT_CONTEXT, NO_RING, READ, SKIPPED = range(6)
+HIT, MISS, SHORT_CONTEXT, NO_RING, OVER_BUDGET, READ, SKIPPED = COUNTED = range(7)
 
 
 class MacLayer:
@@ -29,10 +30,14 @@ class MacLayer:
 
     config: the layer's own once it is settled, with its threshold (`MacConfig.for_layer`).
     exact: why no step of the layer uses MAC, or None when it is served. Reasons that depend
-        on the row of a batch instead (`short_context`, `no_ring`) are counted, not kept.
-    counts: `[6]` int64 on the layer's device, totals over decode steps: heads hit, missed,
-        exact for a short context, exact for want of a ring; KV tokens read and skipped,
-        each once per KV head.
+        on the row of a batch instead (`short_context`, `no_ring`), or come and go (`error_budget`),
+        are counted, not kept.
+    counts: `[7]` int64 on the layer's device, totals over decode steps: heads hit, missed,
+        exact for a short context, exact for want of a ring, exact over their error budget; KV
+        tokens read and skipped, each once per KV head.
+    audited: the histograms of audited steps (`audit.histograms`); None where none are audited.
+    paused: `[1]` int32 on the layer's device, 1 while the layer is exact over its error budget;
+        None without a budget.
     group: the totals of the layer's KV-cache group; set by the metadata builder.
     decoder: the buffers that a GPU decodes with, on one layer for all that share them.
     """
@@ -74,6 +79,8 @@ class MacLayer:
         self.rotary: Rotary | None = None
         self.store: RingStore | None = None
         self.counts: Tensor | None = None
+        self.audited: Tensor | None = None
+        self.paused: Tensor | None = None
         self.group = None
         self.decoder = None
 
@@ -95,7 +102,11 @@ class MacLayer:
         if self.exact is None:
             query_dtype, out_dtype = ring_dtypes(self.config, dtype)
             check_device(query_dtype, device)
-            self.counts = torch.zeros(6, dtype=torch.int64, device=device)
+            self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
+            if self.config.audit:
+                self.audited = histograms(self.num_heads, device)
+            if self.config.error_budget is not None:
+                self.paused = torch.zeros(1, dtype=torch.int32, device=device)
             self.store = RingStore.allocate(
                 ring_count(layers, dtype),
                 self.num_heads,

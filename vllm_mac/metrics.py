@@ -7,12 +7,21 @@ and value of one token for one KV head, so that read + skipped is what full atte
     vllm_mac_kv_tokens_total{layer, kind="read|skipped"}     KV tokens
     vllm_mac_exact_total{reason}                             query heads, over all layers
     vllm_mac_rings{state="active|idle|free"}                 rings, each serving all layers
+
+Where `audit` is above 0, of the query heads that hit in audited steps, histograms as Prometheus
+has them (`_bucket{layer, le}`, cumulative, and `_count{layer}`), which `histograms` reads back.
+What audits read is in none of the counters above.
+
+    vllm_mac_error       |out - exact| / |exact| of the head's output
+    vllm_mac_lag         tokens back to the match
+    vllm_mac_chain       hits since the exact evaluation that the result descends from
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -22,6 +31,7 @@ HEADS = "vllm_mac_heads_total"
 KV_TOKENS = "vllm_mac_kv_tokens_total"
 EXACT = "vllm_mac_exact_total"
 RINGS = "vllm_mac_rings"
+ERROR, LAG, CHAIN = "vllm_mac_error", "vllm_mac_lag", "vllm_mac_chain"
 
 
 class Sample(NamedTuple):
@@ -56,6 +66,8 @@ def counters(worker) -> list[Sample]:
         samples += [Sample(HEADS, {"layer": layer.name, "outcome": k}, v) for k, v in heads.items()]
         samples += [Sample(KV_TOKENS, {"layer": layer.name, "kind": k}, v) for k, v in tokens.items()]
         exact.update(reasons)
+        if layer.audited is not None:
+            samples += _audited(layer)
     samples += [Sample(EXACT, {"reason": k}, v) for k, v in exact.items()]
     rings: Counter[str] = Counter()
     for group in {id(layer.group): layer.group for layer in layers}.values():
@@ -67,11 +79,15 @@ def counters(worker) -> list[Sample]:
 
 def _layer(layer: MacLayer) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Heads by outcome, KV tokens by kind and exact heads by reason of one layer."""
-    from vllm_mac.layers import HIT, MISS, NO_RING, READ, SHORT_CONTEXT, SKIPPED
+    from vllm_mac.layers import HIT, MISS, NO_RING, OVER_BUDGET, READ, SHORT_CONTEXT, SKIPPED
 
     if layer.exact is None:
         counts = layer.counts.tolist()
-        reasons = {"short_context": counts[SHORT_CONTEXT], "no_ring": counts[NO_RING]}
+        reasons = {
+            "short_context": counts[SHORT_CONTEXT],
+            "no_ring": counts[NO_RING],
+            "error_budget": counts[OVER_BUDGET],
+        }
         heads = {"hit": counts[HIT], "miss": counts[MISS], "exact": sum(reasons.values())}
         return heads, {"read": counts[READ], "skipped": counts[SKIPPED]}, reasons
     group = layer.group
@@ -82,6 +98,57 @@ def _layer(layer: MacLayer) -> tuple[dict[str, int], dict[str, int], dict[str, i
         read = tokens * layer.num_kv_heads
     # What a sliding window leaves out full attention of that layer would not read either.
     return {"hit": 0, "miss": 0, "exact": decoded}, {"read": read, "skipped": 0}, {layer.exact: decoded}
+
+
+def _audited(layer: MacLayer) -> list[Sample]:
+    from vllm_mac.audit import COUNT_EDGES, ERROR_EDGES
+
+    counts, label = layer.audited.cpu(), {"layer": layer.name}
+    samples = []
+    for name, edges, own in (
+        (ERROR, ERROR_EDGES, counts[:-2].sum(0)), (LAG, COUNT_EDGES, counts[-2]), (CHAIN, COUNT_EDGES, counts[-1]),
+    ):  # fmt: skip
+        *cumulative, total = accumulate(own.tolist())
+        limits = [*zip(edges, cumulative, strict=True), ("+Inf", total)]
+        samples += [Sample(f"{name}_bucket", label | {"le": str(le)}, value) for le, value in limits]
+        samples.append(Sample(f"{name}_count", label, total))
+    return samples
+
+
+def head_errors(worker) -> dict[str, list[list[int]]]:
+    """Of each audited layer, the error histogram of each of this worker's query heads: `[H]` lists
+    of one count per bucket of `audit.ERROR_EDGES`, not cumulative, the last for what is above."""
+    from vllm_mac.layers import mac_layers
+
+    layers = mac_layers(worker.vllm_config)
+    return {layer.name: layer.audited[:-2].tolist() for layer in layers if layer.audited is not None}
+
+
+class Histogram(NamedTuple):
+    """counts: of the values in `(edges[i-1], edges[i]]`, the last of those above all edges."""
+
+    edges: Sequence[float]
+    counts: Sequence[int]
+
+    def quantile(self, q: float) -> float | None:
+        """See `audit.quantile`; None without entries."""
+        from vllm_mac.audit import quantile
+
+        return quantile(self.edges, self.counts, q)
+
+
+def histograms(samples: Iterable[tuple[str, dict[str, str], int]], name: str) -> dict[str, Histogram]:
+    """The histogram `name` (`ERROR`, `LAG` or `CHAIN`) of each audited layer, workers added up."""
+    found: dict[str, Counter[float]] = {}
+    for sample, labels, value in samples:
+        if sample == f"{name}_bucket":
+            found.setdefault(labels["layer"], Counter())[float(labels["le"])] += value
+    made = {}
+    for layer, cumulative in found.items():
+        *edges, _ = sorted(cumulative)  # the last is infinity
+        totals = [0, *(cumulative[le] for le in sorted(cumulative))]
+        made[layer] = Histogram(edges, [b - a for a, b in pairwise(totals)])
+    return made
 
 
 class Summary(NamedTuple):

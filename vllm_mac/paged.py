@@ -165,6 +165,25 @@ def decode(
     return Decoded(out, hit, source, read)
 
 
+def exact(
+    position: Tensor, query: Tensor, kv: Tensor, block_table: Tensor, wanted: Tensor, scale: float
+) -> Tensor:
+    """Full attention of the KV groups `wanted` `[B, K]`, `[B, H, D]` float32; 0 for the others.
+
+    position, query, block_table: as for `decode`.
+    """
+    rows, kv_heads = wanted.shape
+    grouped = query.float().view(rows, kv_heads, -1, query.shape[2])
+    out = torch.zeros_like(grouped)
+    for b, m in enumerate(position.tolist()):
+        some = wanted[b].nonzero()[:, 0]
+        token = torch.arange(m + 1, device=query.device)
+        zero, end = token.new_tensor(0), token.new_tensor(m + 1)
+        key, value = gather(kv, block_table[b], token, some)
+        out[b, some] = attend(grouped[b, some], key, value, token, zero, end, scale).out
+    return out.view_as(query)
+
+
 def prefill(
     start: int,
     query: Tensor,

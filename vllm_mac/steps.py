@@ -7,6 +7,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_mac.audit import Audit
 from vllm_mac.layers import mac_layers
 from vllm_mac.ring import RingTable
 
@@ -28,7 +29,8 @@ class Step:
     """What the rows of a batch do; tensors `[B]` int64 over the rows of one token.
 
     row: row of the block table. token: index of the row's token in the batch. position: its
-    position. ring, first: see `RingTable.assign`. chunks: the other rows.
+    position. ring, first: see `RingTable.assign`. chunks: the other rows. audited: whether the
+    hits of this step are.
     """
 
     row: Tensor
@@ -37,6 +39,7 @@ class Step:
     ring: Tensor
     first: Tensor
     chunks: list[Chunk]
+    audited: bool
 
 
 class Group:
@@ -55,6 +58,12 @@ class Group:
             layer.group = self
         self._block_size, self._vllm_config, self._device = block_size, vllm_config, device
         self._table: RingTable | None = None
+        served = [layer for layer in self.layers if layer.audited is not None]
+        self._audit = Audit(served[0].config, served) if served else None
+
+    def begin_decodes(self) -> bool:
+        """Whether the decode step about to be planned is audited; to be called once for each."""
+        return self._audit is not None and self._audit.begin_step()
 
     @property
     def table(self) -> RingTable | None:
@@ -100,7 +109,8 @@ class Group:
             Chunk(r, int(begin[r]), int(begin[r + 1]), int(start[r]), int(assigned.ring[r]))
             for r in ((count > 0) & ~decodes).nonzero()[:, 0].tolist()
         ]
-        return Step(row, begin[row], start[row], assigned.ring[row], assigned.first[row], chunks)
+        audited = len(row) > 0 and self.begin_decodes()
+        return Step(row, begin[row], start[row], assigned.ring[row], assigned.first[row], chunks, audited)
 
     def tally_host(self, common: CommonAttentionMetadata) -> None:
         """Count a batch from what the CPU knows of it (lengths may be upper bounds)."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vllm_mac import paged
+from vllm_mac import audit, paged
 from vllm_mac.bench import BenchError
 from vllm_mac.config import MacConfig
 from vllm_mac.ring import RingStore, narrow, ring_dtypes
@@ -71,13 +71,14 @@ class Rope(nn.Module):
 @dataclass(slots=True)
 class Layer:
     """kv: `[blocks, K, page, 2 D]`. source: `[B, H]` int64 on the CPU, position planted near each
-    head's query, -1 for none. counts: as the kernels add to."""
+    head's query, -1 for none. counts, audited: as the kernels add to; None where nothing is audited."""
 
     query: Tensor
     kv: Tensor
     store: RingStore
     out: Tensor
     counts: Tensor
+    audited: Tensor | None
     source: Tensor | None = None
 
 
@@ -95,6 +96,11 @@ class Step:
     @property
     def scale(self) -> float:
         return self.shape.head_size**-0.5
+
+    @property
+    def audited(self) -> bool:
+        """Of a share, the steps that are not audited are the ones to time; with `audit: 1` there are none."""
+        return self.config.audit == 1
 
 
 def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: int) -> Step:
@@ -121,8 +127,9 @@ def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: 
         store.out.normal_(0, 0.1, generator=draw)
         store.lse.normal_(math.log(config.band), 1, generator=draw)
         query = normal(rows, shape.heads, shape.head_size).to(shape.dtype)
-        counts = torch.zeros(6, dtype=torch.int64, device=device)
-        made.append(Layer(query, caches[i % len(caches)], store, torch.full_like(query, math.nan), counts))
+        counts = torch.zeros(7, dtype=torch.int64, device=device)
+        audited = audit.histograms(shape.heads, device) if config.audit else None
+        made.append(Layer(query, caches[i % len(caches)], store, torch.full_like(query, math.nan), counts, audited))
     # The slot that the step writes is the oldest position's: out of reach, or the second replay of
     # a step would find its own query there.
     first = ints(max(m - config.window + 1, 0))
@@ -213,7 +220,7 @@ def expected_counts(step: Step, layer: Layer) -> list[int]:
     heads_hit = int(hit.sum()) * grouped.shape[-1]
     rest = layer.source.numel() - heads_hit
     short = shape.context < config.min_context
-    return [heads_hit, 0 if short else rest, rest if short else 0, 0, read, int(everything.sum()) - read]
+    return [heads_hit, 0 if short else rest, rest if short else 0, 0, 0, read, int(everything.sum()) - read]
 
 
 def realised(step: Step) -> Realised:
@@ -223,7 +230,7 @@ def realised(step: Step) -> Realised:
     grouped = source.view(*source.shape[:2], shape.kv_heads, -1)
     hit = (grouped >= 0).all(-1)
     mean = lambda x: float(x.double().mean()) if x.numel() else None
-    read = sum(expected_counts(step, layer)[4] for layer in step.layers) / len(step.layers)
+    read = sum(expected_counts(step, layer)[-2] for layer in step.layers) / len(step.layers)
     store = step.layers[0].store
     query, out = (part.dtype.itemsize * shape.head_size for part in (store.query, store.out))
     heads = shape.batch * shape.heads

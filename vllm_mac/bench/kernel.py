@@ -165,7 +165,7 @@ def _shape_rows(options: Options, shape: Shape, pool, bandwidth, report, timers:
 
     decoder = _decoder(step)
     layers = step.layers
-    begin = lambda: decoder.begin_step(step.block_table, layers[0].kv)
+    begin = lambda: decoder.begin_step(step.block_table, layers[0].kv, step.audited)
     begin_step = {
         "begin_host_ms": quantiles(timers.host(begin))["p50"],
         "begin_device_ms": quantiles(timers.device(begin))["p50"],
@@ -230,7 +230,9 @@ def _decoder(step: Step):
 
 
 def _decode(step: Step, decoder, layer) -> None:
-    decoder.decode(layer.query, layer.kv, step.block_table, layer.store, step.config, step.rotary, layer.counts, layer.out)
+    decoder.decode(
+        layer.query, layer.kv, step.block_table, layer.store, step.config, step.rotary, layer.counts, layer.out, layer.audited
+    )
 
 
 def check(step: Step, decoder) -> float:
@@ -245,7 +247,7 @@ def check_counts(step: Step, decoder) -> None:
     for layer in step.layers:
         layer.counts.zero_()
         layer.out.fill_(float("nan"))
-    decoder.begin_step(step.block_table, step.layers[0].kv)
+    decoder.begin_step(step.block_table, step.layers[0].kv, step.audited)
     for i, layer in enumerate(step.layers):
         _decode(step, decoder, layer)
         got, wanted = layer.counts.tolist(), expected_counts(step, layer)

@@ -1,0 +1,79 @@
+"""Audit: how far the heads that hit are from exact attention, into a layer's histograms.
+
+`vllm_mac.audit.tally` is the oracle.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _tally_kernel(
+    p_position, p_ring, p_hit, p_source, p_chain, p_out, p_exact, p_edges, p_counts,
+    s_out_row, s_out_head,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
+    M: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_k, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    m = tl.load(p_position + i_row).to(tl.int32)
+    if m < 0:
+        return
+    if tl.load(p_hit + i_row * K + i_k) == 0:
+        return
+    H: tl.constexpr = K * G
+    o_g, o_d, o_e = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, EP)
+    m_g, m_e = o_g < G, o_e < E
+    m_gd = m_g[:, None] & (o_d < D)[None, :]
+    o_h = i_k * G + o_g
+    p_o = p_out + i_row * s_out_row + (o_h * s_out_head)[:, None] + o_d[None, :]
+    out = tl.load(p_o, mask=m_gd, other=0.0).to(tl.float32)  # [M, DP]
+    p_true = p_exact + ((i_row * H + o_h) * D)[:, None] + o_d[None, :]
+    true = tl.load(p_true, mask=m_gd, other=0.0).to(tl.float32)  # [M, DP]
+    off = tl.sum((out - true) * (out - true), 1)
+    error = tl.where(off == 0, 0.0, tl.sqrt(off / tl.sum(true * true, 1)))  # [M]
+    lag = (m - tl.load(p_source + i_row * H + o_h, mask=m_g, other=0)).to(tl.float32)
+    # The entry written by this step, which is one longer than the one reused.
+    o_entry = (tl.load(p_ring + i_row).to(tl.int64) * H + o_h) * W + m % W
+    length = tl.load(p_chain + o_entry, mask=m_g, other=0).to(tl.float32)
+
+    edge = tl.load(p_edges + o_e, mask=m_e, other=0.0)[None, :]  # [1, EP]
+    # Not "above the edge", so that NaN is in the last bucket.
+    bucket = tl.sum((m_e[None, :] & ~(error[:, None] <= edge)).to(tl.int32), 1)  # [M]
+    one = tl.full((M,), 1, tl.int64)
+    tl.atomic_add(p_counts + o_h * (E + 1) + bucket, one, mask=m_g, sem="relaxed")
+    edge = tl.load(p_edges + E + o_e, mask=m_e, other=0.0)[None, :]
+    bucket = tl.sum((m_e[None, :] & (lag[:, None] > edge)).to(tl.int32), 1)
+    tl.atomic_add(p_counts + H * (E + 1) + bucket, one, mask=m_g, sem="relaxed")
+    bucket = tl.sum((m_e[None, :] & (length[:, None] > edge)).to(tl.int32), 1)
+    tl.atomic_add(p_counts + (H + 1) * (E + 1) + bucket, one, mask=m_g, sem="relaxed")
+
+
+def tally(position, ring, hit, source, chain, out, exact, edges, counts, pdl=False):
+    """Add the heads of one audited step to a layer's histograms, after the step was recorded.
+
+    Args:
+        position, ring: `[B]` int32 or int64, as decoded; position -1: the row is padding or not
+            audited.
+        hit: `[B, K]` int32 contiguous, nonzero where a group hit; only these count.
+        source: `[B, H]` int32 contiguous, position matched by each head.
+        chain: `[R, H, W]` int32, of the layer's rings.
+        out: `[B, H, D]`, any float dtype, last dimension contiguous: what was delivered.
+        exact: `[B, H, D]`, any float dtype, contiguous: exact attention of the groups that hit.
+        edges: `[2, E]` float32, as `audit.edges` makes them.
+        counts: `[H + 2, E + 1]` int64, added to: as `audit.histograms` makes them.
+        pdl: launch before the predecessor ends; the kernel waits before it reads.
+    """
+    rows, heads, d = out.shape
+    kv_heads, group, buckets = hit.shape[1], heads // hit.shape[1], edges.shape[1]
+    _tally_kernel[(kv_heads, rows)](
+        position, ring, hit, source, chain, out, exact, edges, counts,
+        out.stride(0), out.stride(1),
+        K=kv_heads, G=group, D=d, W=chain.shape[2], E=buckets,
+        M=triton.next_power_of_2(group), DP=triton.next_power_of_2(d),
+        EP=triton.next_power_of_2(buckets), PDL=pdl, num_warps=2,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
