@@ -613,7 +613,7 @@ def test_the_long_reasoning_file_states_only_what_it_changes():
     assert config.lag_weight > 0
 
 
-@pytest.mark.parametrize("name", ["default", "long_reasoning"])
+@pytest.mark.parametrize("name", ["default", "long_reasoning", "paper"])
 def test_every_key_of_a_bundled_file_has_a_comment_above_it(name):
     lines = bundled_configs()[name].read_text().splitlines()
     bare = [

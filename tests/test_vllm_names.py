@@ -28,8 +28,12 @@ BACKEND = "vllm.v1.attention.backend"
 
 # Read from values whose class no annotation gives.
 UNTYPED = {
-    "vllm.engine.arg_utils.EngineArgs": ["additional_config", "attention_backend", "worker_extension_cls"],
+    "vllm.engine.arg_utils.EngineArgs": [
+        "additional_config", "attention_backend", "enable_trace_replay", "logits_processors", "logprobs_mode", "max_logprobs",
+        "worker_extension_cls",
+    ],
     "vllm.entrypoints.llm.LLM": ["collective_rpc"],
+    "vllm.logprobs.FlatLogprobs": ["end_indices", "logprobs", "start_indices", "token_ids"],
     "vllm.model_executor.layers.attention.attention.Attention": ["impl", "kv_sharing_target_layer_name", "layer_name"],
     "vllm.model_executor.layers.rotary_embedding.base.RotaryEmbedding": [
         "cos_sin_cache", "forward_native", "is_neox_style", "rotary_dim",

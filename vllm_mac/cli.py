@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -242,6 +244,110 @@ def show(
         _fail(error)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="A model's folder or name.")],
+    tasks: Annotated[
+        str | None, typer.Option(help="ruler, long, all, or names of tasks, separated by commas; ruler unless there are files.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of prompt and reply together, for each task.")] = "4096,16384",
+    samples: Annotated[int, typer.Option(min=1, help="Prompts for each task and length.")] = 25,
+    seed: Seed = 0,
+    mac: Annotated[
+        list[str] | None,
+        typer.Option(help="A configuration as NAME=JSON, NAME=FILE or NAME=BUNDLED, or one of the latter two alone. Repeatable."),
+    ] = None,
+    exact: Annotated[
+        str | None, typer.Option(help="The backend to compare with, or 'default' for vLLM's choice. FLASHINFER on GPUs.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help='JSON lines {"prompt": ..., "answers": [...], "max_tokens": ...}.')] = None,
+    longbench: Annotated[Path | None, typer.Option(help="A local copy of LongBench v2's JSON.")] = None,
+    kl: Annotated[int, typer.Option(min=0, help="Prompts whose last 256 tokens are decoded under teacher forcing; 0 for none.")] = 8,
+    audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Compute hits exactly too, to count their error.")] = True,
+    engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
+    out: Annotated[Path | None, typer.Option(help="A new folder for the run; named by model and time unless given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the plot of the scores to this file too.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what the engines print.")] = False,
+    progress: ShowProgress = True,
+) -> None:
+    """Compare a model's answers under MAC with those under exact attention, on the same prompts.
+
+    Exact attention and each --mac configuration answer all prompts, greedily, in a vLLM engine of
+    their own. The folder holds each answer as soon as it is there, then results.json, results.md
+    and plots: scores, how far tokens agree, KL divergence of the next token under teacher forcing,
+    and by layer the hit rate, the KV tokens read and the error of what was reused.
+
+    Tasks are generated from the seed: retrieval, tracing and counting as in RULER (ruler), long
+    structured plans as in LongGenBench (long). LongBench v2 is asked with chain of thought. --kl
+    decodes the end of a prompt and exact's answer to it, token by token, with both.
+    """
+    from vllm_mac.bench import BenchError, report
+    from vllm_mac.config import MacConfigError
+    from vllm_mac.eval import EvalError
+
+    out = out or Path(f"mac-eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        report.require_matplotlib()
+        from vllm_mac.eval import report as tables
+        from vllm_mac.eval import requests, run
+        from vllm_mac.eval.results import RESULTS
+
+        environment = report.environment()
+        named = tasks if tasks is not None else None if prompts or longbench else "ruler"
+        options = run.Options(
+            model, out, requests.names(named) if named is not None else (), _parse("--lengths", _numbers(int, 1, math.inf), lengths),
+            samples, seed, prompts, longbench, _configurations(mac or ["default"], audit),
+            exact or ("FLASHINFER" if environment["gpu"] else run.OWN), _parse("--engine", _mapping, engine), kl, resume, verbose,
+        )  # fmt: skip
+        run.check_folder(out, resume)
+        with Console(stderr=True).status("making the prompts") if progress else nullcontext():
+            made = run.prompts(options)
+        with _progress(progress, run.steps(options, made), done=True) as tell:
+            results = run.run(options, made, environment, tell)
+        written = tables.write(results, out)
+        tables.show(results, _console())
+        if json_path is not None:
+            json_path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(out / RESULTS, json_path)
+        if plot is not None:
+            if (figure := tables.scores(results)) is None:
+                raise EvalError("--plot: no prompt has answers, so there are no scores to plot")
+            tables.save(figure, results, plot)
+        print(f"{out}: {RESULTS}, {', '.join(path.name for path in written)}", file=sys.stderr)
+    except (EvalError, BenchError, MacConfigError, ImportError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        begun = (out / "run.json").is_file()
+        print(f"interrupted{f'; the same command with --resume --out {out} goes on' if begun else ''}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if results["errors"]:
+        raise typer.Exit(1)
+
+
+def _configurations(given: list[str], audit: bool) -> dict[str, dict]:
+    """Every key of each configuration, by name. Raises MacConfigError for wrong keys."""
+    from vllm_mac.config import resolve
+
+    found: dict[str, dict] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            name, value = Path(text).stem, text
+        if not re.fullmatch(r"[\w.-]+", name) or name in ("exact", ".", "..") or name in found:
+            raise typer.BadParameter(
+                f"received {text!r}; choose NAME=JSON, NAME=FILE or NAME=BUNDLED, each with a name of its own, of letters, "
+                "digits, '.', '_' and '-', not 'exact'",
+                param_hint="--mac",
+            )
+        keys = _parse("--mac", _mapping, value) if value.lstrip().startswith("{") else {"config": value}
+        found[name] = resolve(keys).model_dump(mode="json")
+        if audit and found[name].get("audit") == 0:
+            found[name]["audit"] = 1.0
+    return found
+
+
 def _parse(option: str, parser, text: str):
     try:
         return parser(text)
@@ -307,20 +413,20 @@ def _fail(error: BaseException) -> None:
 
 
 @contextmanager
-def _progress(shown: bool, total: int):
-    """A function to tell what begins; each call finishes what was told before."""
+def _progress(shown: bool, total: int, done: bool = False):
+    """A function to tell what begins, each call finishing what was told before; or what is done."""
     console = Console(stderr=True)
     if shown and not console.is_terminal:  # a log: one line for each
         begun = time.monotonic()
-        yield lambda what, advance=True: print(f"{time.monotonic() - begun:6.1f} s  {what}", file=sys.stderr, flush=True)
+        yield lambda what, advance=1: print(f"{time.monotonic() - begun:6.1f} s  {what}", file=sys.stderr, flush=True)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
-        task, first = progress.add_task("", total=total), True
+        task, first = progress.add_task("", total=total), not done
 
-        def tell(what: str, advance: bool = True) -> None:
+        def tell(what: str, advance: int = 1) -> None:
             nonlocal first
-            progress.update(task, description=what, advance=int(advance and not first))
+            progress.update(task, description=what, advance=0 if first else int(advance))
             first = False
 
         yield tell

@@ -5,19 +5,15 @@ with an error. This side starts them, follows what they tell and makes rows of i
 """
 
 import json
-import os
-import select
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vllm_mac.bench import BenchError
 from vllm_mac.bench.report import quantiles
+from vllm_mac.runs import follow
 
 # -P: the installed package, not a folder of that name where the command happens to run.
 COMMAND = (sys.executable, "-P", "-m", "vllm_mac.bench.engine")
@@ -110,77 +106,9 @@ def _run_backend(options: Options, backend: str, spec: dict, folder: Path, repor
         llm["attention_backend"] = backend
     if backend == "MAC":
         llm["additional_config"] = {**llm.get("additional_config", {}), "mac": options.mac}
-    read, write = os.pipe()
+    command = [*COMMAND, json.dumps(spec | {"llm": llm})]
     log = folder / f"{backend}.log"
-    command = [*COMMAND, json.dumps(spec | {"llm": llm}), str(write)]
-    with open(log, "wb") as sink:
-        # A process group of its own: a stop reaches the engine's processes too, and Ctrl-C only this one.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno() if options.verbose else sink,
-            stderr=subprocess.STDOUT, pass_fds=(write,), process_group=0,
-        )  # fmt: skip
-    os.close(write)
-    result, begin = {}, time.monotonic()
-    try:
-        for message in _messages(process, read, begin + options.timeout):
-            if "stage" in message:
-                report(backend, message["stage"])
-            else:
-                result = message
-        late = process.poll() is None and time.monotonic() > begin + options.timeout
-    finally:
-        os.close(read)
-        code = _stop(process, patient=bool(result))
-    if result:
-        return result
-    tail = "" if options.verbose else _tail(log)
-    reason = f"took longer than {options.timeout:g} s" if late else f"ended with code {code}"
-    return {"error": f"{tail}\nthe engine {reason} and gave no result{_cause(tail)}".strip()}
-
-
-def _messages(process: subprocess.Popen, read: int, deadline: float) -> Iterator[dict]:
-    """JSON lines from the pipe until it closes, the process ends or the time is up."""
-    waiting = b""
-    while time.monotonic() < deadline:
-        ready, _, _ = select.select([read], [], [], 0.2)
-        if ready:
-            data = os.read(read, 1 << 16)
-            if not data:
-                return
-            *lines, waiting = (waiting + data).split(b"\n")
-            for line in lines:
-                yield json.loads(line)
-        elif process.poll() is not None:
-            return
-
-
-def _stop(process: subprocess.Popen, patient: bool) -> int:
-    """Wait for the process, if it has told its result, and end what is left of its group."""
-    if patient:
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            pass
-    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
-    return process.wait()
-
-
-def _tail(log: Path, lines: int = 30) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-
-
-def _cause(tail: str) -> str:
-    """The last line of the log that names an error."""
-    named = [line for line in tail.splitlines() if "Error" in line]
-    return f": {named[-1].strip()}" if named else ""
+    return follow(command, log, lambda message: report(backend, message["stage"]), options.timeout, options.verbose)
 
 
 def _row(options: Options, backend: str, result: dict) -> dict:

@@ -68,7 +68,7 @@ def main(spec: dict, tell) -> None:
     tell(stage="starting the engine")
     from vllm import LLM
 
-    tokenizer = _has_tokenizer(spec["llm"]["model"])
+    tokenizer = has_tokenizer(spec["llm"]["model"])
     extension = "vllm_mac.bench.engine.BenchWorker"
     begin = time.perf_counter()
     llm = LLM(**{"skip_tokenizer_init": not tokenizer, "worker_extension_cls": extension, **spec["llm"]})
@@ -98,7 +98,8 @@ def main(spec: dict, tell) -> None:
     llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
 
 
-def _has_tokenizer(model: str) -> bool:
+def has_tokenizer(model: str) -> bool:
+    """Whether a model's folder has a tokenizer; true for a name, which only the hub knows."""
     folder = Path(model)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
     return not folder.is_dir() or any((folder / name).exists() for name in names)
@@ -160,7 +161,7 @@ def _measure(llm, batch: list[list[int]], tokens: int, max_model_len: int, tell)
                 first.setdefault(output.request_id, time.perf_counter() - begin)
                 cached[output.request_id] = output.num_cached_tokens
     tell(stage="decoding")
-    before = _samples(llm)
+    before = read_counters(llm)
     llm.collective_rpc("bench_take_builds")
     stamps: list[float] = []
     skipped = most = 0
@@ -177,7 +178,7 @@ def _measure(llm, batch: list[list[int]], tokens: int, max_model_len: int, tell)
         if skipped > UNTIMED:
             stamps.append(now)
     builds = llm.collective_rpc("bench_take_builds")[0]
-    after = _samples(llm)
+    after = read_counters(llm)
     if len(stamps) <= tokens:
         raise RuntimeError(
             f"{most} of {len(batch)} requests decoded together, for {max(len(stamps) - 1, 0)} of {tokens} steps; the KV "
@@ -191,7 +192,7 @@ def _measure(llm, batch: list[list[int]], tokens: int, max_model_len: int, tell)
     return list(first.values()), result | _reuse(before, after)
 
 
-def _samples(llm) -> dict[tuple, int]:
+def read_counters(llm) -> dict[tuple, int]:
     """MAC's counters of all workers, added up."""
     total: dict[tuple, int] = {}
     for samples in llm.collective_rpc("mac_counters"):

@@ -1,0 +1,173 @@
+"""`vllm-mac eval`: one engine after another on the same prompts, exact attention first.
+
+    FOLDER/run.json               configuration and environment
+    FOLDER/CONFIGURATION/...      what its engine wrote, see `engine`; samples.jsonl is for reading too
+    FOLDER/results.json           see `results.collect`
+
+This side makes the prompts, starts the engines and follows them.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_mac.eval import EvalError, requests, results
+from vllm_mac.eval.results import EXACT
+from vllm_mac.runs import follow
+
+# -P: the installed package, not a folder of that name where the command happens to run.
+COMMAND = (sys.executable, "-P", "-m", "vllm_mac.eval.engine")
+OWN = "default"  # the platform's own choice of backend
+REQUESTS = "requests.jsonl"
+SEQUENCES = 16  # decoded together unless --engine says otherwise
+# A run that goes on elsewhere, or with other code, would not be one run.
+SAME = ("gpu", "vllm", "torch", "triton", "flashinfer", "vllm_mac", "commit")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """mac: resolved configurations by name. exact: the backend compared with, or `default`. engine:
+    further arguments of `vllm.LLM`. kl: texts decoded under teacher forcing. out: the run's folder."""
+
+    model: str
+    out: Path
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    samples: int = 25
+    seed: int = 0
+    prompts: Path | None = None
+    longbench: Path | None = None
+    mac: dict[str, dict] = field(default_factory=lambda: {"default": {}})
+    exact: str = OWN
+    engine: dict = field(default_factory=dict)
+    kl: int = 0
+    resume: bool = False
+    verbose: bool = False
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises EvalError where a run in `out` would mix with, or lose, what is there."""
+    if resume and not (out / "run.json").is_file():
+        raise EvalError(f"--resume: {out} holds no run; leave --resume out, or name a run's folder with --out")
+    if not resume and out.exists():
+        raise EvalError(f"--out: {out} exists; choose another folder, or --resume to go on with the run there")
+
+
+def prompts(options: Options) -> list[requests.Request]:
+    """The run's prompts. Raises EvalError where the model, the files or the lengths do not allow them."""
+    return requests.prepare(options.model, options.engine, lambda encoder: _requests(options, encoder), not options.verbose)
+
+
+def steps(options: Options, made: list[requests.Request]) -> int:
+    """How many answers and forced texts all engines have to give."""
+    return (1 + len(options.mac)) * (len(made) + min(options.kl, len(made)))
+
+
+def run(options: Options, made: list[requests.Request], environment: dict, tell: Callable[[str, int], None]) -> dict:
+    """The results, see `results.collect`; written to the run's folder too.
+
+    tell(what, advance): what goes on, and how many of `steps` are done. An engine that fails leaves an
+    error in place of its figures; that of exact attention ends the run.
+    """
+    check_folder(options.out, options.resume)
+    configuration = _configuration(options, made)
+    _open(options, configuration, environment)
+    if options.resume and (stored := results.load(options.out)):
+        return stored
+    errors = {}
+    with tempfile.TemporaryDirectory(prefix="vllm-mac-eval-") as work:
+        requests.save(made, Path(work) / REQUESTS)
+        for name in (EXACT, *options.mac):
+            if error := _engine(options, name, made, Path(work), tell):
+                if name == EXACT:
+                    raise EvalError(f"{EXACT}: {error}")
+                errors[name] = error
+    return results.collect(options.out, configuration, environment, made, errors)
+
+
+def _requests(options: Options, encoder) -> list[requests.Request]:
+    made = list(requests.generated(options.tasks, options.lengths, options.samples, options.seed, encoder))
+    if options.prompts is not None:
+        made += requests.from_lines(options.prompts, encoder)
+    if options.longbench is not None:
+        made += requests.from_longbench(options.longbench, encoder)
+    if not made:
+        raise EvalError("no prompts: choose --tasks, --prompts or --longbench")
+    return made
+
+
+def _configuration(options: Options, made: list[requests.Request]) -> dict:
+    """What a run's figures depend on, as JSON has it."""
+    return {
+        "model": options.model, "tasks": list(options.tasks), "lengths": list(options.lengths), "samples": options.samples,
+        "seed": options.seed, "prompts": str(options.prompts) if options.prompts else None,
+        "longbench": str(options.longbench) if options.longbench else None, "requests": requests.digest(made),
+        "exact": options.exact, "mac": options.mac, "kl": options.kl,
+        "engine": {key: value for key, value in _llm(options, made).items() if key != "model"},
+    }  # fmt: skip
+
+
+def _llm(options: Options, made: list[requests.Request]) -> dict:
+    """Arguments of every engine, whose sequences are as long as the longest request."""
+    longest = max(request.total for request in made)
+    return {
+        "model": options.model, "max_model_len": longest, "max_num_seqs": SEQUENCES, "seed": options.seed,
+        "disable_log_stats": True, **options.engine,
+    }  # fmt: skip
+
+
+def _open(options: Options, configuration: dict, environment: dict) -> None:
+    """Begin the run's folder, or make sure that it holds this run."""
+    file = options.out / "run.json"
+    if not options.resume:
+        options.out.mkdir(parents=True)
+        stored = {"configuration": configuration, "environment": environment}
+        file.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+        return
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        there = stored["configuration"] | _place(stored["environment"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvalError(f"--resume: {file} is not a run of this version ({type(error).__name__}: {error})") from error
+    here = configuration | _place(environment)
+    differences = [
+        f"{name}: there {there.get(name)!r}, now {here.get(name)!r}"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+    if differences:
+        raise EvalError("--resume: {} holds another run:\n  {}".format(options.out, "\n  ".join(differences)))
+
+
+def _place(environment: dict) -> dict:
+    # A checkout is `-dirty` too when it holds this run's folder.
+    return {key: environment[key] for key in SAME} | {"commit": environment["commit"].removesuffix("-dirty")}
+
+
+def _engine(options: Options, name: str, made: list[requests.Request], work: Path, tell) -> str | None:
+    """Run what is left to do for one configuration. The error that ended it, or None."""
+    folder = options.out / name
+    folder.mkdir(exist_ok=True)
+    left, forced = results.left(folder, made, options.kl)
+    if done := len(made) - left + min(options.kl, len(made)) * (not forced):
+        tell(f"{name}: {done} were done before", done)
+    if not left and not forced:
+        return None
+    llm = dict(_llm(options, made))
+    if name != EXACT:
+        llm["attention_backend"] = "MAC"
+        llm["additional_config"] = {**llm.get("additional_config", {}), "mac": options.mac[name]}
+    elif options.exact != OWN:
+        llm["attention_backend"] = options.exact
+    files = {"requests": work / REQUESTS, "folder": folder, "exact": options.out / EXACT}
+    spec = {"llm": llm, "kl": options.kl} | {key: str(path) for key, path in files.items()}
+    (work / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+    log = folder / "engine.log"
+    command = [*COMMAND, str(work / "spec.json")]
+    told = follow(command, log, lambda said: tell(f"{name}: {said['stage']}", said["advance"]), verbose=options.verbose)
+    if "error" not in told:
+        log.unlink()
+    return told.get("error")
