@@ -125,7 +125,7 @@ def markdown(results: dict) -> str:
 def write(results: dict, folder: Path) -> list[Path]:
     """results.md and the plots that there is something to show in. Needs the extra `bench`."""
     (folder / "results.md").write_text(markdown(results), encoding="utf-8")
-    drawings = {"scores": scores, "layers": by_layer, "histograms": histograms, "divergence": divergence}
+    drawings = {"scores": scores, "layers": by_layer, "heads": by_head, "histograms": histograms, "divergence": divergence}
     written = [folder / "results.md"]
     for name, draw in drawings.items():
         figure = draw(results)
@@ -196,14 +196,33 @@ def by_layer(results: dict):
     if audited:
         errors = figure.add_subplot(1, 2, 2)
         for j, (name, rows) in enumerate(layers.items()):
-            at = [i for i, row in enumerate(rows) if "error_p50" in row]
             for key, style in (("error_p50", "o-"), ("error_p95", "s--"), ("error_p99", "^:")):
+                at = [i for i, row in enumerate(rows) if row.get(key) is not None]
                 errors.plot(at, [rows[i][key] for i in at], style, color=f"C{j}", ms=4, label=f"{name}, {key[6:]}")
         errors.set(xlabel="layer", ylabel="relative error of heads that hit", yscale="log")
     for axes in figure.axes:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.2, which="both")
         axes.legend(fontsize=8)
+    return figure
+
+
+def by_head(results: dict):
+    """Hit rate of each query head, one map for each configuration; None where nothing was audited."""
+    maps = {
+        name: [row["head_hit_rates"] for row in some.values() if "head_hit_rates" in row] for name, some in results["layers"].items()
+    }
+    maps = {name: rows for name, rows in maps.items() if rows and len({len(row) for row in rows}) == 1}
+    if not maps:
+        return None
+    figure = _figure(1 + 4 * len(maps), 4)
+    for i, (name, rows) in enumerate(maps.items()):
+        axes = figure.add_subplot(1, len(maps), i + 1)
+        image = axes.imshow([[100 * rate for rate in row] for row in rows], vmin=0, vmax=100, aspect="auto", cmap="viridis")
+        axes.set(title=name, xlabel="query head", ylabel="layer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=figure.axes, label="steps that hit, %")
     return figure
 
 
