@@ -1,8 +1,6 @@
 """The command `vllm-mac`. Importing it imports neither torch nor vLLM; subcommands do."""
 
-import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -14,16 +12,19 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from vllm_mac import __version__
+from vllm_mac.calibrate.command import calibrate
+from vllm_mac.options import Json, Mac, Plot, Seed, ShowProgress
+from vllm_mac.options import choice as _choice
+from vllm_mac.options import complain as _complain
+from vllm_mac.options import console as _console
+from vllm_mac.options import fail as _fail
+from vllm_mac.options import mapping as _mapping
+from vllm_mac.options import names as _names
+from vllm_mac.options import numbers as _numbers
+from vllm_mac.options import parse as _parse
+from vllm_mac.options import progress as _progress
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="markdown")
 bench = typer.Typer(
@@ -32,6 +33,7 @@ bench = typer.Typer(
     "a checkout: what MAC_ATTENTION_COMMIT says, or unknown).",
 )
 app.add_typer(bench, name="bench")
+app.command()(calibrate)
 
 
 def main() -> None:
@@ -57,23 +59,6 @@ def _root(
     """MAC attention for vLLM."""
 
 
-def _numbers(kind, low: float, high: float):
-    """A parser of comma-separated numbers from `low` to `high`."""
-    what = "whole numbers" if kind is int else "numbers"
-    choices = f"choose {what} of at least {low:g}" if math.isinf(high) else f"choose {what} from {low:g} to {high:g}"
-
-    def parse(text: str) -> tuple:
-        try:
-            values = tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            values = ()
-        if values and all(low <= value <= high for value in values):
-            return values
-        raise typer.BadParameter(f"received {text!r}; {choices}, separated by commas")
-
-    return parse
-
-
 def _heads(text: str) -> tuple[tuple[int, int], ...]:
     try:
         pairs = tuple(tuple(int(part) for part in pair.split("/")) for pair in text.split(","))
@@ -84,33 +69,6 @@ def _heads(text: str) -> tuple[tuple[int, int], ...]:
     raise typer.BadParameter(
         f"received {text!r}; choose query heads/KV heads such as 32/8, the former a multiple of the latter, separated by commas"
     )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _mapping(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"received {text!r}; not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f'received {text!r}; choose a JSON object such as {{"threshold": 0.6}}')
-    return value
-
-
-def _choice(option: str, value: str, choices) -> str:
-    if value not in choices:
-        raise typer.BadParameter(f"received {value!r}; choose from {', '.join(choices)}", param_hint=option)
-    return value
-
-
-Json = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")]
-Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file (PNG, PDF, SVG). Needs the extra 'bench'.")]
-Mac = Annotated[str, typer.Option("--mac", help="Keys of MAC's configuration as JSON, as under --additional-config 'mac'.")]
-Seed = Annotated[int, typer.Option(help="Seed of all random data.")]
-ShowProgress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress on stderr.")]
 
 
 @bench.command()
@@ -348,14 +306,6 @@ def _configurations(given: list[str], audit: bool) -> dict[str, dict]:
     return found
 
 
-def _parse(option: str, parser, text: str):
-    try:
-        return parser(text)
-    except typer.BadParameter as error:
-        error.param_hint = option
-        raise
-
-
 class _Rows(list):
     """Rows, each of which gets the facts of the machine when it is added."""
 
@@ -396,37 +346,3 @@ def _results(json_path: Path | None, plot: Path | None):
                     code = code or _complain(error)
     if code:
         raise typer.Exit(code)
-
-
-def _console() -> Console:
-    # Tables that go to a file are as wide as they are.
-    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "220")))
-
-
-def _complain(error: BaseException) -> int:
-    print(f"vllm-mac: {error}", file=sys.stderr)
-    return 2
-
-
-def _fail(error: BaseException) -> None:
-    raise typer.Exit(_complain(error))
-
-
-@contextmanager
-def _progress(shown: bool, total: int, done: bool = False):
-    """A function to tell what begins, each call finishing what was told before; or what is done."""
-    console = Console(stderr=True)
-    if shown and not console.is_terminal:  # a log: one line for each
-        begun = time.monotonic()
-        yield lambda what, advance=1: print(f"{time.monotonic() - begun:6.1f} s  {what}", file=sys.stderr, flush=True)
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
-        task, first = progress.add_task("", total=total), not done
-
-        def tell(what: str, advance: int = 1) -> None:
-            nonlocal first
-            progress.update(task, description=what, advance=0 if first else int(advance))
-            first = False
-
-        yield tell

@@ -1,0 +1,96 @@
+"""What vLLM's attention layers are given while a prompt is read, and the simulation on it.
+
+The engine runs MAC with threshold 1, which is exact attention and knows which layers MAC serves and how
+to undo their rotation. Queries, keys and values are taken before each such layer, chunk by chunk. When
+the prompt is read, layers are simulated one after the other, on the worker's device, and dropped. Until
+then keys and values of the whole prompt and queries of its end are held, about the size of its KV cache.
+"""
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_mac.calibrate import simulate
+from vllm_mac.calibrate.grid import grid_of
+from vllm_mac.layers import MacLayer, mac_layers
+from vllm_mac.ring import ring_dtypes
+
+
+class CalibrateWorker:
+    """Extension of vLLM's worker: `worker_extension_cls`. Methods are called by `collective_rpc`."""
+
+    def calibrate_start(self, grid: dict, paper: bool) -> dict:
+        """Watch the layers that MAC serves. Returns {"layers": [(name, index)], "exact": {reason: layers}}."""
+        layers = mac_layers(self.vllm_config)
+        self.calibrate_grid = grid_of(grid)
+        self.calibrate_candidates = self.calibrate_grid.candidates(paper)
+        self.calibrate_watches = {
+            layer.name: _Watch(layer, self.calibrate_grid) for layer in layers if layer.exact is None
+        }
+        context = self.vllm_config.compilation_config.static_forward_context
+        for name, watch in self.calibrate_watches.items():
+            context[name].register_forward_pre_hook(watch, with_kwargs=True)
+        exact: dict[str, int] = {}
+        for layer in layers:
+            if layer.exact is not None:
+                exact[layer.exact] = exact.get(layer.exact, 0) + 1
+        return {"layers": [(name, extract_layer_index(name)) for name in self.calibrate_watches], "exact": exact}
+
+    def calibrate_prompt(self, tokens: int) -> None:
+        """The next forward passes read a prompt of so many tokens."""
+        for watch in self.calibrate_watches.values():
+            watch.begin(tokens)
+
+    def calibrate_layer(self, name: str) -> dict | None:
+        """`simulate.tally` of a layer for the prompt that was read; None for a layer of another worker.
+
+        Raises RuntimeError where vLLM did not give the layer the whole prompt.
+        """
+        watch = self.calibrate_watches.get(name)
+        if watch is None:
+            return None
+        model_dtype = self.vllm_config.model_config.dtype
+        dtypes = ring_dtypes(watch.layer.config, model_dtype)
+        with torch.inference_mode():
+            return simulate.measure(watch.take(), self.calibrate_candidates, self.calibrate_grid.steps, dtypes)
+
+
+class _Watch:
+    """Pre-hook of one attention layer: collects one prompt, given in chunks."""
+
+    def __init__(self, layer: MacLayer, grid):
+        self.layer, self.wanted = layer, grid.window + grid.steps
+        self.tokens = self.seen = 0
+        self.query: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def begin(self, tokens: int) -> None:
+        self.tokens, self.seen = tokens, 0
+        self.query, self.keys, self.values = [], [], []
+
+    def __call__(self, _module, args: tuple, kwargs: dict) -> None:
+        if self.seen >= self.tokens:
+            return  # no prompt is awaited: warm-up, or a reply
+        query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value")))
+        layer = self.layer
+        size = min(len(query), self.tokens - self.seen)
+        # Copies: the model goes on to use these buffers.
+        split = lambda x, heads, begin: x[begin:size].reshape(size - begin, heads, -1).clone()
+        self.keys.append(split(key, layer.num_kv_heads, 0))
+        self.values.append(split(value, layer.num_kv_heads, 0))
+        begin = max(0, self.tokens - self.wanted - self.seen)
+        if begin < size:
+            self.query.append(split(query, layer.num_heads, begin))
+        self.seen += size
+
+    def take(self) -> simulate.Layer:
+        """The layer as it was, in float32; nothing of it is kept here."""
+        if self.seen != self.tokens:
+            raise RuntimeError(f"{self.layer.name} was given {self.seen} of {self.tokens} tokens of the prompt")
+        query, keys, values = torch.cat(self.query), torch.cat(self.keys), torch.cat(self.values)
+        self.begin(0)
+        position = torch.arange(self.tokens - len(query), self.tokens, device=query.device)
+        pre = self.layer.rotary.undo(query, position)
+        by_head = lambda x: x.transpose(0, 1).float().contiguous()
+        return simulate.Layer(query.float(), pre, by_head(keys), by_head(values), self.layer.scale)

@@ -1,0 +1,85 @@
+"""What is tried: candidates, each a full setting of MAC for one layer. Knows neither vLLM nor torch."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import NamedTuple
+
+
+class Setting(NamedTuple):
+    """The keys that all layers of a model share."""
+
+    band: int
+    sink: int
+    reuse: str
+    lag_weight: float
+    max_chain: int | None
+    distance: str
+
+    def __str__(self) -> str:
+        cap = "" if self.max_chain is None else f", max_chain {self.max_chain}"
+        relative = ", relative" if self.distance == "relative" else ""
+        return f"band {self.band}, sink {self.sink}, {self.reuse}, lag_weight {self.lag_weight:g}{cap}{relative}"
+
+
+class Candidate(NamedTuple):
+    """A setting with the threshold of one layer."""
+
+    setting: Setting
+    threshold: float
+
+
+# The setting of the paper (arXiv 2604.00235), whose window is 512.
+PAPER = Candidate(Setting(256, 0, "chained", 0.0, None, "absolute"), 0.45)
+PAPER_WINDOW = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The values tried of each key; every combination is. `window` and `min_context` are fixed.
+
+    steps: positions at the end of each prompt that are decoded.
+    """
+
+    window: int
+    min_context: int
+    steps: int
+    thresholds: tuple[float, ...]
+    bands: tuple[int, ...]
+    sinks: tuple[int, ...]
+    lag_weights: tuple[float, ...]
+    reuse: tuple[str, ...]
+    max_chains: tuple[int | None, ...]
+    distances: tuple[str, ...]
+
+    def candidates(self, paper: bool) -> list[Candidate]:
+        """In order of their settings, thresholds rising. paper: with the paper's, at all thresholds."""
+        settings = {
+            Setting(*keys)
+            for keys in product(self.bands, self.sinks, self.reuse, self.lag_weights, self.max_chains, self.distances)
+        }
+        thresholds = set(self.thresholds)
+        if paper:
+            settings.add(PAPER.setting)
+            thresholds.add(PAPER.threshold)
+        ordered = sorted(settings, key=lambda s: tuple(-1 if value is None else value for value in s))
+        return [Candidate(setting, threshold) for setting in ordered for threshold in sorted(thresholds)]
+
+    def least(self, paper: bool = False) -> int:
+        """Tokens that a prompt must have: at its first step a match is tried, and no entry of the ring
+        has an empty prefix."""
+        band = max(*self.bands, PAPER.setting.band) if paper else max(self.bands)
+        return self.steps + max(self.window + band + max(self.sinks), self.min_context - 1)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def grid_of(values: dict) -> Grid:
+    """The grid that `as_dict` gave, perhaps through JSON."""
+    return Grid(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def settings_of(candidates: Iterable[Candidate]) -> list[Setting]:
+    """Each setting once, in order."""
+    return list(dict.fromkeys(candidate.setting for candidate in candidates))
