@@ -7,6 +7,7 @@ loopback only and are stopped at the end, also on Ctrl-C.
 import argparse
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,25 +17,28 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from vllm_mac.eval import tasks
 from vllm_mac.metrics import summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".quickstart"
-QUESTION = "\n\nThe text above is a licence. What may its readers do with the work?\n"
+TESTBED = ROOT / "examples" / "testbed"
+TASK = "plan"  # a plan of 80 lines, every one of which follows from the prompt
 console = Console()
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="examples/quickstart.sh", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", help="model folder or name; by default a small random one is made")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens to generate (default 128)")
-    parser.add_argument("--context", type=int, default=6144, help="characters of the prompt (default 6144)")
+    parser.add_argument("--model", default=str(TESTBED), help="chat model's folder or name (default: examples/testbed)")
+    parser.add_argument("--tokens", type=int, default=3500, help="most tokens to generate (default 3500)")
+    parser.add_argument("--context", type=int, default=8192, help="characters of the prompt (default 8192)")
     parser.add_argument("--threshold", type=float, help="MAC's threshold; 1 reuses nothing, so both answers are the same")
     parser.add_argument("--timeout", type=int, default=600, help="seconds to wait for a server (default 600)")
     args = parser.parse_args()
@@ -46,18 +50,6 @@ def options() -> argparse.Namespace:
 
 def on_gpu() -> bool:
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0 if shutil.which("nvidia-smi") else False
-
-
-def default_model() -> str:
-    folder = WORK / "model"
-    if not (folder / "generation_config.json").exists():  # written last
-        with console.status("making a small Llama with random weights"):
-            made = subprocess.run(
-                [sys.executable, ROOT / "examples" / "byte_model.py", folder], capture_output=True, text=True
-            )
-        if made.returncode:
-            sys.exit(f"The model could not be made:\n{made.stderr}")
-    return str(folder)
 
 
 def free_port() -> int:
@@ -125,30 +117,39 @@ def stop(process: subprocess.Popen) -> None:
             continue
 
 
-def ask(address: str, prompt: str, tokens: int, show: bool) -> tuple[str, int, float]:
-    """One streamed completion: its text, the prompt's tokens and milliseconds per token."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """prompt, generated: tokens. each: milliseconds per token."""
+
+    text: str
+    prompt: int
+    generated: int
+    each: float
+
+
+def ask(address: str, prompt: str, tokens: int, show: bool) -> Answer:
+    """One streamed chat completion."""
     client = OpenAI(base_url=f"{address}/v1", api_key="none")
-    text, times, prompt_tokens = "", [], 0
-    stream = client.completions.create(
-        model="model", prompt=prompt, max_tokens=tokens, temperature=0, stream=True,
-        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    text, times, usage = "", [], None
+    stream = client.chat.completions.create(
+        model="model", messages=[{"role": "user", "content": prompt}], max_tokens=tokens, temperature=0, stream=True,
+        stream_options={"include_usage": True},
     )  # fmt: skip
     for chunk in stream:
-        if chunk.usage:
-            prompt_tokens = chunk.usage.prompt_tokens
-            generated = chunk.usage.completion_tokens
-        if chunk.choices:
+        usage = chunk.usage or usage
+        if chunk.choices and chunk.choices[0].delta.content:
             times.append(time.perf_counter())
-            text += chunk.choices[0].text
+            text += chunk.choices[0].delta.content
             if show:
-                console.print(printable(chunk.choices[0].text), end="", markup=False, highlight=False, soft_wrap=True)
+                console.print(printable(chunk.choices[0].delta.content), end="", markup=False, highlight=False, soft_wrap=True)
     if show:
         console.print()
-    return text, prompt_tokens, 1000 * (times[-1] - times[0]) / max(generated - 1, 1)
+    generated = usage.completion_tokens
+    return Answer(text, usage.prompt_tokens, generated, 1000 * (times[-1] - times[0]) / max(generated - 1, 1))
 
 
 def printable(text: str) -> str:
-    """Random weights write any byte: show those that a terminal takes for itself as dots."""
+    """A byte model may write any byte: show those that a terminal takes for itself as dots."""
     return "".join(c if c.isprintable() or c == "\n" else "." for c in text)
 
 
@@ -165,42 +166,41 @@ def counters(address: str) -> list:
 def main() -> None:
     args = options()
     WORK.mkdir(exist_ok=True)
-    model = args.model or default_model()
-    text = (ROOT / "LICENSE").read_text()
-    prompt = (text * (args.context // len(text) + 1))[: args.context] + QUESTION
-
+    sample = tasks.make(TASK, random.Random(0), args.context, len)
     config = {} if args.threshold is None else {"threshold": args.threshold}
 
-    answers, times = {}, {}
+    answers = {}
     for backend in (None, "MAC"):
-        with server(model, backend, config, args.timeout) as address:
-            ask(address, prompt[::-1], 2, show=False)  # the first request pays for warming up
+        with server(args.model, backend, config, args.timeout) as address:
+            ask(address, sample.prompt[::-1], 2, show=False)  # the first request pays for warming up
             if backend:
                 console.rule(f"streamed with {backend}")
-            answers[backend], length, times[backend] = ask(address, prompt, args.tokens, show=bool(backend))
+            answers[backend] = ask(address, sample.prompt, args.tokens, show=bool(backend))
             if backend:
                 after = summarise(counters(address))
+    exact, mac = answers[None], answers["MAC"]
     console.rule("MAC against vLLM's own attention")
     table = Table("", "vLLM's own", "MAC")
-    table.add_row("time per token", f"{times[None]:.2f} ms", f"{times['MAC']:.2f} ms")
+    table.add_row("lines of the plan that are right", *(right(sample, answer.text) for answer in (exact, mac)))
+    table.add_row("time per token", f"{exact.each:.2f} ms", f"{mac.each:.2f} ms")
     table.add_row("KV tokens read in decode", "100 %", percent(after.read_share))
     table.add_row("query heads that hit", "", percent(after.hit_rate))
     console.print(table)
-    same = len(os.path.commonprefix([answers[None], answers["MAC"]]))
+    same = len(os.path.commonprefix([exact.text, mac.text]))
     console.print(
-        f"Prompt of {length} tokens, {args.tokens} generated, greedy, on {'GPU' if on_gpu() else 'CPU'}; "
-        f"the two answers agree on the first {same} of {len(answers[None])} characters.",
+        f"Prompt of {mac.prompt} tokens, {mac.generated} generated, greedy, on {'GPU' if on_gpu() else 'CPU'}; "
+        f"the two answers agree on the first {same} of {len(exact.text)} characters.",
         highlight=False,
     )
     for reason, heads in after.exact.items():
         console.print(f"Exact for {reason}: {heads} heads")
-    if not args.model:
-        console.print(
-            "The model has random weights: its text means nothing, the least reuse changes it, and its hit rate is not a "
-            "trained model's. With --threshold 1 nothing is reused, and the answers are the same."
-        )
     if not on_gpu():
         console.print("On CPU MAC runs in PyTorch, to show the method; it is on GPUs that it is built to be fast.")
+
+
+def right(sample: tasks.Sample, text: str) -> str:
+    # The prefix is what `vllm-mac eval` gives a model to begin with; this one began by itself.
+    return f"{round(len(sample.answers) * tasks.score(replace(sample, prefix=''), text))} of {len(sample.answers)}"
 
 
 def percent(share: float | None) -> str:
@@ -208,6 +208,8 @@ def percent(share: float | None) -> str:
 
 
 if __name__ == "__main__":
+    # Whoever stops this must not leave its server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except KeyboardInterrupt:
