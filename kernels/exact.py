@@ -107,7 +107,7 @@ def _merge(
     return b_o, b_l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride_table",))
 def _prefix_kernel(
     query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived,
     groups, first_token, band, scale_log2,

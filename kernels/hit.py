@@ -29,7 +29,7 @@ COUNTERS = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("s_table",))  # as wide as the longest sequence may be
 def _hit_kernel(
     p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
     p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,

@@ -24,7 +24,7 @@ CHUNK_STEP = 64
 WAVES = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride_table", "block_pages", "head_pages"))
 def _pages_kernel(
     block_table, position, indices, indptr, last_page_len,
     rows, first_page, band, stride_table, block_pages, head_pages,

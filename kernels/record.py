@@ -14,7 +14,11 @@ from vllm_mac.kernels.match import narrow, unrotate
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(
+    # These change with the number of tokens: none of them may compile the kernel anew.
+    do_not_specialize=("s_table",),
+    do_not_specialize_on_alignment=("p_token", "p_row", "p_position"),
+)  # fmt: skip
 def _record_kernel(
     p_query, p_cos_sin, p_token, p_row, p_position, p_ring, p_table, p_kv, p_prefix_out, p_prefix_lse,
     p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,

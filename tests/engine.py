@@ -141,7 +141,7 @@ def engine(
             num_gpu_blocks_override=blocks,
             attention_backend=backend,
             additional_config=additional_config or {},
-            **{"enforce_eager": True} | options,
+            **{"enforce_eager": True} | shared_gpu() | options,
         )
         yield llm
     finally:
@@ -150,6 +150,20 @@ def engine(
             vars(llm).clear()  # the caller's name for it would keep the KV cache alive
         # Collects, and forgets vLLM's cached environment, so that the next engine may differ.
         cleanup_dist_env_and_memory()
+
+
+def shared_gpu() -> dict:
+    """On a GPU, what lets an engine start beside other processes.
+
+    With `kv_cache_memory_bytes` the share of the GPU decides nothing, but vLLM still asks at the start that so much
+    be free. Of what is free now a little is asked for, so that this holds when others take more meanwhile.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": free / total / 4}
 
 
 def worker(llm):

@@ -59,16 +59,23 @@ def _root(
     """MAC attention for vLLM."""
 
 
-def _heads(text: str) -> tuple[tuple[int, int], ...]:
-    try:
-        pairs = tuple(tuple(int(part) for part in pair.split("/")) for pair in text.split(","))
-    except ValueError:
-        pairs = ()
-    if pairs and all(len(pair) == 2 and min(pair) > 0 and pair[0] % pair[1] == 0 for pair in pairs):
-        return pairs
-    raise typer.BadParameter(
-        f"received {text!r}; choose query heads/KV heads such as 32/8, the former a multiple of the latter, separated by commas"
-    )
+def _pairs(between: str, choices: str, fits=lambda first, second: True):
+    """A parser of comma-separated pairs of positive whole numbers."""
+
+    def parse(text: str) -> tuple[tuple[int, int], ...]:
+        try:
+            pairs = tuple(tuple(int(part) for part in pair.split(between)) for pair in text.split(","))
+        except ValueError:
+            pairs = ()
+        if pairs and all(len(pair) == 2 and min(pair) > 0 and fits(*pair) for pair in pairs):
+            return pairs
+        raise typer.BadParameter(f"received {text!r}; choose {choices}, separated by commas")
+
+    return parse
+
+
+_heads = _pairs("/", "query heads/KV heads such as 32/8, the former a multiple of the latter", lambda h, k: h % k == 0)
+_shapes = _pairs("x", "requests at once x prompt tokens such as 1x122880")
 
 
 @bench.command()
@@ -132,8 +139,11 @@ def kernel(
 @bench.command()
 def decode(
     model: Annotated[str, typer.Option(help="A model's folder or name, or shape:llama-3.1-8b for that shape with dummy weights.")],
-    context: Annotated[int, typer.Option(min=1, help="Prompt tokens of each request.")],
-    batch: Annotated[int, typer.Option(min=1, help="Requests, each with a prompt of its own.")] = 1,
+    context: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each request.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests at once, each with a prompt of its own; 1 unless given.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Several of both instead, measured one after another: 1x122880,8x100000 is BATCHxCONTEXT.")
+    ] = None,
     backends: Annotated[
         str | None, typer.Option(help="Backends by name, or 'default' for vLLM's choice. MAC,FLASHINFER,FLASH_ATTN on GPUs, else MAC,default.")
     ] = None,
@@ -145,7 +155,9 @@ def decode(
     prefills: Annotated[int, typer.Option(min=1, help="Times the prompts are read, for the time to the first token.")] = 1,
     mac: Mac = "{}",
     engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
-    timeout: Annotated[float, typer.Option(help="Seconds that one backend may take.")] = 1200,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that one stage may take: the start, a warm-up, one reading of the prompts, the decoding.")
+    ] = 1200,
     seed: Seed = 0,
     json_path: Json = None,
     plot: Plot = None,
@@ -154,31 +166,36 @@ def decode(
 ) -> None:
     """Time a whole vLLM engine per output token, one backend after another.
 
-    Each backend runs in a process of its own; one that fails becomes a row with its error. An
-    engine warms up on the first 4096 tokens of each prompt. Then the prompts are read (PREFILLS
-    times, the prefix cache emptied before each, so that every time to first token is of a whole
-    prompt), and decoding goes on from the last reading. Only steps in which every request gets a
-    token are timed: the time between one such step and the next. The hit rate and the share of KV
-    read are those of the measured steps. Works on CPUs too.
+    Each backend runs in a process of its own, one engine for all shapes; what fails becomes a row
+    with its error. For each shape the engine warms up on the first 4096 tokens of each prompt. Then
+    the prompts are read (PREFILLS times, the prefix cache emptied before each, so that every time to
+    first token is of a whole prompt), and decoding goes on from the last reading. Only steps in which
+    every request gets a token are timed: the time between one such step and the next. The hit rate
+    and the share of KV read are those of the measured steps. Works on CPUs too.
 
     VLLM_* variables reach the engines: VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps each in one process.
     """
     from vllm_mac.bench import decode as measured
 
     keys, arguments = _parse("--mac", _mapping, mac), _parse("--engine", _mapping, engine)
+    if (shapes is None) == (context is None) or (shapes and batch):
+        raise typer.BadParameter("choose either --context, with --batch where it is not 1, or --shapes", param_hint="--shapes")
+    wanted = ((batch or 1, context),) if shapes is None else _parse("--shapes", _shapes, shapes)
     with _results(json_path, plot) as rows:
         on_gpu = rows.environment["gpu"] is not None
         names = _names(backends or ("MAC,FLASHINFER,FLASH_ATTN" if on_gpu else f"MAC,{measured.OWN}"))
         options = measured.Options(
-            model, context, batch, tokens, names, prompt, seed, load_format, max_model_len, eager, prefills, keys, arguments,
-            timeout, verbose,
-        )  # fmt: skip
-        with _progress(progress, len(names)) as tell:
+            model, wanted, tokens, names, prompt, seed, load_format, max_model_len, eager, prefills, keys, arguments, timeout, verbose
+        )
+
+        def keep(row: dict) -> None:
+            rows.append(row)
+            if "error" in row:
+                print(f"{row['engine']}, batch {row['batch']}, {row['context']} tokens: {row['error']}", file=sys.stderr)
+
+        with _progress(progress, len(names) * len(wanted), done=True) as tell:
             try:
-                for row in measured.run(options, lambda backend, stage: tell(f"{backend}: {stage}", advance="start" in stage)):
-                    rows.append(row)
-                    if "error" in row:
-                        print(f"{row['engine']}: {row['error']}", file=sys.stderr)
+                measured.run(options, tell, keep)
             finally:
                 measured.compare(rows)
     if any("error" in row for row in rows):

@@ -28,6 +28,7 @@ from vllm_mac.kernels.record import record_prefill
 from vllm_mac.layers import MacLayer, mac_layers
 from vllm_mac.steps import Group
 from vllm_mac.support import MacImpl, MacSupport
+from vllm_mac.warmup import warm_up
 
 
 class MacCUDABackend(MacSupport, FlashInferBackend):
@@ -87,6 +88,10 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         self._seed_wrapper: BatchPrefillWithPagedKVCacheWrapper | None = None
         # Position, ring and first of all rows of a batch; the decoder's hold those that decode.
         self._rows = [torch.zeros_like(self.decoder.position) for _ in range(3)]
+        # Whatever else an engine runs before it serves, it makes its builders. Eager mode turns vLLM's own warm-up
+        # off, but its first requests would wait for the compiler just as long.
+        if vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager:
+            warm_up(self.decoder, self.served, self.group.new_table(1), vllm_config.use_v2_model_runner)
         if len(self.served) == len(layer_names):
             # Nobody runs the base's decode: let it make the metadata of XQA, which needs no
             # planning, instead of a plan.

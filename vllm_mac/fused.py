@@ -34,6 +34,7 @@ class Decoder:
     def __init__(self, problem: PrefixProblem, config: MacConfig, device: torch.device):
         self.problem = problem
         self.names: tuple[str, ...] | None = None  # of the layers it decodes for
+        self.warm = False  # whether `warmup` has been through it
         rows, heads, d = problem.max_rows, problem.heads, problem.head_size
         self.position, self.ring, self.first = (torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in "prf")
         self._work = Workspace.allocate(rows, heads, problem.kv_heads, d, device)
@@ -41,6 +42,11 @@ class Decoder:
         self._prefix_out = torch.empty(rows, heads, d, dtype=problem.dtype, device=device)
         self._prefix_lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
         self._auditor = Auditor(problem, device) if config.audit else None
+
+    @property
+    def plans_on_host(self) -> bool:
+        """Whether the engine for misses makes a plan on the host in every step, one for each number of rows."""
+        return isinstance(self._exact, FlashInferExact) and not self._exact.device_planned
 
     def begin_step(self, block_table: Tensor, kv: Tensor, audited: bool = False) -> None:
         """block_table: `[B, *]` int32. kv: any layer's cache, `[blocks, K, page, 2 D]`. audited:

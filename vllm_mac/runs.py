@@ -1,6 +1,6 @@
 """Engines in processes of their own: started, followed by the JSON lines they send, stopped whole.
 
-Memory is free again after each, and a crash is a result with an error.
+Memory is free again after each, and a crash ends nothing else.
 """
 
 import json
@@ -17,16 +17,19 @@ from pathlib import Path
 
 # As Python and pydantic write them; vLLM puts its own prefix before.
 _ERROR = re.compile(r"(?:[\w.]+(?:Error|Exception): |Value error, ).+")
+# vLLM begins every line of a message with its level, those of a traceback too.
+_HARMLESS = re.compile(r"(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING) ")
 
 
 def follow(
     command: list[str], log: Path, tell: Callable[[dict], None], timeout: float = math.inf, verbose: bool = False
-) -> dict:
-    """The last message of a process, or {"error": why there is none}.
+) -> str | None:
+    """Run a process to its end. Why it did not finish its work, or None where it said that it did.
 
     command: gets the number of the file descriptor for its messages as a last argument. A message is
-    one JSON object on a line; `tell` gets those with a key "stage", the others are results. log: where
-    the process's output goes, unless `verbose` shows it. timeout: seconds.
+    one JSON object on a line: {"done": true} is the last, and `tell` gets those before it. What has a
+    key "stage" says what the process does from now on. log: where its output goes, unless `verbose`
+    shows it. timeout: seconds that one stage may take.
     """
     read, write = os.pipe()
     with open(log, "wb") as sink:
@@ -36,28 +39,39 @@ def follow(
             stderr=subprocess.STDOUT, pass_fds=(write,), process_group=0,
         )  # fmt: skip
     os.close(write)
-    result, begin = {}, time.monotonic()
+    done, late, stage, begin = False, False, "", time.monotonic()
+    since = begin
     try:
-        for message in _messages(process, read, begin + timeout):
-            if "stage" in message:
-                tell(message)
+        for message in _messages(process, read):
+            if message is None:
+                late = time.monotonic() > since + timeout
+                if late:
+                    break
+            elif message.get("done"):
+                done = True
             else:
-                result = message
-        late = process.poll() is None and time.monotonic() > begin + timeout
+                if "stage" in message:
+                    stage, since = message["stage"], time.monotonic()
+                tell(message)
     finally:
         os.close(read)
-        code = _stop(process, patient=bool(result))
-    if result:
-        return result
+        code = _stop(process, patient=done)
+    if done:
+        return None
+    where = f"{stage}: " if stage else ""
     text = "" if verbose else log.read_text(encoding="utf-8", errors="replace")
-    reason = f"took longer than {timeout:g} s" if late else f"ended with code {code}"
-    return {"error": f"{_tail(text)}\nthe engine {reason} and gave no result{_cause(text)}".strip()}
+    if late:  # nothing in the log is to blame
+        total = f", {time.monotonic() - begin:.0f} s after it was started" if since > begin else ""
+        reason = f"{where}the engine was stopped because this had taken {timeout:g} s{total}"
+    else:
+        reason = f"{where}the engine ended with code {code} and gave no result{_cause(text)}"
+    return f"{_tail(text)}\n{reason}".strip()
 
 
-def _messages(process: subprocess.Popen, read: int, deadline: float) -> Iterator[dict]:
-    """JSON lines from the pipe until it closes, the process ends or the time is up."""
+def _messages(process: subprocess.Popen, read: int) -> Iterator[dict | None]:
+    """JSON lines from the pipe until it closes or the process ends; None again and again while there are none."""
     waiting = b""
-    while time.monotonic() < deadline:
+    while True:
         ready, _, _ = select.select([read], [], [], 0.2)
         if ready:
             data = os.read(read, 1 << 16)
@@ -68,6 +82,8 @@ def _messages(process: subprocess.Popen, read: int, deadline: float) -> Iterator
                 yield json.loads(line)
         elif process.poll() is not None:
             return
+        else:
+            yield None
 
 
 def _stop(process: subprocess.Popen, patient: bool) -> int:
@@ -94,6 +110,8 @@ def _tail(text: str, lines: int = 30) -> str:
 
 
 def _cause(text: str) -> str:
-    """The last error that a log names, other than the one by which vLLM points at those above it."""
-    named = [found[0].strip() for found in _ERROR.finditer(text) if "Engine core initialization failed" not in found[0]]
+    """The last error that a log names, other than the one by which vLLM points at those above it, and those that
+    it only warns of: it goes on after them."""
+    lines = "\n".join(line for line in text.splitlines() if not _HARMLESS.match(line))
+    named = [found[0].strip() for found in _ERROR.finditer(lines) if "Engine core initialization failed" not in found[0]]
     return f": {named[-1]}" if named else ""

@@ -70,16 +70,18 @@ class Group:
         """Who owns which ring; None when no layer of the group is served, and as long as
         vLLM, which builds metadata to estimate its memory too, has no KV cache."""
         if self._table is None:
-            stores = [layer.store for layer in self.layers if layer.store is not None]
             cache = self._vllm_config.cache_config
-            if stores and cache.num_gpu_blocks:
+            if cache.num_gpu_blocks and any(layer.store is not None for layer in self.layers):
                 # Block tables may address parts of the blocks that the cache is managed in.
-                blocks = cache.num_gpu_blocks * max(1, cache.block_size // self._block_size)
-                # With pipeline stages that many batches are in flight, each with its own rows.
-                idle = self._vllm_config.parallel_config.pipeline_parallel_size
-                rings, config = len(stores[0].query), self.layers[0].config
-                self._table = RingTable(rings, blocks, self._block_size, config, self._device, idle)
+                self._table = self.new_table(cache.num_gpu_blocks * max(1, cache.block_size // self._block_size))
         return self._table
+
+    def new_table(self, blocks: int) -> RingTable:
+        """A table in which no ring is used, for a cache of so many blocks; some layer must be served."""
+        store = next(layer.store for layer in self.layers if layer.store is not None)
+        # With pipeline stages that many batches are in flight, each with its own rows.
+        idle = self._vllm_config.parallel_config.pipeline_parallel_size
+        return RingTable(len(store.query), blocks, self._block_size, self.layers[0].config, self._device, idle)
 
     def step(self, common: CommonAttentionMetadata) -> Step | None:
         """Plan a batch whose metadata is on the CPU; None when no layer of the group is served."""

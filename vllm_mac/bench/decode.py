@@ -1,13 +1,14 @@
 """`vllm-mac bench decode`: time per output token of a whole vLLM engine, one backend after another.
 
 Each backend has its own process (`engine`), so that memory is free again and a crash is a row
-with an error. This side starts them, follows what they tell and makes rows of it.
+with an error. It measures one shape of requests after another. This side starts the engines,
+follows what they tell and makes rows of it.
 """
 
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -35,13 +36,12 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """context: prompt tokens of each of `batch` requests. tokens: measured decode steps. prefills:
+    """shapes: requests at once and prompt tokens of each. tokens: measured decode steps. prefills:
     times that the prompts are read. prompt: `words`, `ids` or a text file. mac: inline keys of MAC.
-    engine: further arguments of `vllm.LLM`. timeout: seconds for one backend."""
+    engine: further arguments of `vllm.LLM`. timeout: seconds for one stage of a backend."""
 
     model: str
-    context: int
-    batch: int = 1
+    shapes: tuple[tuple[int, int], ...]
     tokens: int = 64
     backends: tuple[str, ...] = ("MAC", OWN)
     prompt: str = "words"
@@ -56,18 +56,23 @@ class Options:
     verbose: bool = False
 
 
-def run(options: Options, report: Callable[[str, str], None]) -> Iterator[dict]:
-    """A row for each backend. report(backend, stage) is told how far a backend is."""
+def run(options: Options, report: Callable[[str, int], None], keep: Callable[[dict], None]) -> None:
+    """Measure each shape with each backend.
+
+    report(stage, rows) is told what a backend does from now on, and how many rows were made before. keep(row)
+    gets each row as soon as it is there: one for every backend and shape, with an error where it has no result.
+    """
     with tempfile.TemporaryDirectory(prefix="vllm-mac-bench-") as folder:
         spec = _spec(options, Path(folder))
         for backend in options.backends:
-            yield _row(options, backend, _run_backend(options, backend, spec, Path(folder), report))
+            _run_backend(options, backend, spec, Path(folder), report, keep)
 
 
 def compare(rows: list[dict]) -> None:
-    """Add to each row its speed-up over the fastest of the other backends."""
+    """Add to each row its speed-up over the fastest of the other backends with the same shape."""
+    shape = lambda row: (row["batch"], row["context"])
     for row in rows:
-        others = [r["p50"] for r in rows if r is not row and "p50" in r]
+        others = [r["p50"] for r in rows if r is not row and "p50" in r and shape(r) == shape(row)]
         if others and "p50" in row:
             row["speedup"] = min(others) / row["p50"]
 
@@ -85,11 +90,11 @@ def _spec(options: Options, folder: Path) -> dict:
     if options.prompt not in ("words", "ids") and not Path(options.prompt).is_file():
         raise BenchError(f"--prompt: no file {options.prompt!r}; choose a text file, words or ids")
     # Requests that were read early decode while the others are still being read.
-    spare = options.batch * (options.context // 2048 + 2) + 32
+    needed = max(context + options.tokens + batch * (context // 2048 + 2) + 32 for batch, context in options.shapes)
     llm = {
         "model": model,
-        "max_model_len": options.max_model_len or options.context + options.tokens + spare,
-        "max_num_seqs": options.batch,
+        "max_model_len": options.max_model_len or needed,
+        "max_num_seqs": max(batch for batch, _ in options.shapes),
         "enforce_eager": options.eager,
         "seed": options.seed,
         "disable_log_stats": True,
@@ -99,21 +104,36 @@ def _spec(options: Options, folder: Path) -> dict:
     return {"llm": llm | options.engine, **{k: v for k, v in asdict(options).items() if k not in ("mac", "engine", "backends")}}
 
 
-def _run_backend(options: Options, backend: str, spec: dict, folder: Path, report) -> dict:
-    """The last message of a backend's process, or {"error": ...}."""
+def _run_backend(options: Options, backend: str, spec: dict, folder: Path, report, keep) -> None:
     llm = dict(spec["llm"])
     if backend != OWN:
         llm["attention_backend"] = backend
     if backend == "MAC":
         llm["additional_config"] = {**llm.get("additional_config", {}), "mac": options.mac}
     command = [*COMMAND, json.dumps(spec | {"llm": llm})]
-    log = folder / f"{backend}.log"
-    return follow(command, log, lambda message: report(backend, message["stage"]), options.timeout, options.verbose)
+    made = 0
+
+    def tell(message: dict) -> None:
+        nonlocal made
+        if "stage" in message:
+            report(f"{backend}: {message['stage']}", 0)
+        else:
+            batch, context = options.shapes[message["shape"]]
+            made += 1
+            keep(_row(options, backend, batch, context, message["result"]))
+            report(f"{backend}: batch {batch}, {context} tokens: done", 1)
+
+    error = follow(command, folder / f"{backend}.log", tell, options.timeout, options.verbose)
+    for i, (batch, context) in enumerate(options.shapes[made:] if error else ()):
+        # What ended the engine in one shape is why the others have no result.
+        why = error if i == 0 else f"not measured: {error.splitlines()[-1]}"
+        keep(_row(options, backend, batch, context, {"error": why}))
+        report(f"{backend}: batch {batch}, {context} tokens: no result", 1)
 
 
-def _row(options: Options, backend: str, result: dict) -> dict:
+def _row(options: Options, backend: str, batch: int, context: int, result: dict) -> dict:
     row = {
-        "bench": "decode", "engine": backend, "model": options.model, "context": options.context, "batch": options.batch,
+        "bench": "decode", "engine": backend, "model": options.model, "context": context, "batch": batch,
         "seed": options.seed, "load_format": options.load_format, "graphs": not options.eager, "engine_args": options.engine,
     }  # fmt: skip
     if "error" in result:

@@ -1,12 +1,13 @@
 """One backend of `vllm-mac bench decode`: `python -m vllm_mac.bench.engine SPEC FD`.
 
-Reads the prompts, then times decode steps in which every request gets one token. Tells its
-stages and its result as JSON lines on the file descriptor FD.
+For each shape of requests it reads the prompts, then times decode steps in which every request gets
+one token. Tells its stages and a result for each shape as JSON lines on the file descriptor FD.
 """
 
 import functools
 import itertools
 import json
+import logging
 import os
 import random
 import sys
@@ -67,35 +68,65 @@ class BenchWorker(WorkerExtension):
 def main(spec: dict, tell) -> None:
     tell(stage="starting the engine")
     from vllm import LLM
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     tokenizer = has_tokenizer(spec["llm"]["model"])
+    if not tokenizer:
+        # vLLM tries the chat template all the same, and then warns of it with a traceback. (A filter: vLLM resets levels.)
+        logging.getLogger("vllm.renderers.base").addFilter(lambda record: "Chat template warmup" not in record.getMessage())
     extension = "vllm_mac.bench.engine.BenchWorker"
     begin = time.perf_counter()
     llm = LLM(**{"skip_tokenizer_init": not tokenizer, "worker_extension_cls": extension, **spec["llm"]})
-    result = {"start_s": time.perf_counter() - begin, "in_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"}
-    result |= {name: getattr(llm.llm_engine.model_config, name) for name in ("max_model_len",)}
-    batch, kind = prompts(spec, llm, tokenizer)
-    result["prompt"] = kind
-    longest = spec["context"] + 1
-    if result["max_model_len"] < longest + UNTIMED + spec["tokens"]:
+    facts = {"start_s": time.perf_counter() - begin, "in_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"}
+    facts["max_model_len"] = llm.llm_engine.model_config.max_model_len
+    llm.collective_rpc("bench_time_builds")
+    for i, (batch, context) in enumerate(spec["shapes"]):
+
+        def stage(what: str, of=f"batch {batch}, {context} tokens") -> None:
+            tell(stage=f"{of}: {what}")
+
+        sent: list[str] = []
+        try:
+            result = facts | _shape(spec, llm, tokenizer, batch, context, facts["max_model_len"], sent, stage)
+        except EngineDeadError:
+            raise  # the log says why
+        except Exception as error:
+            llm.llm_engine.abort_request(sent)
+            result = {"error": f"{type(error).__name__}: {error}"}
+        tell(shape=i, result=result)
+    tell(done=True)
+    llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
+
+
+def _shape(
+    spec: dict, llm, tokenizer: bool, batch: int, context: int, max_model_len: int, sent: list[str], stage
+) -> dict:
+    """What one shape took. sent: gets the names of its requests."""
+    if max_model_len < context + 1 + UNTIMED + spec["tokens"]:
         raise ValueError(
-            f"--max-model-len: {result['max_model_len']} has no room for {spec['context']} prompt tokens and "
+            f"--max-model-len: {max_model_len} has no room for {context} prompt tokens and "
             f"{spec['tokens'] + UNTIMED + 1} generated ones"
         )
-    llm.collective_rpc("bench_time_builds")
-    tell(stage="warming up")
-    _prefill(llm, "warm", [prompt[: min(len(prompt), 4096)] for prompt in batch], 8)
+    texts, kind = prompts(spec, llm, tokenizer, batch, context)
+    stage("warming up")
+    _prefill(llm, "warm", [prompt[: min(len(prompt), 4096)] for prompt in texts], 8, sent)
     ttft = []
-    for i in range(spec["prefills"] - 1):
-        tell(stage=f"reading the prompts, {i + 1} of {spec['prefills']}")
-        llm.reset_prefix_cache()
-        ttft += _prefill(llm, f"prefill{i}", batch, 1)
-    llm.reset_prefix_cache()
-    tell(stage=f"reading the prompts, {spec['prefills']} of {spec['prefills']}")
-    first, measured = _measure(llm, batch, spec["tokens"], result["max_model_len"], tell)
-    result |= measured | {"ttft_ms": [1000 * seconds for seconds in ttft + first], "prefills": spec["prefills"]}
-    tell(**result)
-    llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
+    for i in range(spec["prefills"]):
+        _empty_prefix_cache(llm)
+        stage(f"reading the prompts, {i + 1} of {spec['prefills']}")
+        if i + 1 < spec["prefills"]:
+            ttft += _prefill(llm, f"prefill{i}", texts, 1, sent)
+    first, measured = _measure(llm, texts, spec["tokens"], max_model_len, sent, stage)
+    return measured | {"prompt": kind, "ttft_ms": [1000 * seconds for seconds in ttft + first], "prefills": spec["prefills"]}
+
+
+def _empty_prefix_cache(llm, patience: float = 30.0) -> None:
+    """Raises RuntimeError where blocks stay in use: then prompts would not be read as a whole."""
+    deadline = time.monotonic() + patience
+    while not llm.reset_prefix_cache():  # the engine may not have ended yet what was aborted
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the prefix cache could not be emptied within {patience:g} s")
+        time.sleep(0.1)
 
 
 def has_tokenizer(model: str) -> bool:
@@ -105,9 +136,9 @@ def has_tokenizer(model: str) -> bool:
     return not folder.is_dir() or any((folder / name).exists() for name in names)
 
 
-def prompts(spec: dict, llm, tokenizer: bool) -> tuple[list[list[int]], str]:
-    """`batch` different prompts of `context` tokens, and what they are."""
-    count, size, seed = spec["batch"], spec["context"], spec["seed"]
+def prompts(spec: dict, llm, tokenizer: bool, count: int, size: int) -> tuple[list[list[int]], str]:
+    """`count` different prompts of `size` tokens, and what they are."""
+    seed = spec["seed"]
     draw = random.Random(seed)
     if spec["prompt"] == "ids" or (spec["prompt"] == "words" and not tokenizer):
         vocabulary = llm.llm_engine.model_config.get_vocab_size()
@@ -136,9 +167,10 @@ def _params(max_tokens: int):
     )
 
 
-def _prefill(llm, name: str, batch: list[list[int]], tokens: int) -> list[float]:
+def _prefill(llm, name: str, batch: list[list[int]], tokens: int, sent: list[str]) -> list[float]:
     """Generate a few tokens; seconds to the first token of each request, all sent at once."""
     engine, first = llm.llm_engine, {}
+    sent += [f"{name}-{i}" for i in range(len(batch))]
     begin = time.perf_counter()
     for i, prompt in enumerate(batch):
         engine.add_request(f"{name}-{i}", {"prompt_token_ids": prompt}, _params(tokens))
@@ -148,10 +180,13 @@ def _prefill(llm, name: str, batch: list[list[int]], tokens: int) -> list[float]
     return list(first.values())
 
 
-def _measure(llm, batch: list[list[int]], tokens: int, max_model_len: int, tell) -> tuple[list[float], dict]:
+def _measure(
+    llm, batch: list[list[int]], tokens: int, max_model_len: int, sent: list[str], stage
+) -> tuple[list[float], dict]:
     """Read the prompts and go on decoding: seconds to each first token, and what the steps took."""
     engine, first, cached = llm.llm_engine, {}, {}
     names = [f"run-{i}" for i in range(len(batch))]
+    sent += names
     begin = time.perf_counter()
     for name, prompt in zip(names, batch, strict=True):
         engine.add_request(name, {"prompt_token_ids": prompt}, _params(max_model_len - len(prompt)))
@@ -160,7 +195,7 @@ def _measure(llm, batch: list[list[int]], tokens: int, max_model_len: int, tell)
             if output.outputs[0].token_ids:
                 first.setdefault(output.request_id, time.perf_counter() - begin)
                 cached[output.request_id] = output.num_cached_tokens
-    tell(stage="decoding")
+    stage("decoding")
     before = read_counters(llm)
     llm.collective_rpc("bench_take_builds")
     stamps: list[float] = []

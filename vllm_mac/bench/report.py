@@ -136,7 +136,7 @@ def show(rows: list[dict], console: Console) -> None:
         for row in some:
             if row.get("error"):
                 reason = row["error"].splitlines()[-1]
-                console.print(f"{row['engine']}, batch {row['batch']}: {reason}", style="red", markup=False, soft_wrap=True)
+                console.print(f"{row['engine']}, batch {row['batch']}, {row['context']} tokens: {reason}", style="red", markup=False, soft_wrap=True)
         console.print(_NOTES[bench], style="dim")
 
 

@@ -55,7 +55,8 @@ def main(spec: dict, tell) -> None:
         used.append(len(ids))
         tell(stage=f"{where}: simulated", advance=1)
     Measured.of(sums, layers, spec["grid"], spec["paper"], used).save(Path(spec["out"]))
-    tell(done=True, exact=answers[0]["exact"])
+    tell(exact=answers[0]["exact"])
+    tell(done=True)
     llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
 
 
@@ -83,4 +84,5 @@ if __name__ == "__main__":
         main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), say)
     except CalibrateError as error:
         say(error=str(error))
+        say(done=True)
     os._exit(0)

@@ -105,17 +105,22 @@ def measure(
             "prompts": [{"ids": list(r.ids), "reply": reply} for r, reply in zip(made, replies, strict=True)],
         }  # fmt: skip
         (work / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        told = follow(
-            [*COMMAND, str(work / "spec.json")], work / "engine.log", lambda said: tell(said["stage"], said["advance"]),
-            verbose=options.verbose,
-        )  # fmt: skip
-        if "error" in told:
-            raise CalibrateError(told["error"])
+        found: dict = {}
+
+        def heard(said: dict) -> None:
+            if "stage" in said:
+                tell(said["stage"], said["advance"])
+            else:
+                found.update(said)
+
+        error = follow([*COMMAND, str(work / "spec.json")], work / "engine.log", heard, verbose=options.verbose)
+        if error := error or found.get("error"):
+            raise CalibrateError(error)
         measured = Measured.load(work / "measured.npz")
     said = str(options.prompts) if options.prompts else f"{', '.join(options.tasks)}, seed {options.seed}"
     source = {
         "model": options.model, "prompts": said, "mac": options.mac.model_dump(mode="json"), "engine": options.engine,
-        "exact_layers": told["exact"], "environment": environment,
+        "exact_layers": found["exact"], "environment": environment,
     }  # fmt: skip
     return replace(measured, source=source)
 

@@ -167,7 +167,7 @@ def _engine(options: Options, name: str, made: list[requests.Request], work: Pat
     (work / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
     log = folder / "engine.log"
     command = [*COMMAND, str(work / "spec.json")]
-    told = follow(command, log, lambda said: tell(f"{name}: {said['stage']}", said["advance"]), verbose=options.verbose)
-    if "error" not in told:
+    error = follow(command, log, lambda said: tell(f"{name}: {said['stage']}", said["advance"]), verbose=options.verbose)
+    if error is None:
         log.unlink()
-    return told.get("error")
+    return error

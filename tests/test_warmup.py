@@ -1,0 +1,233 @@
+"""What is compiled before serving is what serving launches, and compiling leaves no trace.
+
+Triton's own binder tells the variant of every launch, on any machine: `Variants` asks it for a GPU
+of sm90 and launches nothing. So a kernel that comes to depend on something else fails here.
+"""
+
+import dataclasses
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from vllm_mac import audit, warmup
+from vllm_mac.config import resolve
+from vllm_mac.fused import Decoder, rotation
+from vllm_mac.kernels import assign as assign_kernels
+from vllm_mac.kernels import audit as audit_kernels
+from vllm_mac.kernels import complete, exact, hit, plan, record
+from vllm_mac.kernels.assign import assign
+from vllm_mac.kernels.exact import PrefixProblem
+from vllm_mac.kernels.hit import Workspace
+from vllm_mac.kernels.record import record_prefill
+from vllm_mac.ring import RingStore, RingTable, ring_dtypes
+from vllm_mac.rope import Rotary
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = CUDABackend(GPUTarget("cuda", 90, 32))
+DECODE = [(hit, "_hit_kernel"), (exact, "_prefix_kernel"), (complete, "_complete_kernel"), (audit_kernels, "_tally_kernel")]
+OTHERS = [(record, "_record_kernel"), (assign_kernels, "_assign_kernel")]
+
+
+class Variants:
+    """In place of a kernel: notes the variant of each launch."""
+
+    def __init__(self, kernel, found: set):
+        names = ("do_not_specialize", "do_not_specialize_on_alignment")
+        kept = getattr(kernel, "kwargs", None) or {name: getattr(kernel, name) for name in names}
+        function = JITFunction(kernel.fn, **{name: kept[name] for name in names})
+        self.name, self.found = kernel.fn.__name__, found
+        self.bind = create_function_from_signature(function.signature, function.params, BACKEND)
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            _, specialization, options = self.bind(*args, **kwargs)
+            self.found.add((self.name, str(specialization), str(sorted(options.items()))))
+
+        return launch
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    found = set()
+    allocate = Workspace.allocate.__func__
+    as_h200 = lambda *args: dataclasses.replace(allocate(*args), slots=396, pdl=True)
+    monkeypatch.setattr(Workspace, "allocate", classmethod(as_h200))
+    for module, name in [*DECODE, *OTHERS, (plan, "_pages_kernel"), (plan, "_plan_kernel")]:
+        monkeypatch.setattr(module, name, Variants(getattr(module, name), found))
+    return found
+
+
+def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=torch.float16, **keys):
+    """A decoder and layers of four kinds: the first two differ in thresholds alone, the others in their rotation."""
+    config = resolve({"window": 32, "band": 24, "min_context": 64, "miss_engine": "triton"} | keys, {})
+    problem = PrefixProblem(rows, heads, kv_heads, d, page, columns, dtype, config.band, config.sink, d**-0.5)
+    decoder = Decoder(problem, config, torch.device(DEVICE))
+    query_dtype, out_dtype = ring_dtypes(config, dtype)
+    layers = []
+    for rotary_dim, neox, threshold in ((d, True, 0.4), (d, True, 0.7), (d, False, 0.4), (d // 2, False, 0.4), (0, True, 0.4)):
+        cache = torch.ones(page * columns, rotary_dim, dtype=dtype, device=DEVICE)
+        module = SimpleNamespace(cos_sin_cache=cache, rotary_dim=rotary_dim, is_neox_style=neox)
+        rotary = Rotary(module if rotary_dim else None)
+        store = RingStore.allocate(rings, heads, config.window, d, query_dtype, DEVICE, out_dtype)
+        paused = None if config.error_budget is None else torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        layers.append(SimpleNamespace(
+            store=store, config=config.model_copy(update={"threshold": threshold}), rotary=rotary,
+            counts=torch.zeros(7, dtype=torch.int64, device=DEVICE), paused=paused,
+            audited=audit.histograms(heads, DEVICE) if config.audit else None,
+        ))  # fmt: skip
+    table = RingTable(rings, 50, page, config, DEVICE)
+    return decoder, layers, table
+
+
+def caches(problem: PrefixProblem):
+    """KV caches in every layout that vLLM has."""
+    p = problem
+    for order in ((0, 1, 2, 3, 4), (0, 1, 3, 2, 4), (0, 2, 1, 3, 4), (1, 0, 2, 3, 4), (1, 0, 3, 2, 4), (1, 2, 0, 3, 4)):
+        sizes = (3, 5, p.kv_heads, p.page_size, 2 * p.head_size)
+        pool = torch.empty([sizes[i] for i in order], dtype=p.dtype, device=DEVICE)
+        yield pool.permute([order.index(i) for i in range(5)])[1]
+
+
+def serve(decoder: Decoder, layers, table: RingTable, by_request: bool) -> None:
+    """Batches of all kinds that vLLM makes, given to the kernels as `cuda` gives them."""
+    p, draw = decoder.problem, random.Random(0)
+    ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=DEVICE)
+    qkv = torch.zeros(600, (p.heads + 2 * p.kv_heads) * p.head_size, dtype=p.dtype, device=DEVICE)
+    out = torch.zeros(600, p.heads, p.head_size, dtype=p.dtype, device=DEVICE)
+    tables = [ints(p.max_rows, columns) for columns in (1, 37, 64)]
+    for rows in range(1, p.max_rows + 1):
+        for kv in caches(p):
+            blocks = tables[draw.randrange(3)]
+            query = draw.choice([qkv[:, : p.heads * p.head_size], out.flatten(1)]).view(600, p.heads, p.head_size)
+            decoder.begin_step(blocks[:rows], kv, audited=bool(layers[0].config.audit) and draw.random() < 0.5)
+            for layer in layers:
+                decoder.decode(
+                    query[:rows], kv, blocks[:rows], layer.store, layer.config, layer.rotary, layer.counts, out[:rows],
+                    layer.audited, layer.paused,
+                )  # fmt: skip
+            tokens = draw.randrange(1, 40)
+            token, row, position = ints(3, tokens)
+            for layer in layers:
+                record_prefill(
+                    query, token, row, position, decoder.ring, blocks, kv, layer.store, layer.config, p.scale,
+                    out[:tokens], torch.zeros(tokens, p.heads, device=DEVICE), **rotation(layer.rotary),
+                )  # fmt: skip
+            assign(
+                table, ints(p.max_rows + 1)[: rows + 1], ints(rows), torch.zeros(rows, dtype=torch.bool, device=DEVICE),
+                blocks[:rows], torch.zeros(rows + tokens, dtype=torch.int64, device=DEVICE), ints(rows) if by_request else None,
+                decoder.position, decoder.ring, decoder.first,
+            )  # fmt: skip
+
+
+LLAMA = dict(rows=70, heads=32, kv_heads=8, d=128, dtype=torch.bfloat16, window=512, band=256, min_context=2048)
+
+
+@pytest.mark.parametrize("sizes, by_request", [
+    ({}, True), ({"kv_heads": 1, "heads": 4}, False), ({"audit": 0.1, "error_budget": 0.3, "ring_dtype": "float8_e4m3fn"}, True),
+    ({"sink": 5, "reuse": "chained", "distance": "relative", "dtype": torch.bfloat16}, True), (LLAMA, False),
+])  # fmt: skip
+def test_serving_launches_what_was_compiled(variants, sizes, by_request):
+    decoder, layers, table = make(**sizes)
+    warmup.warm_up(decoder, layers, table, by_request)
+    compiled = set(variants)
+    variants.clear()
+    serve(decoder, layers, table, by_request)
+    count = lambda name, found=compiled: sum(x[0] == name for x in found)
+    assert variants == compiled, {name: (count(name), count(name, variants)) for name in {x[0] for x in variants ^ compiled}}
+    # Several variants of what depends on the rows, and one of what does not, for each kind of layer.
+    assert count("_hit_kernel") >= (20 if sizes is LLAMA else 4) and count("_prefix_kernel") > 1
+    assert count("_complete_kernel") == count("_record_kernel") == 4 and count("_assign_kernel") == 1
+    assert count("_tally_kernel") == int("audit" in sizes)
+
+
+def test_every_size_has_few_variants(variants):
+    """As many as are worth waiting for."""
+    decoder, layers, table = make(**LLAMA | {"rows": 256})
+    warmup.warm_up(decoder, layers[:2], table, True)
+    counts = {name: sum(x[0] == name for x in variants) for name in {x[0] for x in variants}}
+    print(f"\n{counts}")
+    assert counts["_hit_kernel"] <= 10 and counts["_prefix_kernel"] <= 18 and len(variants) <= 31
+
+
+def test_flashinfers_plans_have_their_variants(variants):
+    """`begin_step` and `run` of `FlashInferExact` launch these two for so many rows."""
+    rows, kv_heads = 70, 8
+    ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=DEVICE)
+    tiles = plan.capacity(rows * kv_heads, 264)
+    buffer = torch.zeros(64 * tiles + (1 << 16), dtype=torch.uint8, device=DEVICE)
+    made = plan.Plan.in_buffer(buffer, rows * kv_heads, tiles)
+    found = []
+    for columns, block_pages, head_pages in ((1, 128, 1), (37, 8, 1), (64, 1, 77)):
+        variants.clear()
+        for n in range(1, rows + 1):
+            plan.write_pages(
+                ints(rows, columns)[:n], ints(n), ints(9), ints(n + 1), ints(n), kv_heads, 16, 0, 256, 9, block_pages, head_pages
+            )  # fmt: skip
+            plan.write_plan(ints(n), ints(n, kv_heads), made, 0, 256, 264, pdl=True)
+        found.append(set(variants))
+    assert found[0] == found[1] == found[2] and {x[0] for x in found[0]} == {"_pages_kernel", "_plan_kernel"}
+
+
+@pytest.mark.parametrize("keys", [{}, {"audit": 0.5, "error_budget": 0.3}])
+def test_warming_up_leaves_no_trace(keys):
+    decoder, layers, table = make(rows=3, heads=4, columns=12, **keys)
+    work, watched = decoder._work, {}
+    for field in dataclasses.fields(work):
+        value = getattr(work, field.name)
+        if isinstance(value, torch.Tensor):
+            watched[f"work.{field.name}"] = value
+    for i, layer in enumerate(layers):
+        watched |= {f"{i}.{field.name}": getattr(layer.store, field.name) for field in dataclasses.fields(layer.store)}
+    for name, value in watched.items():
+        if name != "work.arrived":
+            value.fill_(torch.nan if value.is_floating_point() else 77)
+    for i, layer in enumerate(layers):
+        layer.counts += torch.arange(7, device=DEVICE)
+        watched[f"{i}.counts"] = layer.counts
+        if keys:
+            layer.audited += 5
+            watched |= {f"{i}.audited": layer.audited, f"{i}.paused": layer.paused}
+    engines = [decoder._exact] + ([decoder._auditor._whole] if keys else [])
+    watched |= {f"arrived {i}": engine._arrived for i, engine in enumerate(engines)}
+    watched |= {name: getattr(decoder, name) for name in ("position", "ring", "first")}
+    before = {name: value.clone().view(torch.uint8) for name, value in watched.items()}
+    warmup.warm_up(decoder, layers, table, True)
+    changed = [name for name, value in watched.items() if not torch.equal(value.view(torch.uint8), before[name])]
+    assert changed == []
+    assert table.used.max() <= 0, "a ring was given away"
+
+
+def test_a_decoder_is_warmed_up_once(variants):
+    decoder, layers, table = make(rows=2)
+    warmup.warm_up(decoder, layers, table, False)
+    assert variants
+    variants.clear()
+    warmup.warm_up(decoder, layers, table, False)
+    assert not variants
+
+
+def test_where_flashinfer_plans_on_the_host_steps_are_left_out(variants, monkeypatch):
+    decoder, layers, table = make(rows=2)
+    monkeypatch.setattr(Decoder, "plans_on_host", True)
+    warmup.warm_up(decoder, layers, table, False)
+    assert {x[0] for x in variants} == {"_record_kernel", "_assign_kernel"}
+
+
+def test_compilations_are_counted_and_others_still_told():
+    from triton import knobs
+
+    told = []
+    own = lambda **facts: told.append(facts["cache_hit"])
+    knobs.compilation.listener = own
+    try:
+        with warmup.compilations() as found:
+            for there in (True, False):
+                knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=there)
+        assert found == told == [True, False] and knobs.compilation.listener is own
+    finally:
+        knobs.compilation.listener = None

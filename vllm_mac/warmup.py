@@ -1,0 +1,127 @@
+"""Compiles every kernel that serving will launch, before vLLM serves.
+
+Triton compiles a kernel anew for each set of constants that a launcher gives it, and for numbers that
+are 1 or multiples of 16. Both follow the number of rows of a step, in ways that only the launchers know.
+So there is no list of variants here: steps of every size are launched once, over rows that are all
+padding, and Triton compiles what it has not compiled yet. A launch without work takes microseconds.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import triton
+
+from vllm_mac.fused import Decoder, rotation
+from vllm_mac.kernels.assign import assign
+from vllm_mac.kernels.record import record_prefill
+from vllm_mac.ring import RingTable
+
+logger = logging.getLogger("vllm.mac")
+
+
+def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bool) -> None:
+    """Launch every kernel of the steps of these layers in every variant; once for a decoder.
+
+    Rings, counters and histograms stay as they are. Where FlashInfer plans on the host
+    (`Decoder.plans_on_host`) decode steps are left out: each number of rows has a planner and its
+    buffers there, too many to make ahead.
+
+    layers: served ones that the decoder decodes for; of each `store`, `config`, `rotary`, `counts`,
+        `audited` and `paused` are used.
+    table: one like theirs, of any number of blocks, that nobody else uses.
+    by_request: whether batches tell which request each row is.
+    """
+    if decoder.warm:
+        return
+    decoder.warm = True
+    begin = time.perf_counter()
+    with compilations() as compiled:
+        _assign(decoder, table, by_request)
+        kinds = list({_kind(layer): layer for layer in layers}.values())
+        _prefill(decoder, kinds)
+        if not decoder.plans_on_host:
+            _decode(decoder, kinds)
+    logger.info(
+        "MAC compiled %d kernel variants for up to %d sequences at once in %.1f s; %d were in Triton's cache",
+        len(compiled), decoder.problem.max_rows, time.perf_counter() - begin, sum(compiled),
+    )  # fmt: skip
+
+
+@contextmanager
+def compilations() -> Iterator[list[bool]]:
+    """A list with an entry for each kernel variant that Triton makes meanwhile: whether its cache on disk had it."""
+    knobs, found = triton.knobs.compilation, []
+    others = knobs.listener
+
+    def note(**facts):
+        found.append(facts["cache_hit"])
+        if others is not None:
+            others(**facts)
+
+    knobs.listener = note
+    try:
+        yield found
+    finally:
+        knobs.listener = others
+
+
+def _kind(layer) -> tuple:
+    """What kernels are compiled for in which the layers of a decoder may differ."""
+    rotary = rotation(layer.rotary)
+    cos_sin = rotary.pop("cos_sin")
+    cos_sin = None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1])
+    return layer.store.query.dtype, layer.store.out.dtype, cos_sin, *rotary.values()
+
+
+def _decode(decoder: Decoder, layers: Sequence) -> None:
+    problem, device = decoder.problem, decoder.position.device
+    kv, blocks = _cache(decoder)
+    query = torch.zeros(problem.max_rows, problem.heads, problem.head_size, dtype=problem.dtype, device=device)
+    out = torch.empty_like(query)
+    decoder.position.fill_(-1), decoder.ring.fill_(-1)
+    for rows in range(1, problem.max_rows + 1):
+        decoder.begin_step(blocks[:rows], kv)
+        for layer in layers:
+            decoder.decode(
+                query[:rows], kv, blocks[:rows], layer.store, layer.config, layer.rotary, layer.counts, out[:rows],
+                layer.audited, layer.paused,
+            )  # fmt: skip
+
+
+def _prefill(decoder: Decoder, layers: Sequence) -> None:
+    """One token that belongs to no row."""
+    problem, device = decoder.problem, decoder.position.device
+    kv, blocks = _cache(decoder)
+    query = torch.zeros(1, problem.heads, problem.head_size, dtype=problem.dtype, device=device)
+    lse = torch.zeros(1, problem.heads, dtype=torch.float32, device=device)
+    none = torch.full((1,), -1, dtype=torch.int32, device=device)
+    for layer in layers:
+        record_prefill(
+            query, none, none, none, torch.full_like(decoder.ring, -1), blocks, kv, layer.store, layer.config,
+            problem.scale, query, lse, **rotation(layer.rotary),
+        )  # fmt: skip
+
+
+def _assign(decoder: Decoder, table: RingTable, by_request: bool) -> None:
+    """One row of no tokens. The kernel depends on the room for rows, not on how many there are."""
+    ints = lambda *size, dtype=torch.int32: torch.zeros(size, dtype=dtype, device=decoder.position.device)
+    outputs = [torch.empty_like(decoder.position) for _ in range(3)]
+    assign(
+        table, ints(2), ints(1), ints(1, dtype=torch.bool), ints(1, 1), ints(1, dtype=torch.int64),
+        ints(1) if by_request else None, *outputs,
+    )  # fmt: skip
+
+
+def _cache(decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(kv, block_table)`: a KV cache of one block, which nobody reads, and a table of nothing else.
+
+    Its strides are multiples of 16 as a real one's are in every layout, head sizes being so.
+    """
+    problem, device = decoder.problem, decoder.position.device
+    kv = torch.zeros(
+        1, problem.page_size, problem.kv_heads, 2 * problem.head_size, dtype=problem.dtype, device=device
+    )
+    return kv.transpose(1, 2), torch.zeros(problem.max_rows, 1, dtype=torch.int32, device=device)
