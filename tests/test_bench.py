@@ -542,7 +542,9 @@ def test_an_interrupt_keeps_what_was_measured(number, tmp_path):
     begun, script = tmp_path / "begun", tmp_path / "run.py"
     body = f"if 'attention_backend' not in spec['llm']:\n    open({str(begun)!r}, 'w')\n    time.sleep(60)\n{EACH}"
     script.write_text(
-        "import sys, pytest\nsys.path.insert(0, sys.argv.pop(1))\nimport test_bench, vllm_mac.cli\n"
+        "import signal, sys, pytest\nsys.path.insert(0, sys.argv.pop(1))\nimport test_bench, vllm_mac.cli\n"
+        # A shell starts what it runs in the background with this signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"test_bench.fake_engine(pytest.MonkeyPatch(), {body!r})\nvllm_mac.cli.main()\n"
     )
     rows = tmp_path / "rows.json"

@@ -464,7 +464,7 @@ def test_a_decoder_takes_each_layer_s_own_threshold(device):
     """One decoder, made with one configuration, serves layers whose thresholds differ."""
     lengths = (200, 190)
     fresh = dict.fromkeys(range(2), 31)  # without the entry whose slot the first step overwrites
-    batch = Batch(Case(lengths, "all", rotary=0, fresh=fresh), config(miss_engine="triton"), device)
+    batch = Batch(Case(lengths, "all", rotary=0, fresh=fresh), config(miss_engine="triton", audit=0.0), device)
     problem = PrefixProblem(
         max_rows=2, heads=8, kv_heads=2, head_size=64, page_size=16, max_blocks=13, dtype=FP32,
         band=24, sink=0, scale=batch.scale,

@@ -8,6 +8,7 @@ then keys and values of the whole prompt and queries of its end are held, about 
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mac.calibrate import simulate
@@ -18,6 +19,8 @@ from vllm_mac.ring import ring_dtypes
 
 class CalibrateWorker:
     """Extension of vLLM's worker: `worker_extension_cls`. Methods are called by `collective_rpc`."""
+
+    vllm_config: VllmConfig  # the worker's
 
     def calibrate_start(self, grid: dict, paper: bool) -> dict:
         """Watch the layers that MAC serves. Returns {"layers": [(name, index)], "exact": {reason: layers}}."""
