@@ -80,7 +80,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.group = Group(layer_names, kv_cache_spec.block_size, vllm_config, device)
         self.served = [layer for layer in self.group.layers if layer.exact is None]
-        self.decoder = None
+        self.decoder, self.all_served = None, False
         if not self.served:
             return
         self.config = self.served[0].config
@@ -88,11 +88,13 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         self._seed_wrapper: BatchPrefillWithPagedKVCacheWrapper | None = None
         # Position, ring and first of all rows of a batch; the decoder's hold those that decode.
         self._rows = [torch.zeros_like(self.decoder.position) for _ in range(3)]
+        self._facts: dict[str, tuple[bytes, Tensor]] = {}
         # Whatever else an engine runs before it serves, it makes its builders. Eager mode turns vLLM's own warm-up
         # off, but its first requests would wait for the compiler just as long.
         if vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager:
             warm_up(self.decoder, self.served, self.group.new_table(1), vllm_config.use_v2_model_runner)
-        if len(self.served) == len(layer_names):
+        self.all_served = len(self.served) == len(layer_names)
+        if self.all_served:
             # Nobody runs the base's decode: let it make the metadata of XQA, which needs no
             # planning, instead of a plan.
             self.use_trtllm_decode_attention = self.use_xqa = True
@@ -109,26 +111,26 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         return self._build(common_attn_metadata, False, capture=True)
 
     def _build(self, common: CommonAttentionMetadata, fast_build: bool, capture: bool) -> MacCUDAMetadata:
-        base = super().build(0, common, fast_build)
-        metadata = MacCUDAMetadata(**vars(base))
+        decoding = self.all_served and common.max_query_len <= 1
+        metadata = self._of_decodes(common) if decoding else MacCUDAMetadata(**vars(super().build(0, common, fast_build)))
         if not capture:
             self.group.tally_host(common)
         if self.decoder is None:
             return metadata
-        decodes, rows = base.num_decodes, common.num_reqs
+        decodes, rows, mixed = metadata.num_decodes, common.num_reqs, metadata.num_prefills > 0
         metadata.decoder = self.decoder
         metadata.block_table = common.block_table_tensor[:decodes]
-        metadata.rest = replace(
-            base, num_decodes=0, num_decode_tokens=0, decode=None,
-            num_actual_tokens=base.num_actual_tokens - base.num_decode_tokens,
-        )  # fmt: skip
+        if mixed:
+            metadata.rest = replace(
+                metadata, num_decodes=0, num_decode_tokens=0, decode=None,
+                num_actual_tokens=metadata.num_actual_tokens - metadata.num_decode_tokens,
+            )  # fmt: skip
         decoder = self.decoder
         if capture or self.group.table is None:
             # The graph is recorded over rows that do nothing; rings stay as they are.
             for tensor in (decoder.position, decoder.ring):
                 tensor.fill_(-1)
         else:
-            mixed = base.num_prefills > 0
             outputs = self._rows if mixed else (decoder.position, decoder.ring, decoder.first)
             prefilling, request = self._row_facts(common)
             assign(
@@ -146,15 +148,31 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             decoder.begin_step(metadata.block_table, cache, audited)
         return metadata
 
+    def _of_decodes(self, common: CommonAttentionMetadata) -> MacCUDAMetadata:
+        """What the base says of a batch without prompts, when nothing of its own is to run: what it prepares
+        would take host time in every step."""
+        return MacCUDAMetadata(
+            kv_cache_layout=self.kv_cache_layout, num_actual_tokens=common.num_actual_tokens, slot_mapping=common.slot_mapping,
+            q_data_type_prefill=self.q_data_type_prefill, q_data_type_decode=self.q_data_type_decode,
+            num_decodes=common.num_reqs, num_decode_tokens=common.num_actual_tokens, num_prefills=0, num_prefill_tokens=0,
+            causal=common.causal, prefill=None, decode=None,
+        )  # fmt: skip
+
     def _row_facts(self, common: CommonAttentionMetadata) -> tuple[Tensor | None, Tensor | None]:
         """Which rows still read their prompt, and each row's request index, on the device."""
         prefilling = request = None
         if common.is_prefilling is not None:
-            prefilling = common.is_prefilling.pin_memory().to(self.device, non_blocking=True)
+            prefilling = self._on_device("prefilling", common.is_prefilling.numpy())
         if common.req_idx is not None:
-            index = torch.from_numpy(common.req_idx.astype(np.int32))
-            request = index.pin_memory().to(self.device, non_blocking=True)
+            request = self._on_device("request", common.req_idx.astype(np.int32))
         return prefilling, request
+
+    def _on_device(self, name: str, array: np.ndarray) -> Tensor:
+        """Copied only when it is not what was copied last: while requests decode, it is the same step after step."""
+        content = array.tobytes()
+        if name not in self._facts or self._facts[name][0] != content:
+            self._facts[name] = content, torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+        return self._facts[name][1]
 
     def _seeds(self, common: CommonAttentionMetadata, decodes: int) -> Seeds | None:
         """Plan the attention over the last `window` queries of each chunk, cut to the prefix."""

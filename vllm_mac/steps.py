@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -93,7 +94,7 @@ class Group:
         prefilling = common.is_prefilling
         prefilling = count > 1 if prefilling is None else prefilling[:rows]
         decodes = count == 1
-        self._tally(length[decodes])
+        self._tally(length[decodes].numpy())
         if self.table is None:
             return None
         request = None if common.req_idx is None else torch.as_tensor(common.req_idx[:rows]).long()
@@ -116,14 +117,14 @@ class Group:
 
     def tally_host(self, common: CommonAttentionMetadata) -> None:
         """Count a batch from what the CPU knows of it (lengths may be upper bounds)."""
-        count = common.query_start_loc_cpu[: common.num_reqs + 1].diff()
-        length = common.seq_lens_cpu_upper_bound
-        if length is not None:
-            length = length[: len(count)].long()
-            self._tally(length[(count[: len(length)] == 1) & (length > 0)])
+        if common.seq_lens_cpu_upper_bound is None:
+            return
+        length = common.seq_lens_cpu_upper_bound.numpy()[: common.num_reqs]
+        count = np.diff(common.query_start_loc_cpu.numpy()[: len(length) + 1])
+        self._tally(length[(count == 1) & (length > 0)])
 
-    def _tally(self, length: Tensor) -> None:
+    def _tally(self, length: np.ndarray) -> None:
         self.decoded += len(length)
-        self.context += int(length.sum())
+        self.context += int(length.sum(dtype=np.int64))
         for window in self.windowed:
-            self.windowed[window] += int(length.clamp(max=window).sum())
+            self.windowed[window] += int(np.minimum(length, window).sum(dtype=np.int64))
