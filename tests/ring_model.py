@@ -199,6 +199,10 @@ class Engine:
             rows.append(replace(stale, stop=stale.start))
         rings, firsts = assign(self.table, rows, requests=self.v2, slots_unset=pads)
         self._check(plan, rows, rings, firsts)
+        self._advance(plan)
+
+    def _advance(self, plan) -> None:
+        """After a step: what was computed, and a new token for each request that is through with its own."""
         for request, stop in plan:
             request.computed = stop
             if stop == len(request.tokens):

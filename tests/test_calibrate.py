@@ -312,14 +312,14 @@ def test_one_prompt_is_said_to_flatter(tmp_path):
         (["--model", "m"], "choose --prompts FILE or --tasks NAMES"),
         (["--tasks", "ruler"], "choose --model to measure, or --measured to choose from a file"),
         (["--model", "m", "--tasks", "nihil"], "--tasks: received 'nihil'; choose from all, ruler, long"),
-        (["--model", "m", "--tasks", "ruler", "--metric", "p90"], "--metric: received 'p90'; choose from p50, p95, p99, mean"),
+        (["--model", "m", "--tasks", "ruler", "--metric", "p90"], "--metric: received 'p90'; choose from kl, p50, p95, p99, mean"),
         (["--model", "m", "--tasks", "ruler", "--reuse", "both"], "--reuse: received 'both'; choose from anchored, chained"),
         (["--model", "m", "--tasks", "ruler", "--thresholds", "0.5,2"], "--thresholds: received '0.5,2'; choose numbers from 0 to 1"),
         (["--model", "m", "--tasks", "ruler", "--max-chain", "0"], "--max-chain: received '0'; choose whole numbers of at least 1"),
         (["--model", "m", "--tasks", "ruler", "--saving", "0.9", "--budget", "0.1"], "--saving: received 0.9"),
         (["--model", "m", "--tasks", "ruler", "--bands", "4096"], "band + sink must be less than min_context - 1"),
         (["--model", "m", "--tasks", "ruler", "--mac", '{"band": 64}'], "band is calibrated; give the values to try with --bands"),
-        (["--model", "m", "--tasks", "ruler", "--engine", '{"max_num_seqs": 8}'], "--engine: max_num_seqs: received 8; calibration needs 1"),
+        (["--model", "m", "--tasks", "ruler", "--metric", "p95", "--engine", '{"max_num_seqs": 8}'], "--engine: max_num_seqs: received 8; calibration needs 1"),
         (["--model", "/no/such", "--tasks", "niah_single"], "--model: no folder '/no/such'"),
         (["--measured", "/no/such.npz"], "/no/such.npz: not a file of measurements"),
     ],
@@ -333,7 +333,7 @@ def test_wrong_options_are_named(args, message, tmp_path):
 # --- whole runs ---------------------------------------------------------------------------------
 
 SMALL = json.dumps({"window": 64, "min_context": 200})
-FEW = ("--bands", "32", "--sinks", "0,4", "--thresholds", "0.3,0.6,0.8", "--lag-weights", "0", "--reuse", "anchored", "--steps", 48)
+FEW = ("--metric", "p95", "--bands", "32", "--sinks", "0,4", "--thresholds", "0.3,0.6,0.8", "--lag-weights", "0", "--reuse", "anchored", "--steps", 48)
 
 
 @pytest.fixture(scope="module")

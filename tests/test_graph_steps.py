@@ -231,13 +231,7 @@ class Run(Engine):
         expected = self._plain(plan, facts, decodes)
         self._device(plan, facts, decodes)
         self._compare(plan, expected, decodes)
-        for request, stop in plan:
-            request.computed = stop
-            if stop == len(request.tokens):
-                request.tokens.append(self.rng.randrange(2))
-                if len(request.tokens) > request.end:
-                    self.drop(request, resume=False)
-        self.step_no += 1
+        self._advance(plan)
 
     def _write(self, plan, kv: list) -> torch.Tensor:
         """Put the step's keys and values into their blocks. Returns the slots."""

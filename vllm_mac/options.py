@@ -87,7 +87,7 @@ def fail(error: BaseException) -> None:
 
 
 @contextmanager
-def progress(shown: bool, total: int, done: bool = False):
+def progress(shown: bool, total: int | None, done: bool = False):
     """A function to tell what begins, each call finishing what was told before; or what is done."""
     terminal = Console(stderr=True)
     if shown and not terminal.is_terminal:  # a log: one line for each

@@ -131,7 +131,7 @@ def show(rows: list[dict], console: Console) -> None:
             if last is not None and last != _shape(row):
                 table.add_section()
             last = _shape(row)
-            table.add_row(*(_cell(read, row) for _, read in _TABLES[bench]))
+            table.add_row(*(cell(read, row) for _, read in _TABLES[bench]))
         console.print(table)
         for row in some:
             if row.get("error"):
@@ -144,7 +144,8 @@ def _shape(row: dict) -> tuple:
     return tuple(row.get(key) for key in ("heads", "context", "batch"))
 
 
-def _cell(read, row: dict) -> str:
+def cell(read, row: dict) -> str:
+    """What a table shows of a row: `read(row)`, or a dash."""
     try:
         return read(row)
     except (KeyError, TypeError):  # a value that this row has not got

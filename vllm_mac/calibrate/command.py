@@ -12,6 +12,15 @@ from rich.console import Console
 from vllm_mac import options
 from vllm_mac.options import Mac, Plot, Seed, ShowProgress
 
+# What is tried where the command line does not say. By its divergence one setting is tried for all layers.
+_ERROR = {
+    "--thresholds": "0.1,0.2,0.3,0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7,0.75,0.8,0.9", "--bands": "128,256,512", "--sinks": "0,4",
+    "--lag-weights": "0,4", "--reuse": "anchored,chained", "--max-chain": "none", "--distance": "absolute",
+}  # fmt: skip
+_KL = {
+    "--thresholds": "0.1,0.3,0.45,0.6,0.7,0.8,0.9", "--bands": "256", "--sinks": "0", "--lag-weights": "0", "--reuse": "anchored",
+    "--max-chain": "none", "--distance": "absolute",
+}  # fmt: skip
 _CALIBRATED = {
     "threshold": "--thresholds", "band": "--bands", "sink": "--sinks", "lag_weight": "--lag-weights", "reuse": "--reuse",
     "max_chain": "--max-chain", "distance": "--distance",
@@ -30,18 +39,32 @@ def calibrate(
     reply: Annotated[
         int | None, typer.Option(min=0, help="Most tokens of the model's own greedy reply that are measured too; as many as --steps.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Tokens at the end of each prompt that are decoded.")] = 512,
-    budget: Annotated[float | None, typer.Option(min=0, help="Most error that a layer may have on --metric. 0.05 unless --saving is given.")] = None,
-    metric: Annotated[str, typer.Option(help="p50, p95 or p99 of the relative error of heads that hit, or mean over all heads.")] = "p95",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Tokens at the end of each prompt that are decoded, 512; with kl of a prompt without a reply, 256.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Most error that a layer may have on --metric, 0.05 unless given; with kl of all layers, 0.0005.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="kl: divergence of the next token's distribution, in nats a token, over replies that are decoded again and again. "
+            "p50, p95 or p99 of the relative error of heads that hit, or mean over all heads: simulated. kl, or p95 with --keep or --measured."
+        ),
+    ] = None,
     saving: Annotated[float | None, typer.Option(help="Instead of a budget: the share of KV reads to save, at the least error.")] = None,
     min_saving: Annotated[float, typer.Option(min=0, max=1, help="Layers that save a smaller share of their KV reads stay exact.")] = 0.05,
-    thresholds: Annotated[str, typer.Option(help="Tried in each layer by itself.")] = "0.1,0.2,0.3,0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7,0.75,0.8,0.9",
-    bands: Annotated[str, typer.Option(help="Tried for all layers together, as are the keys below.")] = "128,256,512",
-    sinks: Annotated[str, typer.Option(help="Leading tokens that no summary contains.")] = "0,4",
-    lag_weights: Annotated[str, typer.Option(help="How much a recent match is preferred; 0 takes the nearest.")] = "0,4",
-    reuse: Annotated[str, typer.Option(help="anchored, chained or both.")] = "anchored,chained",
-    max_chain: Annotated[str, typer.Option(help="Numbers, or none for no cap.")] = "none",
-    distance: Annotated[str, typer.Option(help="absolute, relative or both.")] = "absolute",
+    thresholds: Annotated[str | None, typer.Option(help=f"Tried in each layer by itself; {_KL['--thresholds']} with kl, else more.")] = None,
+    bands: Annotated[
+        str | None, typer.Option(help="For all layers together, as are the keys below; with kl one value each. 256 with kl, else 128,256,512.")
+    ] = None,
+    sinks: Annotated[str | None, typer.Option(help="Leading tokens that no summary contains; 0 with kl, else 0,4.")] = None,
+    lag_weights: Annotated[
+        str | None, typer.Option(help="How much a recent match is preferred; 0 takes the nearest. 0 with kl, else 0,4.")
+    ] = None,
+    reuse: Annotated[str | None, typer.Option(help="anchored, chained or both; anchored with kl, else both.")] = None,
+    max_chain: Annotated[str | None, typer.Option(help="Numbers, or none for no cap; none unless given.")] = None,
+    distance: Annotated[str | None, typer.Option(help="absolute, relative or both; absolute unless given.")] = None,
     mac: Mac = "{}",
     engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
     seed: Seed = 0,
@@ -55,11 +78,20 @@ def calibrate(
 ) -> None:
     """Choose each layer's threshold, and the keys that layers share, by the error they cause on your prompts.
 
-    The model reads each prompt with exact attention. The last --steps positions are then decoded as MAC
-    would, layer by layer, under every combination of the listed values at once: which heads hit, what
-    they read, and how far their output is from exact attention. Of all combinations whose every layer
-    stays within the budget the one that reads the fewest KV tokens is written to --out; layers that cannot
-    are left exact. Half of the prompts are held out: the choice is reported on them too.
+    With --metric kl the model replies to each prompt with exact attention. The replies are then decoded
+    again by MAC under teacher forcing, one layer and one threshold at a time with all other layers exact,
+    which tells what each costs in the distribution of the next token and what it reads. The thresholds
+    whose costs add up to the budget at the fewest KV reads are run together, and taken back until what is
+    measured is within it. Prompts without a reply have their last --steps tokens decoded.
+
+    With the other metrics the last --steps positions are decoded as MAC would in a simulation, layer by
+    layer, under every combination of the listed values at once: which heads hit, what they read, and how
+    far their output is from exact attention. Of all combinations whose every layer stays within the budget
+    the one that reads the fewest KV tokens is chosen. An error in one layer can matter a thousand times
+    more than the same in another, which only kl sees.
+
+    The choice is written to --out; layers that cannot stay within the budget are left exact. Half of the
+    prompts are held out: the choice is reported on them too.
 
     --mac gives the keys that are not calibrated: window, min_context, layers.include, ... Time and memory
     go with the number of combinations; choosing again from --keep's file takes seconds.
@@ -70,7 +102,18 @@ def calibrate(
     from vllm_mac.config import MacConfigError
     from vllm_mac.eval import EvalError
 
-    options.choice("--metric", metric, METRICS)
+    metric = options.choice("--metric", metric or ("p95" if keep or measured else "kl"), ("kl", *METRICS))
+    by_kl, given = metric == "kl", {
+        "--thresholds": thresholds, "--bands": bands, "--sinks": sinks, "--lag-weights": lag_weights, "--reuse": reuse,
+        "--max-chain": max_chain, "--distance": distance,
+    }  # fmt: skip
+    steps = steps or (256 if by_kl else 512)
+    values = {option: default if (text := given[option]) is None else text for option, default in (_KL if by_kl else _ERROR).items()}
+    for option, text in values.items():
+        if by_kl and option != "--thresholds" and len(options.names(text)) != 1:
+            raise typer.BadParameter(f"received {text!r}; --metric kl takes one value, for all layers", param_hint=option)
+    if by_kl and (keep or measured):
+        raise typer.BadParameter("measurements are kept of simulated metrics; choose p50, p95, p99 or mean for --metric", param_hint="--keep" if keep else "--measured")
     if saving is not None and (budget is not None or not 0 < saving < 1):
         raise typer.BadParameter(f"received {saving:g}; choose a share between 0 and 1, without --budget", param_hint="--saving")
     keys = options.parse("--mac", options.mapping, mac)
@@ -78,13 +121,13 @@ def calibrate(
         if key in keys:
             raise typer.BadParameter(f"{key} is calibrated; give the values to try with {option}", param_hint="--mac")
     whole = lambda option, text, low: options.parse(option, options.numbers(int, low, math.inf), text)
-    chains = tuple(None if part == "none" else whole("--max-chain", part, 1)[0] for part in options.names(max_chain))
+    chains = tuple(None if part == "none" else whole("--max-chain", part, 1)[0] for part in options.names(values["--max-chain"]))
     tried = {
-        "--bands": whole("--bands", bands, 1), "--sinks": whole("--sinks", sinks, 0),
-        "--thresholds": options.parse("--thresholds", options.numbers(float, 0, 1), thresholds),
-        "--lag-weights": options.parse("--lag-weights", options.numbers(float, 0, math.inf), lag_weights),
+        "--bands": whole("--bands", values["--bands"], 1), "--sinks": whole("--sinks", values["--sinks"], 0),
+        "--thresholds": options.parse("--thresholds", options.numbers(float, 0, 1), values["--thresholds"]),
+        "--lag-weights": options.parse("--lag-weights", options.numbers(float, 0, math.inf), values["--lag-weights"]),
     }  # fmt: skip
-    chosen = {"--reuse": options.names(reuse), "--distance": options.names(distance)}
+    chosen = {option: options.names(values[option]) for option in ("--reuse", "--distance")}
     for option, choices in (("--reuse", ("anchored", "chained")), ("--distance", ("absolute", "relative"))):
         for name in chosen[option] or ("",):
             options.choice(option, name, choices)
@@ -95,18 +138,24 @@ def calibrate(
     try:
         if plot is not None:
             report.require_matplotlib()
+        from vllm_mac.calibrate import by_kl as kl_results
         from vllm_mac.calibrate import report as results
         from vllm_mac.calibrate import run
         from vllm_mac.calibrate.choose import Rule
         from vllm_mac.calibrate.grid import Grid
         from vllm_mac.calibrate.measured import Measured
+        from vllm_mac.calibrate.report import save
         from vllm_mac.config import resolve
         from vllm_mac.eval import requests
 
         environment = report.environment()
         if measured is None:
             # Whatever else a file of --mac says of the keys that are calibrated.
-            base = resolve(keys | {"band": min(tried["--bands"]), "sink": min(tried["--sinks"])})
+            base = keys | {"band": min(tried["--bands"]), "sink": min(tried["--sinks"])}
+            if by_kl:
+                single = {"reuse": chosen["--reuse"], "distance": chosen["--distance"], "lag_weight": tried["--lag-weights"], "max_chain": chains}
+                base |= {key: value for key, (value,) in single.items()}
+            base = resolve(base)
             grid = Grid(
                 base.window, base.min_context, steps, tried["--thresholds"], tried["--bands"], tried["--sinks"], tried["--lag-weights"],
                 chosen["--reuse"], chains or (None,), chosen["--distance"],
@@ -117,19 +166,25 @@ def calibrate(
             )  # fmt: skip
             run.check(grid)
             with Console(stderr=True).status("making the prompts") if progress else nullcontext():
-                made = run.prompts(wanted)
-            with options.progress(progress, len(made), done=True) as tell:
-                found = run.measure(wanted, made, environment, tell)
+                made = run.prompts(wanted, kl_results.FIXED if by_kl else run.FIXED)
+            if by_kl:
+                limit = None if saving is not None else 0.0005 if budget is None else budget
+                with options.progress(progress, None, done=True) as tell:  # how many layers there are only the engine knows
+                    told, results = kl_results.measure(wanted, made, limit, saving, environment, tell), kl_results
+            else:
+                with options.progress(progress, len(made), done=True) as tell:
+                    found = run.measure(wanted, made, environment, tell)
             if keep is not None:
                 found.save(keep)
         else:
             found = Measured.load(measured)
-        rule = Rule(metric, min_saving)
-        told = results.collect(found, rule, None if saving is not None else 0.05 if budget is None else budget, saving, environment)
+        if not by_kl:
+            rule = Rule(metric, min_saving)
+            told = results.collect(found, rule, None if saving is not None else 0.05 if budget is None else budget, saving, environment)
         results.write_config(told, out)
         results.show(told, options.console())
         if json_path is not None:
-            results.save(told, json_path)
+            save(told, json_path)
         if markdown is not None:
             markdown.parent.mkdir(parents=True, exist_ok=True)
             markdown.write_text(results.markdown(told), encoding="utf-8")

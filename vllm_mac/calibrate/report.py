@@ -1,6 +1,7 @@
 """The results of a calibration: the configuration file, JSON, tables and plots."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,40 +130,53 @@ def _by_threshold(measured: Measured, choice: Choice) -> dict:
 
 def config_of(measured: Measured, choice: Choice, base: MacConfig) -> dict:
     """Keys of MAC for the choice; others of the base only where they are not the default."""
+    return config_with(measured.names, measured.indices, choice.thresholds, choice.setting._asdict(), base)
+
+
+def config_with(
+    names: Sequence[str], indices: Sequence[int], thresholds: Sequence[float | None], keys: dict, base: MacConfig
+) -> dict:
+    """Keys of MAC: `keys`, a threshold for each layer (None: exact), and others of the base that are not the default."""
     defaults = MacConfig().model_dump(mode="json")
     kept = {key: value for key, value in base.model_dump(mode="json").items() if value != defaults[key]}
-    keys = {"window": base.window, "min_context": base.min_context, **choice.setting._asdict()}
     # An index says it shorter, where it says it at all.
-    by_index = len(set(measured.indices)) == len(measured.indices)
-    pattern = dict(zip(measured.names, measured.indices if by_index else measured.names, strict=True))
-    served = {pattern[n]: t for n, t in zip(measured.names, choice.thresholds, strict=True) if t is not None}
-    left = [pattern[n] for n, t in zip(measured.names, choice.thresholds, strict=True) if t is None]
+    pattern = indices if len(set(indices)) == len(indices) else names
+    served = {p: t for p, t in zip(pattern, thresholds, strict=True) if t is not None}
+    left = [p for p, t in zip(pattern, thresholds, strict=True) if t is None]
     layers = {"exclude": [*base.layers.exclude, *left], "threshold": served}
     if base.layers.include is not None:
         layers = {"include": list(base.layers.include)} | layers
-    keys |= {"threshold": max(served.values()), "layers": layers}
-    return keys | {key: value for key, value in kept.items() if key not in keys}
+    found = {"window": base.window, "min_context": base.min_context, **keys, "threshold": max(served.values()), "layers": layers}
+    return found | {key: value for key, value in kept.items() if key not in found}
 
 
 def write_config(results: dict, path: Path) -> None:
     """The YAML file, checked by the reader of such files."""
-    about, env = results["about"], results["about"]["environment"]
+    about = results["about"]
     rule, tokens = about["rule"], about["prompt_tokens"]
-    lines = [
-        "MAC attention, calibrated.", f"model: {about['model']}", f"command: {about['command']}",
-        *([] if about["command"] == env["command"] else [f"measured by: {env['command']}"]),
-        f"on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}, {env['timestamp']}",
+    said = [
         f"prompts: {about['prompts']}; {len(tokens)} of {min(tokens)} to {max(tokens)} tokens, the last {about['grid']['steps']} decoded",
         f"budget: {rule['metric']} of each layer's relative attention error at most {rule['budget']:.3g}"
         + (f", the least that saves {rule['saving']:.0%} of KV reads" if rule["saving"] is not None else ""),
-    ]  # fmt: skip
-    lines += [_sentence(label, results["all_layers"][half]) for label, half in (("expected", "chosen"), ("on held-out prompts", "held_out")) if half in results["all_layers"]]
+    ]
+    said += [_sentence(label, results["all_layers"][half]) for label, half in (("expected", "chosen"), ("on held-out prompts", "held_out")) if half in results["all_layers"]]
     if "held_out" not in results["all_layers"]:
-        lines.append("one prompt only: nothing was held out, so the figures flatter the choice")
+        said.append("one prompt only: nothing was held out, so the figures flatter the choice")
+    write_yaml(about, said, results["config"], path)
+
+
+def write_yaml(about: dict, said: list[str], config: dict, path: Path) -> None:
+    """A file of MAC's keys, with what it comes from and `said` as comments; checked by the reader of such files."""
+    env = about["environment"]
+    lines = [
+        "MAC attention, calibrated.", f"model: {about['model']}", f"command: {about['command']}",
+        *([] if about["command"] == env["command"] else [f"measured by: {env['command']}"]),
+        f"on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}, {env['timestamp']}", *said,
+    ]  # fmt: skip
     text = "".join(f"# {' '.join(line.split())}\n" for line in lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n" + yaml.safe_dump(results["config"], sort_keys=False), encoding="utf-8")
+    part.write_text(text + "\n" + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     resolve({"config": str(part)}, {})
     part.replace(path)
 

@@ -43,9 +43,12 @@ class Options:
     verbose: bool = False
 
 
-def prompts(options: Options) -> list[requests.Request]:
-    """Raises CalibrateError where the model, its arguments, the files or the lengths do not allow them."""
-    for key, value in FIXED.items():
+def prompts(options: Options, fixed: dict = FIXED) -> list[requests.Request]:
+    """fixed: arguments of the engine that are not the user's to choose.
+
+    Raises CalibrateError where the model, its arguments, the files or the lengths do not allow them.
+    """
+    for key, value in fixed.items():
         if options.engine.get(key, value) != value:
             raise CalibrateError(f"--engine: {key}: received {options.engine[key]!r}; calibration needs {value!r}, leave it out")
     try:

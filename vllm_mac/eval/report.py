@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_mac.bench.report import require_matplotlib
+from vllm_mac.bench.report import cell, require_matplotlib
 from vllm_mac.eval.results import EXACT
 
 Column = tuple[str, Callable[[dict], str]]
@@ -79,13 +79,6 @@ def tables(results: dict) -> list[tuple[str, list[Column], list[dict]]]:
     ]
 
 
-def _cell(read, row: dict) -> str:
-    try:
-        return read(row)
-    except (KeyError, TypeError):  # a value that this row has not got
-        return "-"
-
-
 def _source(results: dict) -> str:
     env = results["environment"]
     model = Path(results["configuration"]["model"]).name
@@ -104,7 +97,7 @@ def show(results: dict, console: Console) -> None:
             if last not in (None, place):
                 table.add_section()
             last = place
-            table.add_row(*(escape(_cell(read, row)) for _, read in columns))
+            table.add_row(*(escape(cell(read, row)) for _, read in columns))
         console.print(table)
     for name, error in results["errors"].items():
         console.print(f"{name}: {error.splitlines()[-1]}", style="red", markup=False, soft_wrap=True)
@@ -116,7 +109,7 @@ def markdown(results: dict) -> str:
     for title, columns, rows in tables(results):
         if rows:
             lines = [[name for name, _ in columns], ["---"] * len(columns)]
-            lines += [[_cell(read, row).replace("|", "\\|") for _, read in columns] for row in rows]
+            lines += [[cell(read, row).replace("|", "\\|") for _, read in columns] for row in rows]
             parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     parts += [f"{name} gave no figures: {error.splitlines()[-1]}" for name, error in results["errors"].items()]
     return "\n\n".join(parts) + "\n"

@@ -1,0 +1,140 @@
+"""`vllm-mac calibrate --metric kl`: the choice by sums, and whole runs on tiny models."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from vllm_mac import cli
+from vllm_mac.calibrate import knapsack
+from vllm_mac.calibrate.knapsack import Option
+from vllm_mac.config import resolve
+
+EXACT = Option(None, 1.0, 0.0)
+share = lambda low, high: st.integers(low, high).map(lambda i: i / 128)  # sums are exact
+option = st.builds(Option, share(0, 128), share(1, 127), share(1, 128))
+layers = st.lists(st.lists(option, max_size=5).map(lambda some: [EXACT, *some]), min_size=1, max_size=4)
+
+
+@given(layers)
+def test_a_path_is_the_best_for_its_cost(given_layers):
+    """No other choice costs less and reads less than one on the path, and all of it is in order."""
+    path = knapsack.path(given_layers)
+    cost = lambda choice: sum(o.cost for o in choice)
+    reads = lambda choice: sum(o.read for o in choice)
+    assert path[0] == tuple(min(some, key=lambda o: (o.cost, o.read)) for some in given_layers)
+    for a, b in itertools.pairwise(path):
+        assert cost(a) <= cost(b) and reads(b) < reads(a)
+    assert reads(path[-1]) == sum(min(o.read for o in some) for some in given_layers)
+    for choice in path:
+        for other in itertools.product(*given_layers):
+            assert cost(other) >= cost(choice) or reads(other) >= reads(choice), (choice, other)
+
+
+def test_budgets_and_savings_stop_where_they_should():
+    cheap = [EXACT, Option(0.9, 0.5, 0.001), Option(0.1, 0.1, 0.002)]
+    dear = [EXACT, Option(0.9, 0.9, 0.1), Option(0.1, 0.2, 1.0)]
+    path = knapsack.path([cheap, dear])
+    told = lambda i: tuple(o.threshold for o in path[i])
+    assert told(knapsack.within(path, 0.0005)) == (None, None)
+    assert told(knapsack.within(path, 0.01)) == (0.1, None)
+    assert told(knapsack.within(path, 2.0)) == (0.1, 0.1)
+    assert told(knapsack.saving(path, 0.4)) == (0.1, None)
+    assert told(knapsack.saving(path, 0.6)) == (0.1, 0.1)
+    assert knapsack.saving(path, 0.9) is None
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+SMALL = {"window": 64, "min_context": 200}
+FEW = ("--bands", "32", "--thresholds", "0.1,0.6,0.8", "--steps", 48)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from tiny_models import write
+
+    folder = tmp_path_factory.mktemp("models")
+    return lambda name: write(name, folder)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    from engine import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.app, ["calibrate", *map(str, args)], env={"COLUMNS": "300"})
+
+
+def said(result) -> str:
+    return " ".join((result.output + result.stderr).replace("│", " ").split())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "mistral"])
+def test_calibrate_a_folder(name, models, quick, tmp_path):
+    """The file keeps the budget as measured, and is one that MAC takes."""
+    out, told, table, plot = (tmp_path / name for name in ("mac.yaml", "r.json", "r.md", "r.png"))
+    prompts = ["--tasks", "niah_single", "--length", 700, "--samples", 2]
+    if name == "mistral":  # pieces of a text have no reply: their ends are decoded
+        text = tmp_path / "text.txt"
+        text.write_text("The lighthouse keeper writes down ships, winds and lamps. " * 20)
+        prompts = ["--prompts", text, "--length", 500, "--samples", 2]
+    budget = 1.5  # random weights: a small error changes much
+    result = invoke(
+        "--model", models(name), "--mac", json.dumps(SMALL), *FEW, *prompts, "--budget", budget, "--out", out, "--json", told,
+        "--markdown", table, "--plot", plot, "--no-progress",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output + result.stderr
+    rows = json.loads(told.read_text())
+    config = resolve({"config": str(out)}, {})
+    assert (config.window, config.band, config.min_context) == (64, 32, 200)
+    assert rows["chosen"]["kl"] <= budget and rows["chosen"]["read"] < 1
+    assert [len(layer["alone"]) > 1 for layer in rows["layers"]] == [True, True]
+    assert any(layer["threshold"] is not None and layer["read"] < 1 for layer in rows["layers"])
+    for layer in rows["layers"]:
+        alone = layer["alone"]
+        assert alone[0] == {"threshold": None, "read": 1.0, "cost": 0.0}
+        assert [o["threshold"] for o in alone[1:]] == sorted((o["threshold"] for o in alone[1:]), reverse=True)
+        if layer["threshold"] is None:
+            assert layer["read"] == 1
+    # Under one threshold for all layers a stricter one reads no less.
+    reads = [one["read"] for one in rows["singles"]]
+    assert reads == sorted(reads, reverse=True) and reads[-1] < 1
+    assert rows["paper"] is None  # its window is 512
+    assert sum(c["chosen"] for c in rows["curve"]) == 1 and rows["held_out"]["tokens"] > 0
+    assert rows["about"]["text_tokens"] == ([48, 48] if name == "mistral" else rows["about"]["text_tokens"])
+    assert "| the file written |" in table.read_text() and plot.stat().st_size > 10_000
+
+
+@pytest.mark.cpu
+def test_exact_thresholds_have_no_divergence(models, quick, tmp_path):
+    """With thresholds that nothing meets, no layer saves anything, and the message says so."""
+    result = invoke(
+        "--model", models("llama3"), "--mac", json.dumps(SMALL), "--bands", 32, "--thresholds", "1.0", "--steps", 20,
+        "--tasks", "niah_single", "--length", 700, "--samples", 1, "--out", tmp_path / "mac.yaml", "--no-progress",
+    )  # fmt: skip
+    assert result.exit_code == 2 and "no layer saves KV reads within it" in said(result)
+    assert not (tmp_path / "mac.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--bands", "128,256"], "--bands: received '128,256'; --metric kl takes one value, for all layers"),
+        (["--metric", "kl", "--keep", "m.npz"], "--keep: measurements are kept of simulated metrics"),
+        (["--metric", "kld"], "--metric: received 'kld'; choose from kl, p50, p95, p99, mean"),
+        (["--engine", '{"enforce_eager": false}'], "--engine: enforce_eager: received False; calibration needs True"),
+    ],
+)
+def test_wrong_options_are_named(args, message, tmp_path):
+    result = invoke("--model", "m", "--tasks", "niah_single", *args, "--out", tmp_path / "mac.yaml")
+    assert result.exit_code == 2 and message in said(result).replace("Invalid value for ", "")

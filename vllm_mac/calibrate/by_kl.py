@@ -1,0 +1,197 @@
+"""`vllm-mac calibrate --metric kl`: thresholds by what each layer's reuse costs in the next token's distribution.
+
+This side knows neither vLLM nor torch beyond what makes the prompts: `divergence` measures and chooses.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_mac.bench.report import require_matplotlib
+from vllm_mac.calibrate import CalibrateError
+from vllm_mac.calibrate.grid import PAPER, PAPER_WINDOW
+from vllm_mac.calibrate.report import config_with, write_yaml
+from vllm_mac.calibrate.run import Options
+from vllm_mac.eval import requests
+from vllm_mac.runs import follow
+
+# -P: the installed package, not a folder of that name where the command happens to run.
+COMMAND = (sys.executable, "-P", "-m", "vllm_mac.calibrate.divergence")
+# Thresholds change from run to run, which graphs would not see, and every run reads whole prompts.
+FIXED = {"attention_backend": "MAC", "enforce_eager": True, "enable_prefix_caching": False}
+SEQUENCES = 16  # decoded together unless --engine says otherwise
+PAPER_SHAPE = {"window": PAPER_WINDOW, "band": PAPER.setting.band, "sink": PAPER.setting.sink}
+NOTE = (
+    "KL: mean divergence of the next token's distribution from exact attention's, in nats a token, under teacher forcing. alone: with every "
+    "other layer exact. KV read: percent of what full attention of the layer reads."
+)
+
+
+def measure(
+    options: Options, made: list[requests.Request], budget: float | None, saving: float | None, environment: dict,
+    tell: Callable[[str, int], None],
+) -> dict:  # fmt: skip
+    """Everything that is reported, as JSON has it. One of budget, in nats a token, and saving is given.
+
+    Raises CalibrateError where the engine fails, and where no layer can be served within the budget.
+    """
+    limit = options.grid.steps if options.reply is None else options.reply
+    replies = [min(limit, request.max_tokens) for request in made]
+    config = options.mac
+    mac = config.model_dump(mode="json")
+    mac["layers"]["threshold"] = {}
+    llm = {
+        "model": options.model, "max_num_seqs": SEQUENCES,
+        "max_model_len": max(len(request.ids) + max(1, reply) for request, reply in zip(made, replies, strict=True)),
+        "seed": options.seed, "disable_log_stats": True, **options.engine, **FIXED,
+        "additional_config": {**options.engine.get("additional_config", {}), "mac": mac | {"threshold": 1.0, "audit": 0.0, "error_budget": None}},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="vllm-mac-calibrate-") as folder:
+        work = Path(folder)
+        spec = {
+            "llm": llm, "steps": options.grid.steps, "thresholds": list(options.grid.thresholds), "budget": budget, "saving": saving,
+            "paper": all(getattr(config, key) == value for key, value in PAPER_SHAPE.items()), "out": str(work / "result.json"),
+            "prompts": [{"ids": list(r.ids), "reply": reply} for r, reply in zip(made, replies, strict=True)],
+        }  # fmt: skip
+        (work / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        failed: dict = {}
+
+        def heard(said: dict) -> None:
+            if "stage" in said:
+                tell(said["stage"], said["advance"])
+            else:
+                failed.update(said)
+
+        error = follow([*COMMAND, str(work / "spec.json")], work / "engine.log", heard, verbose=options.verbose)
+        if error := failed.get("error") or error:
+            raise CalibrateError(error)
+        found = json.loads((work / "result.json").read_text(encoding="utf-8"))
+    said = str(options.prompts) if options.prompts else f"{', '.join(options.tasks)}, seed {options.seed}"
+    names = list(found["layers"])
+    keys = {key: getattr(config, key) for key in ("band", "sink", "reuse", "lag_weight", "max_chain", "distance")}
+    return {
+        "about": {
+            "model": options.model, "prompts": said, "prompt_tokens": [len(r.ids) for r in made], "text_tokens": found["texts"],
+            "rule": {"metric": "kl", "budget": budget, "saving": saving}, "thresholds_tried": list(options.grid.thresholds),
+            "mac": config.model_dump(mode="json"), "engine": options.engine, "exact_layers": found["exact_layers"],
+            "environment": environment, "command": environment["command"],
+        },
+        "config": config_with(names, list(found["layers"].values()), found["thresholds"], keys, config),
+        "layers": [
+            {"layer": name, "threshold": threshold, "read": read, "alone": alone}
+            for name, threshold, read, alone in zip(names, found["thresholds"], found["chosen_read"], found["options"], strict=True)
+        ],
+        **{key: found[key] for key in ("predicted", "chosen", "held_out", "curve", "singles", "paper")},
+    }  # fmt: skip
+
+
+def write_config(results: dict, path: Path) -> None:
+    """The YAML file, checked by the reader of such files."""
+    about, rule = results["about"], results["about"]["rule"]
+    aim = f"at most {rule['budget']:g} nats" if rule["saving"] is None else f"the least that saves {rule['saving']:.0%} of KV reads"
+    said = [
+        f"prompts: {about['prompts']}; {len(about['prompt_tokens'])} of {min(about['prompt_tokens'])} to {max(about['prompt_tokens'])} tokens",
+        f"budget: mean KL of the next token from exact attention, {aim}", *summary(results),
+    ]  # fmt: skip
+    write_yaml(about, said, results["config"], path)
+
+
+def summary(results: dict) -> list[str]:
+    chosen, held = results["chosen"], results["held_out"]
+    said = [f"where it was chosen: KL {chosen['kl']:.3g}, {chosen['read']:.1%} of KV tokens read ({chosen['tokens']} tokens decoded)"]
+    if held is None:
+        return [*said, "one prompt only: nothing was held out, so the figures flatter the choice"]
+    return [*said, f"on held-out prompts: KL {held['kl']:.3g}, {held['read']:.1%} of KV tokens read ({held['tokens']} tokens decoded)"]
+
+
+def tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of each table."""
+    number = lambda x: f"{x:.3g}"
+    rows = []
+    for layer in results["layers"]:
+        alone = next((o for o in layer["alone"] if o["threshold"] == layer["threshold"]), None)
+        shown = "exact" if layer["threshold"] is None else f"{layer['threshold']:g}"
+        loosest = layer["alone"][-1]
+        rows.append([
+            layer["layer"], shown, f"{100 * layer['read']:.1f}", number(alone["cost"]),
+            f"{number(loosest['cost'])} at {loosest['threshold']:g}" if loosest["threshold"] is not None else "-",
+        ])  # fmt: skip
+    found = [("The choice", ["layer", "threshold", "KV read", "KL alone", "KL alone, loosest tried"], rows)]
+    rows = [["the file written", *_figures(next(c for c in results["curve"] if c["chosen"]))]]
+    rows += [[f"one threshold, {some['threshold']:g}", *_figures(some)] for some in results["singles"]]
+    if results["paper"] is not None:
+        rows.append(["the paper's setting", *_figures(results["paper"])])
+    kind = "Prompts it was chosen by" if results["held_out"] is None else "Held-out prompts"
+    return [*found, (kind, ["", "KV read", "KL", "largest KL", "same likeliest token"], rows)]
+
+
+def _figures(some: dict) -> list[str]:
+    return [f"{100 * some['read']:.1f}", f"{some['kl']:.3g}", f"{some['kl_max']:.3g}", f"{100 * some['same_best']:.2f}"]
+
+
+def show(results: dict, console: Console) -> None:
+    for title, head, rows in tables(results):
+        table = Table(title=title, title_justify="left")
+        for name in head:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    console.print(NOTE, style="dim")
+    for line in summary(results):
+        console.print(line, markup=False)
+
+
+def markdown(results: dict) -> str:
+    parts = ["# Calibration of MAC", _source(results), f"`{results['about']['command']}`", *summary(results), NOTE]
+    for title, head, rows in tables(results):
+        parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _source(results: dict) -> str:
+    env = results["about"]["environment"]
+    return f"{Path(results['about']['model']).name} on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}"
+
+
+def plot(results: dict, path: Path) -> None:
+    """Divergence against KV reads, and what each layer costs by itself. Needs the extra `bench`."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    axes = figure.add_subplot(1, 2, 1)
+    place = lambda some: [(100 * one["read"], one["kl"]) for one in some if one["kl"] > 0]
+    axes.plot(*zip(*sorted(place(results["singles"]))), ".--", color="C0", lw=1, label="one threshold for all layers")
+    axes.plot(*zip(*sorted(place(results["curve"]))), "o-", color="C2", ms=4, label="thresholds by layer")
+    if results["paper"] is not None:
+        axes.plot(*place([results["paper"]])[0], "D", color="C3", ms=9, label="the paper's: 0.45, chained, nearest")
+    if star := place([c for c in results["curve"] if c["chosen"]]):
+        axes.plot(*star[0], "*", color="C2", ms=16, mec="black", label="the file written")
+    kind = "the prompts chosen by" if results["held_out"] is None else "held-out prompts"
+    axes.set(xlabel="KV tokens read, % of full attention", ylabel="KL, nats a token", yscale="log", title=f"Measured on {kind}")
+    axes.grid(alpha=0.2, which="both")
+    axes.legend(fontsize=8)
+    axes = figure.add_subplot(1, 2, 2)
+    for i, layer in enumerate(results["layers"]):
+        if points := [(100 * o["read"], o["cost"]) for o in layer["alone"] if o["cost"] > 0]:
+            color = f"C{i}" if len(results["layers"]) <= 10 else None
+            line = axes.plot(*zip(*sorted(points)), ".-", lw=1, color=color, label=str(i))[0]
+            chosen = [(100 * o["read"], o["cost"]) for o in layer["alone"] if o["threshold"] == layer["threshold"] and o["cost"] > 0]
+            if chosen:
+                axes.plot(*chosen[0], "o", color=line.get_color())
+    axes.set(xlabel="KV tokens read by the layer, %", ylabel="KL, nats a token", yscale="log", title="Each layer alone, all others exact")
+    axes.grid(alpha=0.2, which="both")
+    if len(results["layers"]) <= 20:
+        axes.legend(fontsize=7, ncols=2, title="layer")
+    figure.supxlabel(_source(results), fontsize=7, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+

@@ -1,0 +1,257 @@
+"""The engine of `vllm-mac calibrate --metric kl`: `python -m vllm_mac.calibrate.divergence SPEC FD`.
+
+SPEC names a JSON file. Replies to all prompts with exact attention, then decodes these replies under
+teacher forcing again and again, with other thresholds each time: what the next-token distributions lose is
+the divergence. Each layer is tried by itself; the best choice by their sums is then run as a whole, and taken
+back until it is within the budget. Writes the result as JSON to a file that SPEC names, and tells its stages
+as JSON lines on the file descriptor FD.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_mac.bench.engine import read_counters
+from vllm_mac.calibrate import CalibrateError, knapsack
+from vllm_mac.calibrate.grid import PAPER
+from vllm_mac.calibrate.knapsack import Option
+from vllm_mac.eval import forced
+from vllm_mac.eval.statistics import kl
+from vllm_mac.metrics import KV_TOKENS, WorkerExtension
+
+HALVES = 2
+ROUNDS = 6
+BEYOND = 4.0  # a layer that alone costs this many budgets is not tried with less strict thresholds
+EXACT = 1.0
+# The paper's setting, but for its shape: rings and bands are fixed when the engine starts.
+_PAPER_KEYS = {key: getattr(PAPER.setting, key) for key in ("reuse", "lag_weight", "max_chain", "distance")}
+
+
+class DivergenceWorker(WorkerExtension):
+    """Extension of vLLM's worker. Methods are called by `collective_rpc`."""
+
+    def divergence_layers(self) -> dict:
+        """{"served": [(name, index)], "exact": {reason: layers}}."""
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        from vllm_mac.layers import mac_layers
+
+        layers = mac_layers(self.vllm_config)
+        exact: dict[str, int] = {}
+        for layer in layers:
+            if layer.exact is not None:
+                exact[layer.exact] = exact.get(layer.exact, 0) + 1
+        return {"served": [(x.name, extract_layer_index(x.name)) for x in layers if x.exact is None], "exact": exact}
+
+    def divergence_keys(self, keys: dict[str, dict]) -> None:
+        """From now on the layers of these names decode with these keys. In eager mode a step reads them anew."""
+        from vllm_mac.layers import mac_layers
+
+        for layer in mac_layers(self.vllm_config):
+            if layer.name in keys:
+                layer.config = layer.config.model_copy(update=keys[layer.name])
+
+
+class Run(NamedTuple):
+    """kl: mean over tokens of each text, `[texts]`. worst: largest of a token. same: share of tokens with exact's
+    likeliest. read: share of KV tokens read by each layer, in the order of layers. tokens: decoded."""
+
+    kl: float
+    worst: float
+    same: float
+    read: list[float]
+    tokens: int
+
+    @property
+    def reads(self) -> float:
+        return sum(self.read) / len(self.read)
+
+    def plain(self) -> dict:
+        return {"kl": self.kl, "kl_max": self.worst, "same_best": self.same, "read": self.reads, "tokens": self.tokens}
+
+
+class Trial:
+    """Decodes the same texts under different thresholds."""
+
+    def __init__(self, llm, layers: list[str], prompts: list[list[int]], texts: list[list[int]], v2: bool):
+        self.llm, self.layers, self.prompts, self.texts, self.v2 = llm, layers, prompts, texts, v2
+        self.vocabulary = llm.llm_engine.model_config.get_vocab_size()
+        self.exact: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def set(self, thresholds: dict[str, float], others: dict | None = None) -> None:
+        """Layers not named are exact. others: further keys of all layers."""
+        keys = {name: {**(others or {}), "threshold": thresholds.get(name, EXACT)} for name in self.layers}
+        self.llm.collective_rpc("divergence_keys", args=(keys,))
+
+    def distributions(self, half: int) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[float]]:
+        """Of the texts of a half, and the share of KV tokens read by each layer meanwhile."""
+        some = range(half, len(self.texts), HALVES)
+        before = self._tokens()
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": self.prompts[i]} for i in some],
+            [forced.params(self.texts[i], self.v2, self.vocabulary) for i in some], use_tqdm=False,
+        )  # fmt: skip
+        read = [
+            (now[0] - then[0]) / max(sum(now) - sum(then), 1) for now, then in zip(self._tokens(), before, strict=True)
+        ]
+        found = {i: forced.distributions(output.outputs[0], self.texts[i]) for i, output in zip(some, outputs, strict=True)}
+        return found, read
+
+    def run(self, half: int) -> Run:
+        """With the thresholds that were set, against exact attention."""
+        found, read = self.distributions(half)
+        each = [kl(*self.exact[i], *found[i], self.vocabulary) for i in found]
+        same = [_best(*self.exact[i]) == _best(*found[i]) for i in found]
+        return Run(
+            float(np.mean([x.mean() for x in each])), float(max(x.max() for x in each)), float(np.concatenate(same).mean()), read,
+            sum(map(len, each)),
+        )  # fmt: skip
+
+    def _tokens(self) -> list[tuple[int, int]]:
+        """KV tokens read and skipped so far by each layer."""
+        counts = {(dict(labels)["layer"], dict(labels)["kind"]): value for (name, labels), value in read_counters(self.llm).items() if name == KV_TOKENS}
+        return [(counts[name, "read"], counts[name, "skipped"]) for name in self.layers]
+
+
+def _best(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+    return ids[np.arange(len(ids)), logprobs.argmax(1)]
+
+
+def main(spec: dict, tell) -> None:
+    tell(stage="starting the engine", advance=0)
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {"worker_extension_cls": "vllm_mac.calibrate.divergence.DivergenceWorker", **spec["llm"]}
+    config = EngineArgs(**arguments).create_engine_config()
+    v2 = config.use_v2_model_runner
+    llm = LLM(**arguments | forced.engine_arguments(v2, config.model_config.get_vocab_size()))
+    answers = llm.collective_rpc("divergence_layers")
+    layers = dict(tuple(layer) for answer in answers for layer in answer["served"])
+    if not layers:
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in answers[0]["exact"].items()) or "none is MAC's"
+        raise CalibrateError(f"--model: MAC serves no attention layer of {spec['llm']['model']}; exact: {reasons}")
+    tell(stage="replying with exact attention", advance=0)
+    prompts, texts = _texts(llm, spec)
+    trial = Trial(llm, list(layers), prompts, texts, v2)
+    trial.set({})
+    halves = range(min(HALVES, len(texts)))
+    for half in halves:
+        trial.exact |= trial.distributions(half)[0]
+    result = _calibrate(trial, spec, halves, tell)
+    result |= {"layers": layers, "exact_layers": answers[0]["exact"], "texts": [len(text) for text in texts]}
+    Path(spec["out"]).write_text(json.dumps(result), encoding="utf-8")
+    tell(done=True)
+    llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
+
+
+def _texts(llm, spec: dict) -> tuple[list[list[int]], list[list[int]]]:
+    """What is read and what is decoded of each prompt: the reply, or where there is none the prompt's end."""
+    from vllm import SamplingParams
+
+    wanted = [p for p in spec["prompts"] if p["reply"]]
+    params = [SamplingParams(temperature=0.0, max_tokens=p["reply"], detokenize=False) for p in wanted]
+    outputs = iter(llm.generate([{"prompt_token_ids": p["ids"]} for p in wanted], params, use_tqdm=False) if wanted else [])
+    prompts, texts = [], []
+    for p in spec["prompts"]:
+        text = list(next(outputs).outputs[0].token_ids) if p["reply"] else []
+        whole, size = p["ids"] + text, len(text) or spec["steps"]
+        prompts.append(whole[:-size])
+        texts.append(whole[-size:])
+    return prompts, texts
+
+
+def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
+    thresholds, budget, share = sorted(spec["thresholds"], reverse=True), spec["budget"], spec["saving"]
+    options: list[list[Option]] = []
+    for name in trial.layers:
+        mine = [Option(None, 1.0, 0.0)]
+        for i, threshold in enumerate(thresholds):
+            tell(stage=f"{name} alone, threshold {threshold:g}", advance=1)
+            trial.set({name: threshold})
+            run = trial.run(0)
+            mine.append(Option(threshold, run.read[trial.layers.index(name)], run.kl))
+            if budget is not None and run.kl > BEYOND * budget:
+                tell(stage=f"{name}: looser thresholds cost more", advance=len(thresholds) - i - 1)
+                break
+        options.append(mine)
+    choices = knapsack.path(options)
+
+    def measured(choice, half: int) -> Run:
+        trial.set({name: o.threshold for name, o in zip(trial.layers, choice, strict=True) if o.threshold is not None})
+        return trial.run(half)
+
+    tried: dict[int, Run] = {}
+
+    def run(i: int) -> Run:
+        if i not in tried:
+            tell(stage=f"the choice that reads {sum(o.read for o in choices[i]) / len(choices[i]):.1%}", advance=0)
+            tried[i] = measured(choices[i], 0)
+        return tried[i]
+
+    if share is not None:
+        at = knapsack.saving(choices, share)
+        if at is None:
+            most = 1 - sum(o.read for o in choices[-1]) / len(choices[-1])
+            raise CalibrateError(f"--saving: received {share:g}; the thresholds save {most:.1%} of KV reads at most. Lower --thresholds")
+        while 1 - run(at).reads < share and at + 1 < len(choices):
+            at += 1
+    else:
+        at = _within(choices, budget, run)
+    if all(o.threshold is None for o in choices[at]):
+        raise CalibrateError(
+            f"--budget: received {budget:g}; no layer saves KV reads within it. The least that a layer costs: "
+            f"{min((o.cost for mine in options for o in mine if o.read < 1), default=float('nan')):.3g}"
+        )
+    last = halves[-1]
+    curve = []
+    for i in sorted({at, *np.linspace(1, len(choices) - 1, 8).round().astype(int).tolist()}):
+        tell(stage=f"the curve, {sum(o.read for o in choices[i]) / len(choices[i]):.1%} of KV read", advance=1)
+        curve.append(measured(choices[i], last).plain() | {"chosen": i == at})
+    singles = []
+    for threshold in thresholds:
+        tell(stage=f"all layers, threshold {threshold:g}", advance=1)
+        trial.set(dict.fromkeys(trial.layers, threshold))
+        singles.append({"threshold": threshold} | trial.run(last).plain())
+    paper = None
+    if spec["paper"]:
+        tell(stage="the paper's setting", advance=1)
+        trial.set(dict.fromkeys(trial.layers, PAPER.threshold), _PAPER_KEYS)
+        paper = trial.run(last).plain()
+    reached = run(at)
+    return {
+        "thresholds": [o.threshold for o in choices[at]], "predicted": sum(o.cost for o in choices[at]),
+        "chosen": reached.plain(), "chosen_read": reached.read,
+        "held_out": next(c for c in curve if c["chosen"]) if last else None, "curve": curve, "singles": singles, "paper": paper,
+        "options": [[o._asdict() for o in mine] for mine in options],
+    }  # fmt: skip
+
+
+def _within(choices, budget: float, run) -> int:
+    """The choice of fewest reads that was measured to be within the budget; 0, all exact, where none is."""
+    aim, low, high = budget, 0, len(choices)
+    for _ in range(ROUNDS):
+        at = min(max(knapsack.within(choices, aim), low), high - 1)
+        if at == low:
+            at = (low + high) // 2
+        if at <= low:
+            break
+        cost = run(at).kl
+        low, high = (at, high) if cost <= budget else (low, at)
+        aim *= budget / max(cost, budget / 16)
+    return low
+
+
+if __name__ == "__main__":
+    channel = int(sys.argv[2])
+    say = lambda **message: os.write(channel, (json.dumps(message) + "\n").encode())
+    try:
+        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), say)
+    except CalibrateError as error:
+        say(error=str(error))
+        say(done=True)
+    os._exit(0)
