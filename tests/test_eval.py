@@ -595,3 +595,14 @@ def test_eval_on_real_engines(tmp_path):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert "| never | 3 |" in (out / "results.md").read_text()
     assert not list(out.glob("*/forced.npz")) and len((out / "never" / "samples.jsonl").read_text().splitlines()) == 3
+
+
+def test_scores_are_drawn_wherever_their_interval_ends():
+    """Of 25 right answers Wilson's interval ends at 1 - 1e-16, below their mean."""
+    ends = {(score, n): statistics.wilson(score, n) for score in (0.0, 1.0) for n in range(1, 40)}
+    assert any(high < score or low > score for (score, _), (low, high) in ends.items())
+    rows = [
+        {"configuration": "exact", "task": f"{n}", "length": None, "score": score, "score_low": low, "score_high": high}
+        for (score, n), (low, high) in ends.items()
+    ]
+    assert report.scores({"tasks": rows, "totals": [{"configuration": "exact"}]}) is not None

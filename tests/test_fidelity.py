@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 TESTBED = Path(__file__).resolve().parent.parent / "examples" / "testbed"
-# Nats per byte over the texts below, where 0.0004 was measured; a text of twice the length had 0.007.
-KL_MEAN = 0.005
+# Nats per byte over the texts below, where 0.00035 was measured; on an H200, at 16K and 32K, 0.00025 over 24 texts.
+KL_MEAN = 0.002
 POINT = 0.01
 
 pytestmark = pytest.mark.cpu
@@ -45,7 +45,7 @@ def scores(results, configuration):
 def test_something_was_reused(found):
     """Else the rest would hold of exact attention."""
     total = found[0]["default"]
-    assert total["hit_rate"] > 0.6 and total["read_share"] < 0.5
+    assert total["hit_rate"] > 0.5 and total["read_share"] < 0.5
 
 
 def test_retrieval_is_exacts(found):

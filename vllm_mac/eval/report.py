@@ -162,9 +162,10 @@ def scores(results: dict):
             at = [k + (j - (len(names) - 1) / 2) * 0.8 / len(names) for k, task in enumerate(tasks) if task in own]
             own_rows = [own[task] for task in tasks if task in own]
             height = [100 * row["score"] for row in own_rows]
+            # An end that is the score itself can lie beyond it by rounding.
             spread = [
-                [100 * (row["score"] - row["score_low"]) for row in own_rows],
-                [100 * (row["score_high"] - row["score"]) for row in own_rows],
+                [100 * max(row["score"] - row["score_low"], 0.0) for row in own_rows],
+                [100 * max(row["score_high"] - row["score"], 0.0) for row in own_rows],
             ]
             color = "0.6" if name == EXACT else f"C{j - 1}"
             axes.bar(at, height, 0.8 / len(names), yerr=spread, label=name, color=color, error_kw={"lw": 0.8})
