@@ -375,7 +375,7 @@ def test_one_graph_serves_audited_steps_and_others(group, kv_heads, d, dtype):
 
 # Whole engines on CPUs
 
-SMALL = dict(window=32, band=16, min_context=64)
+SMALL = dict(window=32, band=16, min_context=64, threshold=0.45)
 
 
 @pytest.fixture(scope="module")

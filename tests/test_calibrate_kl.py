@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vllm_mac import cli
-from vllm_mac.calibrate import knapsack
+from vllm_mac.calibrate import CalibrateError, knapsack
+from vllm_mac.calibrate.divergence import Run, _calibrate
 from vllm_mac.calibrate.knapsack import Option
 from vllm_mac.config import resolve
 
@@ -50,7 +51,9 @@ def test_budgets_and_savings_stop_where_they_should():
 # --- whole runs ---------------------------------------------------------------------------------
 
 SMALL = {"window": 64, "min_context": 200}
-FEW = ("--bands", "32", "--thresholds", "0.1,0.6,0.8", "--steps", 48)
+# On CPUs vLLM wants most of the memory that is free, which other tests use at the same time.
+MEMORY = '{"gpu_memory_utilization": 0.2}'
+FEW = ("--bands", "32", "--thresholds", "0.1,0.6,0.8", "--steps", 48, "--min-saving", 0.01, "--engine", MEMORY)
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +118,68 @@ def test_calibrate_a_folder(name, models, quick, tmp_path):
     assert "| the file written |" in table.read_text() and plot.stat().st_size > 10_000
 
 
+class Told:
+    """In place of a `divergence.Trial`: costs and reads by formula."""
+
+    def __init__(self, cost: dict, read: dict):
+        self.layers, self.cost, self.read, self.set_to, self.texts = list(cost), cost, read, {}, [0, 1]
+
+    def set(self, thresholds, others=None):
+        self.set_to = thresholds, others
+
+    def run(self, half):
+        thresholds, others = self.set_to
+        read = [self.read[n][thresholds[n]] if n in thresholds else 1.0 for n in self.layers]
+        # Together layers cost more than the sum.
+        cost = sum(self.cost[n][t] for n, t in thresholds.items()) * (1 + 0.5 * (len(thresholds) - 1)) * (9 if others else 1)
+        return Run(cost, cost, 1.0, read, 10)
+
+
+def calibrated(cost, read, **spec):
+    thresholds = sorted(next(iter(cost.values())))
+    told = {"thresholds": thresholds, "budget": None, "saving": None, "min_saving": 0.05, "paper": True} | spec
+    return _calibrate(Told(cost, read), told, range(2), lambda **_: None)
+
+
+COSTS = {"a": {0.1: 0.02, 0.45: 0.01}, "b": {0.1: 0.5, 0.45: 0.012}}
+READS = {"a": {0.1: 0.1, 0.45: 0.3}, "b": {0.1: 0.1, 0.45: 0.6}}
+
+
+def test_a_choice_is_within_the_budget_as_measured():
+    """Layers a at 0.1 and b at 0.45 would fit by their sum, 0.032, but take 0.048 together."""
+    found = calibrated(COSTS, READS, budget=0.04)
+    assert found["thresholds"] == [0.45, 0.45] and found["chosen"]["kl"] == pytest.approx(0.033)
+    assert calibrated(COSTS, READS, budget=0.05)["thresholds"] == [0.1, 0.45]
+    with pytest.raises(CalibrateError, match="costs by itself: 0.01$"):
+        calibrated(COSTS, READS, budget=0.001)
+
+
+def test_what_costs_nothing_is_measured_as_a_whole_too():
+    free = {"a": {0.1: 0.0, 0.45: 0.0}, "b": {0.1: 0.0, 0.45: 0.0}}
+    found = calibrated(free, READS, budget=0.01)
+    assert found["thresholds"] == [0.1, 0.1] and found["chosen"]["kl"] == 0 and found["chosen"]["read"] == pytest.approx(0.1)
+
+
+def test_a_saving_is_reached_as_measured_or_refused():
+    found = calibrated(COSTS, READS, saving=0.6)
+    assert 1 - found["chosen"]["read"] >= 0.6 and found["thresholds"] == [0.1, 0.45]
+    with pytest.raises(CalibrateError, match="save 90.0% of KV reads at most"):
+        calibrated(COSTS, READS, saving=0.95)
+
+
+def test_layers_that_save_little_stay_exact():
+    reads = {"a": READS["a"], "b": {0.1: 0.97, 0.45: 0.99}}
+    assert calibrated(COSTS, reads, budget=10.0)["thresholds"] == [0.1, None]
+
+
 @pytest.mark.cpu
 def test_exact_thresholds_have_no_divergence(models, quick, tmp_path):
     """With thresholds that nothing meets, no layer saves anything, and the message says so."""
     result = invoke(
-        "--model", models("llama3"), "--mac", json.dumps(SMALL), "--bands", 32, "--thresholds", "1.0", "--steps", 20,
+        "--model", models("llama3"), "--mac", json.dumps(SMALL), *FEW, "--thresholds", "1.0", "--steps", 20,
         "--tasks", "niah_single", "--length", 700, "--samples", 1, "--out", tmp_path / "mac.yaml", "--no-progress",
     )  # fmt: skip
-    assert result.exit_code == 2 and "no layer saves KV reads within it" in said(result)
+    assert result.exit_code == 2 and "no layer saves 1% of its KV reads at any threshold" in said(result)
     assert not (tmp_path / "mac.yaml").exists()
 
 
@@ -130,6 +187,7 @@ def test_exact_thresholds_have_no_divergence(models, quick, tmp_path):
     "args, message",
     [
         (["--bands", "128,256"], "--bands: received '128,256'; --metric kl takes one value, for all layers"),
+        (["--budget", "0"], "--budget: received 0; choose a divergence above 0"),
         (["--metric", "kl", "--keep", "m.npz"], "--keep: measurements are kept of simulated metrics"),
         (["--metric", "kld"], "--metric: received 'kld'; choose from kl, p50, p95, p99, mean"),
         (["--engine", '{"enforce_eager": false}'], "--engine: enforce_eager: received False; calibration needs True"),

@@ -28,36 +28,41 @@ FIXED = {"attention_backend": "MAC", "enforce_eager": True, "enable_prefix_cachi
 SEQUENCES = 16  # decoded together unless --engine says otherwise
 PAPER_SHAPE = {"window": PAPER_WINDOW, "band": PAPER.setting.band, "sink": PAPER.setting.sink}
 NOTE = (
-    "KL: mean divergence of the next token's distribution from exact attention's, in nats a token, under teacher forcing. alone: with every "
+    "KL: divergence of the next token's distribution from exact attention's under teacher forcing, in nats; mean over a text's tokens, and "
+    "of texts, which weigh alike. alone: with every "
     "other layer exact. KV read: percent of what full attention of the layer reads."
 )
 
 
+def reply(options: Options, request: requests.Request) -> int:
+    """Most tokens of the model's reply that are decoded; 0: the end of the prompt is."""
+    return min(options.grid.steps if options.reply is None else options.reply, request.max_tokens)
+
+
 def measure(
-    options: Options, made: list[requests.Request], budget: float | None, saving: float | None, environment: dict,
+    options: Options, made: list[requests.Request], budget: float | None, saving: float | None, min_saving: float, environment: dict,
     tell: Callable[[str, int], None],
 ) -> dict:  # fmt: skip
     """Everything that is reported, as JSON has it. One of budget, in nats a token, and saving is given.
 
     Raises CalibrateError where the engine fails, and where no layer can be served within the budget.
     """
-    limit = options.grid.steps if options.reply is None else options.reply
-    replies = [min(limit, request.max_tokens) for request in made]
+    replies = [reply(options, request) for request in made]
     config = options.mac
     mac = config.model_dump(mode="json")
     mac["layers"]["threshold"] = {}
     llm = {
         "model": options.model, "max_num_seqs": SEQUENCES,
-        "max_model_len": max(len(request.ids) + max(1, reply) for request, reply in zip(made, replies, strict=True)),
+        "max_model_len": max(len(request.ids) + max(1, most) for request, most in zip(made, replies, strict=True)),
         "seed": options.seed, "disable_log_stats": True, **options.engine, **FIXED,
-        "additional_config": {**options.engine.get("additional_config", {}), "mac": mac | {"threshold": 1.0, "audit": 0.0, "error_budget": None}},
+        "additional_config": {**options.engine.get("additional_config", {}), "mac": mac | {"threshold": 1.0, "audit": 0.0, "error_budget": None, "max_sequences": None}},
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="vllm-mac-calibrate-") as folder:
         work = Path(folder)
         spec = {
             "llm": llm, "steps": options.grid.steps, "thresholds": list(options.grid.thresholds), "budget": budget, "saving": saving,
-            "paper": all(getattr(config, key) == value for key, value in PAPER_SHAPE.items()), "out": str(work / "result.json"),
-            "prompts": [{"ids": list(r.ids), "reply": reply} for r, reply in zip(made, replies, strict=True)],
+            "min_saving": min_saving, "paper": all(getattr(config, key) == value for key, value in PAPER_SHAPE.items()), "out": str(work / "result.json"),
+            "prompts": [{"ids": list(r.ids), "reply": most} for r, most in zip(made, replies, strict=True)],
         }  # fmt: skip
         (work / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         failed: dict = {}
@@ -107,7 +112,11 @@ def summary(results: dict) -> list[str]:
     said = [f"where it was chosen: KL {chosen['kl']:.3g}, {chosen['read']:.1%} of KV tokens read ({chosen['tokens']} tokens decoded)"]
     if held is None:
         return [*said, "one prompt only: nothing was held out, so the figures flatter the choice"]
-    return [*said, f"on held-out prompts: KL {held['kl']:.3g}, {held['read']:.1%} of KV tokens read ({held['tokens']} tokens decoded)"]
+    said.append(f"on held-out prompts: KL {held['kl']:.3g}, {held['read']:.1%} of KV tokens read ({held['tokens']} tokens decoded)")
+    budget = results["about"]["rule"]["budget"]
+    if budget is not None and held["kl"] > budget:
+        said.append(f"held-out prompts exceed the budget of {budget:g} {held['kl'] / budget:.1f} times: give more prompts, or a smaller budget")
+    return said
 
 
 def tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -168,12 +177,14 @@ def plot(results: dict, path: Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.add_subplot(1, 2, 1)
     place = lambda some: [(100 * one["read"], one["kl"]) for one in some if one["kl"] > 0]
-    axes.plot(*zip(*sorted(place(results["singles"]))), ".--", color="C0", lw=1, label="one threshold for all layers")
-    axes.plot(*zip(*sorted(place(results["curve"]))), "o-", color="C2", ms=4, label="thresholds by layer")
-    if results["paper"] is not None:
-        axes.plot(*place([results["paper"]])[0], "D", color="C3", ms=9, label="the paper's: 0.45, chained, nearest")
-    if star := place([c for c in results["curve"] if c["chosen"]]):
-        axes.plot(*star[0], "*", color="C2", ms=16, mec="black", label="the file written")
+    for some, style, label in (
+        (results["singles"], {"marker": ".", "ls": "--", "color": "C0", "lw": 1}, "one threshold for all layers"),
+        (results["curve"], {"marker": "o", "color": "C2", "ms": 4}, "thresholds by layer"),
+        ([results["paper"]] if results["paper"] else [], {"marker": "D", "ls": "", "color": "C3", "ms": 9}, "the paper's: 0.45, chained, nearest"),
+        ([c for c in results["curve"] if c["chosen"]], {"marker": "*", "ls": "", "color": "C2", "ms": 16, "mec": "black"}, "the file written"),
+    ):  # fmt: skip
+        if points := sorted(place(some)):  # without any divergence there is no place on a logarithmic axis
+            axes.plot(*zip(*points), **style, label=label)
     kind = "the prompts chosen by" if results["held_out"] is None else "held-out prompts"
     axes.set(xlabel="KV tokens read, % of full attention", ylabel="KL, nats a token", yscale="log", title=f"Measured on {kind}")
     axes.grid(alpha=0.2, which="both")

@@ -93,8 +93,9 @@ def calibrate(
     The choice is written to --out; layers that cannot stay within the budget are left exact. Half of the
     prompts are held out: the choice is reported on them too.
 
-    --mac gives the keys that are not calibrated: window, min_context, layers.include, ... Time and memory
-    go with the number of combinations; choosing again from --keep's file takes seconds.
+    --mac gives the keys that are not calibrated: window, min_context, layers.include, ... With kl every
+    threshold of every layer is one more pass over half of the prompts. Else time and memory go with the
+    number of combinations, and choosing again from --keep's file takes seconds.
     """
     from vllm_mac.bench import BenchError, report
     from vllm_mac.calibrate import CalibrateError
@@ -109,6 +110,8 @@ def calibrate(
     }  # fmt: skip
     steps = steps or (256 if by_kl else 512)
     values = {option: default if (text := given[option]) is None else text for option, default in (_KL if by_kl else _ERROR).items()}
+    if by_kl and budget == 0:
+        raise typer.BadParameter("received 0; choose a divergence above 0: rounding alone has some", param_hint="--budget")
     for option, text in values.items():
         if by_kl and option != "--thresholds" and len(options.names(text)) != 1:
             raise typer.BadParameter(f"received {text!r}; --metric kl takes one value, for all layers", param_hint=option)
@@ -166,11 +169,14 @@ def calibrate(
             )  # fmt: skip
             run.check(grid)
             with Console(stderr=True).status("making the prompts") if progress else nullcontext():
-                made = run.prompts(wanted, kl_results.FIXED if by_kl else run.FIXED)
+                if by_kl:
+                    made = run.prompts(wanted, kl_results.FIXED, lambda request: 0 if kl_results.reply(wanted, request) else steps + 1)
+                else:
+                    made = run.prompts(wanted)
             if by_kl:
                 limit = None if saving is not None else 0.0005 if budget is None else budget
                 with options.progress(progress, None, done=True) as tell:  # how many layers there are only the engine knows
-                    told, results = kl_results.measure(wanted, made, limit, saving, environment, tell), kl_results
+                    told, results = kl_results.measure(wanted, made, limit, saving, min_saving, environment, tell), kl_results
             else:
                 with options.progress(progress, len(made), done=True) as tell:
                     found = run.measure(wanted, made, environment, tell)

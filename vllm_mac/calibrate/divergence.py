@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from vllm.config import VllmConfig
 
 from vllm_mac.bench.engine import read_counters
 from vllm_mac.calibrate import CalibrateError, knapsack
 from vllm_mac.calibrate.grid import PAPER
 from vllm_mac.calibrate.knapsack import Option
 from vllm_mac.eval import forced
-from vllm_mac.eval.statistics import kl
+from vllm_mac.eval.statistics import best, kl
 from vllm_mac.metrics import KV_TOKENS, WorkerExtension
 
 HALVES = 2
-ROUNDS = 6
 BEYOND = 4.0  # a layer that alone costs this many budgets is not tried with less strict thresholds
 EXACT = 1.0
 # The paper's setting, but for its shape: rings and bands are fixed when the engine starts.
@@ -34,8 +34,10 @@ _PAPER_KEYS = {key: getattr(PAPER.setting, key) for key in ("reuse", "lag_weight
 class DivergenceWorker(WorkerExtension):
     """Extension of vLLM's worker. Methods are called by `collective_rpc`."""
 
+    vllm_config: VllmConfig  # the worker's
+
     def divergence_layers(self) -> dict:
-        """{"served": [(name, index)], "exact": {reason: layers}}."""
+        """{"served": [(name, index)], "exact": {reason: layers}, "rings": of each layer}."""
         from vllm.model_executor.models.utils import extract_layer_index
 
         from vllm_mac.layers import mac_layers
@@ -45,7 +47,11 @@ class DivergenceWorker(WorkerExtension):
         for layer in layers:
             if layer.exact is not None:
                 exact[layer.exact] = exact.get(layer.exact, 0) + 1
-        return {"served": [(x.name, extract_layer_index(x.name)) for x in layers if x.exact is None], "exact": exact}
+        served = [x for x in layers if x.exact is None]
+        return {
+            "served": [(x.name, extract_layer_index(x.name)) for x in served], "exact": exact,
+            "rings": min((len(x.store.query) for x in served), default=None),
+        }  # fmt: skip
 
     def divergence_keys(self, keys: dict[str, dict]) -> None:
         """From now on the layers of these names decode with these keys. In eager mode a step reads them anew."""
@@ -57,8 +63,8 @@ class DivergenceWorker(WorkerExtension):
 
 
 class Run(NamedTuple):
-    """kl: mean over tokens of each text, `[texts]`. worst: largest of a token. same: share of tokens with exact's
-    likeliest. read: share of KV tokens read by each layer, in the order of layers. tokens: decoded."""
+    """kl: mean over a text's tokens in nats, mean of texts, which so weigh alike. worst: largest of a token.
+    same: share of tokens with exact's likeliest. read: share of KV tokens read by each layer. tokens: decoded."""
 
     kl: float
     worst: float
@@ -75,37 +81,46 @@ class Run(NamedTuple):
 
 
 class Trial:
-    """Decodes the same texts under different thresholds."""
+    """Decodes the same texts under different thresholds.
 
-    def __init__(self, llm, layers: list[str], prompts: list[list[int]], texts: list[list[int]], v2: bool):
+    rings: so many sequences at a time; one without a ring would decode exactly. keys: of all layers,
+    where `set` does not say otherwise.
+    """
+
+    def __init__(
+        self, llm, layers: list[str], prompts: list[list[int]], texts: list[list[int]], v2: bool, rings: int, keys: dict
+    ):
         self.llm, self.layers, self.prompts, self.texts, self.v2 = llm, layers, prompts, texts, v2
+        self.rings, self.keys = rings, keys
         self.vocabulary = llm.llm_engine.model_config.get_vocab_size()
         self.exact: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def set(self, thresholds: dict[str, float], others: dict | None = None) -> None:
         """Layers not named are exact. others: further keys of all layers."""
-        keys = {name: {**(others or {}), "threshold": thresholds.get(name, EXACT)} for name in self.layers}
+        keys = {name: {**(others or self.keys), "threshold": thresholds.get(name, EXACT)} for name in self.layers}
         self.llm.collective_rpc("divergence_keys", args=(keys,))
 
     def distributions(self, half: int) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[float]]:
         """Of the texts of a half, and the share of KV tokens read by each layer meanwhile."""
-        some = range(half, len(self.texts), HALVES)
-        before = self._tokens()
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": self.prompts[i]} for i in some],
-            [forced.params(self.texts[i], self.v2, self.vocabulary) for i in some], use_tqdm=False,
-        )  # fmt: skip
-        read = [
-            (now[0] - then[0]) / max(sum(now) - sum(then), 1) for now, then in zip(self._tokens(), before, strict=True)
-        ]
-        found = {i: forced.distributions(output.outputs[0], self.texts[i]) for i, output in zip(some, outputs, strict=True)}
+        before, found = self._tokens(), {}
+        some = list(range(half, len(self.texts), HALVES))
+        for k in range(0, len(some), self.rings):
+            now = some[k : k + self.rings]
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": self.prompts[i]} for i in now],
+                [forced.params(self.texts[i], self.v2, self.vocabulary) for i in now], use_tqdm=False,
+            )  # fmt: skip
+            for i, output in zip(now, outputs, strict=True):
+                # The first token's distribution is the prompt's, which is always read exactly.
+                found[i] = tuple(x[1:] for x in forced.distributions(output.outputs[0], self.texts[i]))
+        read = [(now[0] - then[0]) / max(sum(now) - sum(then), 1) for now, then in zip(self._tokens(), before, strict=True)]
         return found, read
 
     def run(self, half: int) -> Run:
         """With the thresholds that were set, against exact attention."""
         found, read = self.distributions(half)
         each = [kl(*self.exact[i], *found[i], self.vocabulary) for i in found]
-        same = [_best(*self.exact[i]) == _best(*found[i]) for i in found]
+        same = [best(*self.exact[i]) == best(*found[i]) for i in found]
         return Run(
             float(np.mean([x.mean() for x in each])), float(max(x.max() for x in each)), float(np.concatenate(same).mean()), read,
             sum(map(len, each)),
@@ -115,10 +130,6 @@ class Trial:
         """KV tokens read and skipped so far by each layer."""
         counts = {(dict(labels)["layer"], dict(labels)["kind"]): value for (name, labels), value in read_counters(self.llm).items() if name == KV_TOKENS}
         return [(counts[name, "read"], counts[name, "skipped"]) for name in self.layers]
-
-
-def _best(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-    return ids[np.arange(len(ids)), logprobs.argmax(1)]
 
 
 def main(spec: dict, tell) -> None:
@@ -132,25 +143,31 @@ def main(spec: dict, tell) -> None:
     llm = LLM(**arguments | forced.engine_arguments(v2, config.model_config.get_vocab_size()))
     answers = llm.collective_rpc("divergence_layers")
     layers = dict(tuple(layer) for answer in answers for layer in answer["served"])
+    exact = {reason: count for answer in answers for reason, count in answer["exact"].items()}
     if not layers:
-        reasons = ", ".join(f"{count} ({reason})" for reason, count in answers[0]["exact"].items()) or "none is MAC's"
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in exact.items()) or "none is MAC's"
         raise CalibrateError(f"--model: MAC serves no attention layer of {spec['llm']['model']}; exact: {reasons}")
     tell(stage="replying with exact attention", advance=0)
     prompts, texts = _texts(llm, spec)
-    trial = Trial(llm, list(layers), prompts, texts, v2)
+    mac = spec["llm"]["additional_config"]["mac"]
+    rings = min(answer["rings"] for answer in answers if answer["rings"] is not None)
+    trial = Trial(llm, list(layers), prompts, texts, v2, rings, {key: mac[key] for key in _PAPER_KEYS})
     trial.set({})
     halves = range(min(HALVES, len(texts)))
     for half in halves:
         trial.exact |= trial.distributions(half)[0]
     result = _calibrate(trial, spec, halves, tell)
-    result |= {"layers": layers, "exact_layers": answers[0]["exact"], "texts": [len(text) for text in texts]}
+    result |= {"layers": layers, "exact_layers": exact, "texts": [len(text) - 1 for text in texts]}
     Path(spec["out"]).write_text(json.dumps(result), encoding="utf-8")
     tell(done=True)
     llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
 
 
 def _texts(llm, spec: dict) -> tuple[list[list[int]], list[list[int]]]:
-    """What is read and what is decoded of each prompt: the reply, or where there is none the prompt's end."""
+    """What is read and what is decoded of each prompt: the reply, or where there is none the prompt's end.
+
+    One token before it is decoded too: so MAC gives the first distribution as well.
+    """
     from vllm import SamplingParams
 
     wanted = [p for p in spec["prompts"] if p["reply"]]
@@ -159,7 +176,7 @@ def _texts(llm, spec: dict) -> tuple[list[list[int]], list[list[int]]]:
     prompts, texts = [], []
     for p in spec["prompts"]:
         text = list(next(outputs).outputs[0].token_ids) if p["reply"] else []
-        whole, size = p["ids"] + text, len(text) or spec["steps"]
+        whole, size = p["ids"] + text, (len(text) or spec["steps"]) + 1
         prompts.append(whole[:-size])
         texts.append(whole[-size:])
     return prompts, texts
@@ -174,12 +191,20 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
             tell(stage=f"{name} alone, threshold {threshold:g}", advance=1)
             trial.set({name: threshold})
             run = trial.run(0)
-            mine.append(Option(threshold, run.read[trial.layers.index(name)], run.kl))
+            read = run.read[trial.layers.index(name)]
+            if 1 - read >= spec["min_saving"]:
+                mine.append(Option(threshold, read, run.kl))
             if budget is not None and run.kl > BEYOND * budget:
                 tell(stage=f"{name}: looser thresholds cost more", advance=len(thresholds) - i - 1)
                 break
         options.append(mine)
-    choices = knapsack.path(options)
+    if all(len(mine) == 1 for mine in options):
+        raise CalibrateError(
+            f"no layer saves {spec['min_saving']:.0%} of its KV reads at any threshold; lower --thresholds, or use longer prompts"
+        )
+    exact, choices = tuple(mine[0] for mine in options), knapsack.path(options)
+    if choices[0] != exact:  # what seems to cost nothing is measured as a whole too
+        choices.insert(0, exact)
 
     def measured(choice, half: int) -> Run:
         trial.set({name: o.threshold for name, o in zip(trial.layers, choice, strict=True) if o.threshold is not None})
@@ -194,22 +219,18 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
         return tried[i]
 
     if share is not None:
-        at = knapsack.saving(choices, share)
-        if at is None:
-            most = 1 - sum(o.read for o in choices[-1]) / len(choices[-1])
-            raise CalibrateError(f"--saving: received {share:g}; the thresholds save {most:.1%} of KV reads at most. Lower --thresholds")
-        while 1 - run(at).reads < share and at + 1 < len(choices):
-            at += 1
+        at = _saving(choices, share, run)
     else:
         at = _within(choices, budget, run)
-    if all(o.threshold is None for o in choices[at]):
-        raise CalibrateError(
-            f"--budget: received {budget:g}; no layer saves KV reads within it. The least that a layer costs: "
-            f"{min((o.cost for mine in options for o in mine if o.read < 1), default=float('nan')):.3g}"
-        )
+        if at == 0:
+            raise CalibrateError(
+                f"--budget: received {budget:g}; no choice that saves KV reads was measured to be within it. The least that a layer "
+                f"costs by itself: {min(o.cost for mine in options for o in mine[1:]):.3g}"
+            )
+    reached = run(at)
     last = halves[-1]
     curve = []
-    for i in sorted({at, *np.linspace(1, len(choices) - 1, 8).round().astype(int).tolist()}):
+    for i in sorted({at, *np.linspace(1, len(choices) - 1, min(8, len(choices) - 1)).round().astype(int).tolist()}):
         tell(stage=f"the curve, {sum(o.read for o in choices[i]) / len(choices[i]):.1%} of KV read", advance=1)
         curve.append(measured(choices[i], last).plain() | {"chosen": i == at})
     singles = []
@@ -222,7 +243,6 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
         tell(stage="the paper's setting", advance=1)
         trial.set(dict.fromkeys(trial.layers, PAPER.threshold), _PAPER_KEYS)
         paper = trial.run(last).plain()
-    reached = run(at)
     return {
         "thresholds": [o.threshold for o in choices[at]], "predicted": sum(o.cost for o in choices[at]),
         "chosen": reached.plain(), "chosen_read": reached.read,
@@ -234,16 +254,26 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
 def _within(choices, budget: float, run) -> int:
     """The choice of fewest reads that was measured to be within the budget; 0, all exact, where none is."""
     aim, low, high = budget, 0, len(choices)
-    for _ in range(ROUNDS):
-        at = min(max(knapsack.within(choices, aim), low), high - 1)
-        if at == low:
-            at = (low + high) // 2
-        if at <= low:
-            break
+    while high - low > 1:
+        # Where the sums say, and once that is known halfway.
+        at = knapsack.within(choices, aim)
+        at = at if low < at < high else (low + high) // 2
         cost = run(at).kl
         low, high = (at, high) if cost <= budget else (low, at)
         aim *= budget / max(cost, budget / 16)
     return low
+
+
+def _saving(choices, share: float, run) -> int:
+    """The first choice that was measured to save `share` of the reads. Raises CalibrateError where none does."""
+    if (most := 1 - run(len(choices) - 1).reads) < share:
+        raise CalibrateError(f"--saving: received {share:g}; the thresholds save {most:.1%} of KV reads at most. Lower --thresholds")
+    low, high = 0, len(choices) - 1
+    while high - low > 1:
+        at = knapsack.saving(choices, share) or 0
+        at = at if low < at < high else (low + high) // 2
+        low, high = (low, at) if 1 - run(at).reads >= share else (at, high)
+    return high
 
 
 if __name__ == "__main__":

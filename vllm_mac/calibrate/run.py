@@ -43,8 +43,11 @@ class Options:
     verbose: bool = False
 
 
-def prompts(options: Options, fixed: dict = FIXED) -> list[requests.Request]:
-    """fixed: arguments of the engine that are not the user's to choose.
+def prompts(
+    options: Options, fixed: dict = FIXED, decoded: Callable[[requests.Request], int] | None = None
+) -> list[requests.Request]:
+    """fixed: arguments of the engine that are not the user's to choose. decoded: how many tokens at the end of a
+    prompt are decoded; `grid.steps` of each where it is None.
 
     Raises CalibrateError where the model, its arguments, the files or the lengths do not allow them.
     """
@@ -57,14 +60,16 @@ def prompts(options: Options, fixed: dict = FIXED) -> list[requests.Request]:
         raise CalibrateError(str(error).replace("--lengths", "--length")) from error
     if not made:
         raise CalibrateError(f"--prompts: {options.prompts} holds no prompt")
-    least = options.grid.least()
+    grid = options.grid
     for request in made:
+        steps = grid.steps if decoded is None else decoded(request)
+        least = grid.least() - grid.steps + steps
         if len(request.ids) < least:
             named = "--length" if options.prompts is None else "--prompts"
             raise CalibrateError(
                 f"{named}: prompt {request.id} has {len(request.ids)} tokens; calibration needs at least {least}: steps "
-                f"{options.grid.steps} + window {options.grid.window} + band {max(options.grid.bands)} + sink {max(options.grid.sinks)}, "
-                f"and min_context {options.grid.min_context} before the steps. Choose longer prompts or fewer --steps"
+                f"{steps} + window {grid.window} + band {max(grid.bands)} + sink {max(grid.sinks)}, "
+                f"and min_context {grid.min_context} before the steps. Choose longer prompts or fewer --steps"
             )
     return made
 

@@ -74,7 +74,7 @@ def distributions(output, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
     Raises RuntimeError where the engine did not follow `tokens`.
     """
     if list(output.token_ids) != tokens:
-        raise RuntimeError("this vLLM did not decode the forced tokens; --kl 0 leaves the comparison out")
+        raise RuntimeError("this vLLM did not decode the forced tokens (`vllm-mac eval --kl 0` does without)")
     flat = output.logprobs
     spans = list(zip(flat.start_indices, flat.end_indices, strict=True))
     # The sampled token comes first and may come again: pad by repeating what is there.
