@@ -1,14 +1,14 @@
 """`vllm-mac calibrate --metric kl`: the choice by sums, and whole runs on tiny models."""
 
+# ruff: noqa: F811 (fixtures are arguments)
 import itertools
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from test_calibrate import invoke, models, quick, said  # noqa: F401, models and quick are fixtures
 
-from vllm_mac import cli
 from vllm_mac.calibrate import CalibrateError, knapsack
 from vllm_mac.calibrate.divergence import Run, _calibrate
 from vllm_mac.calibrate.knapsack import Option
@@ -54,31 +54,6 @@ SMALL = {"window": 64, "min_context": 200}
 # On CPUs vLLM wants most of the memory that is free, which other tests use at the same time.
 MEMORY = '{"gpu_memory_utilization": 0.2}'
 FEW = ("--bands", "32", "--thresholds", "0.1,0.6,0.8", "--steps", 48, "--min-saving", 0.01, "--engine", MEMORY)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    from tiny_models import write
-
-    folder = tmp_path_factory.mktemp("models")
-    return lambda name: write(name, folder)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    from engine import ENVIRONMENT
-
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-
-
-def invoke(*args):
-    return CliRunner().invoke(cli.app, ["calibrate", *map(str, args)], env={"COLUMNS": "300"})
-
-
-def said(result) -> str:
-    return " ".join((result.output + result.stderr).replace("│", " ").split())
 
 
 @pytest.mark.cpu

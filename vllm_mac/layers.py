@@ -5,6 +5,8 @@ finish. Only then are all layers known and their rotations complete, so that is 
 layers are settled and the rings allocated; vLLM profiles its memory after that.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -156,10 +158,7 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
         logger.warning("MAC leaves %s exact: %s", ", ".join(names), error)
     if vllm_config.speculative_config is not None:
         logger.warning("MAC leaves steps that verify speculated tokens exact")
-    reasons: dict[str, int] = {}
-    for layer in layers:
-        if layer.exact is not None:
-            reasons[layer.exact] = reasons.get(layer.exact, 0) + 1
+    reasons = exact_reasons(layers)
     exact = f"; exact: {', '.join(f'{n} ({r})' for r, n in reasons.items())}" if reasons else ""
     if not served:
         logger.warning("MAC serves none of %d attention layers%s", len(layers), exact)
@@ -170,6 +169,11 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
         "MAC serves %d of %d attention layers%s; %d rings, %.1f MiB",
         len(served), len(layers), exact, rings, size / 2**20,
     )  # fmt: skip
+
+
+def exact_reasons(layers: list[MacLayer]) -> dict[str, int]:
+    """How many layers are exact for each reason."""
+    return dict(Counter(layer.exact for layer in layers if layer.exact is not None))
 
 
 def check_device(dtype: torch.dtype, device: torch.device) -> None:

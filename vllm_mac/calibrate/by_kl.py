@@ -5,21 +5,16 @@ This side knows neither vLLM nor torch beyond what makes the prompts: `divergenc
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from vllm_mac.bench.report import require_matplotlib
-from vllm_mac.calibrate import CalibrateError
 from vllm_mac.calibrate.grid import PAPER, PAPER_WINDOW
-from vllm_mac.calibrate.report import config_with, write_yaml
-from vllm_mac.calibrate.run import Options
+from vllm_mac.calibrate.report import as_markdown, config_with, show_tables, source, write_yaml
+from vllm_mac.calibrate.run import Options, exact_keys, reply, run_engine
 from vllm_mac.eval import requests
-from vllm_mac.runs import follow
 
 # -P: the installed package, not a folder of that name where the command happens to run.
 COMMAND = (sys.executable, "-P", "-m", "vllm_mac.calibrate.divergence")
@@ -34,11 +29,6 @@ NOTE = (
 )
 
 
-def reply(options: Options, request: requests.Request) -> int:
-    """Most tokens of the model's reply that are decoded; 0: the end of the prompt is."""
-    return min(options.grid.steps if options.reply is None else options.reply, request.max_tokens)
-
-
 def measure(
     options: Options, made: list[requests.Request], budget: float | None, saving: float | None, min_saving: float, environment: dict,
     tell: Callable[[str, int], None],
@@ -49,34 +39,20 @@ def measure(
     """
     replies = [reply(options, request) for request in made]
     config = options.mac
-    mac = config.model_dump(mode="json")
-    mac["layers"]["threshold"] = {}
+    # As many rings as there is room for, and nothing that would count or pause beside the measurement.
+    mac = exact_keys(config) | {"max_sequences": None, "audit": 0.0, "error_budget": None}
     llm = {
         "model": options.model, "max_num_seqs": SEQUENCES,
         "max_model_len": max(len(request.ids) + max(1, most) for request, most in zip(made, replies, strict=True)),
         "seed": options.seed, "disable_log_stats": True, **options.engine, **FIXED,
-        "additional_config": {**options.engine.get("additional_config", {}), "mac": mac | {"threshold": 1.0, "audit": 0.0, "error_budget": None, "max_sequences": None}},
+        "additional_config": {**options.engine.get("additional_config", {}), "mac": mac},
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="vllm-mac-calibrate-") as folder:
-        work = Path(folder)
-        spec = {
-            "llm": llm, "steps": options.grid.steps, "thresholds": list(options.grid.thresholds), "budget": budget, "saving": saving,
-            "min_saving": min_saving, "paper": all(getattr(config, key) == value for key, value in PAPER_SHAPE.items()), "out": str(work / "result.json"),
-            "prompts": [{"ids": list(r.ids), "reply": most} for r, most in zip(made, replies, strict=True)],
-        }  # fmt: skip
-        (work / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        failed: dict = {}
-
-        def heard(said: dict) -> None:
-            if "stage" in said:
-                tell(said["stage"], said["advance"])
-            else:
-                failed.update(said)
-
-        error = follow([*COMMAND, str(work / "spec.json")], work / "engine.log", heard, verbose=options.verbose)
-        if error := failed.get("error") or error:
-            raise CalibrateError(error)
-        found = json.loads((work / "result.json").read_text(encoding="utf-8"))
+    spec = {
+        "llm": llm, "steps": options.grid.steps, "thresholds": list(options.grid.thresholds), "budget": budget, "saving": saving,
+        "min_saving": min_saving, "paper": all(getattr(config, key) == value for key, value in PAPER_SHAPE.items()),
+        "prompts": [{"ids": list(r.ids), "reply": most} for r, most in zip(made, replies, strict=True)],
+    }  # fmt: skip
+    found, _ = run_engine(COMMAND, spec, lambda path: json.loads(path.read_text(encoding="utf-8")), tell, options.verbose)
     said = str(options.prompts) if options.prompts else f"{', '.join(options.tasks)}, seed {options.seed}"
     names = list(found["layers"])
     keys = {key: getattr(config, key) for key in ("band", "sink", "reuse", "lag_weight", "max_chain", "distance")}
@@ -145,28 +121,15 @@ def _figures(some: dict) -> list[str]:
 
 
 def show(results: dict, console: Console) -> None:
-    for title, head, rows in tables(results):
-        table = Table(title=title, title_justify="left")
-        for name in head:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-    console.print(NOTE, style="dim")
-    for line in summary(results):
-        console.print(line, markup=False)
+    show_tables(console, tables(results), NOTE, summary(results))
 
 
 def markdown(results: dict) -> str:
-    parts = ["# Calibration of MAC", _source(results), f"`{results['about']['command']}`", *summary(results), NOTE]
-    for title, head, rows in tables(results):
-        parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])]
-    return "\n\n".join(parts) + "\n"
+    return as_markdown(_source(results), results["about"]["command"], tables(results), NOTE, summary(results))
 
 
 def _source(results: dict) -> str:
-    env = results["about"]["environment"]
-    return f"{Path(results['about']['model']).name} on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}"
+    return source(results["about"], Path(results["about"]["model"]).name)
 
 
 def plot(results: dict, path: Path) -> None:

@@ -13,7 +13,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mac.calibrate import simulate
 from vllm_mac.calibrate.grid import grid_of
-from vllm_mac.layers import MacLayer, mac_layers
+from vllm_mac.layers import MacLayer, exact_reasons, mac_layers
 from vllm_mac.ring import ring_dtypes
 
 
@@ -33,11 +33,9 @@ class CalibrateWorker:
         context = self.vllm_config.compilation_config.static_forward_context
         for name, watch in self.calibrate_watches.items():
             context[name].register_forward_pre_hook(watch, with_kwargs=True)
-        exact: dict[str, int] = {}
-        for layer in layers:
-            if layer.exact is not None:
-                exact[layer.exact] = exact.get(layer.exact, 0) + 1
-        return {"layers": [(name, extract_layer_index(name)) for name in self.calibrate_watches], "exact": exact}
+        return {
+            "layers": [(name, extract_layer_index(name)) for name in self.calibrate_watches], "exact": exact_reasons(layers),
+        }  # fmt: skip
 
     def calibrate_prompt(self, tokens: int) -> None:
         """The next forward passes read a prompt of so many tokens."""

@@ -8,8 +8,6 @@ as JSON lines on the file descriptor FD.
 """
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ from vllm.config import VllmConfig
 
 from vllm_mac.bench.engine import read_counters
 from vllm_mac.calibrate import CalibrateError, knapsack
+from vllm_mac.calibrate.engine import serve, served_layers
 from vllm_mac.calibrate.grid import PAPER
 from vllm_mac.calibrate.knapsack import Option
 from vllm_mac.eval import forced
@@ -37,19 +36,15 @@ class DivergenceWorker(WorkerExtension):
     vllm_config: VllmConfig  # the worker's
 
     def divergence_layers(self) -> dict:
-        """{"served": [(name, index)], "exact": {reason: layers}, "rings": of each layer}."""
+        """{"layers": [(name, index)], "exact": {reason: layers}, "rings": of each layer}."""
         from vllm.model_executor.models.utils import extract_layer_index
 
-        from vllm_mac.layers import mac_layers
+        from vllm_mac.layers import exact_reasons, mac_layers
 
         layers = mac_layers(self.vllm_config)
-        exact: dict[str, int] = {}
-        for layer in layers:
-            if layer.exact is not None:
-                exact[layer.exact] = exact.get(layer.exact, 0) + 1
         served = [x for x in layers if x.exact is None]
         return {
-            "served": [(x.name, extract_layer_index(x.name)) for x in served], "exact": exact,
+            "layers": [(x.name, extract_layer_index(x.name)) for x in served], "exact": exact_reasons(layers),
             "rings": min((len(x.store.query) for x in served), default=None),
         }  # fmt: skip
 
@@ -142,11 +137,8 @@ def main(spec: dict, tell) -> None:
     v2 = config.use_v2_model_runner
     llm = LLM(**arguments | forced.engine_arguments(v2, config.model_config.get_vocab_size()))
     answers = llm.collective_rpc("divergence_layers")
-    layers = dict(tuple(layer) for answer in answers for layer in answer["served"])
     exact = {reason: count for answer in answers for reason, count in answer["exact"].items()}
-    if not layers:
-        reasons = ", ".join(f"{count} ({reason})" for reason, count in exact.items()) or "none is MAC's"
-        raise CalibrateError(f"--model: MAC serves no attention layer of {spec['llm']['model']}; exact: {reasons}")
+    layers = served_layers(spec["llm"]["model"], answers, exact)
     tell(stage="replying with exact attention", advance=0)
     prompts, texts = _texts(llm, spec)
     mac = spec["llm"]["additional_config"]["mac"]
@@ -206,17 +198,15 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
     if choices[0] != exact:  # what seems to cost nothing is measured as a whole too
         choices.insert(0, exact)
 
-    def measured(choice, half: int) -> Run:
-        trial.set({name: o.threshold for name, o in zip(trial.layers, choice, strict=True) if o.threshold is not None})
-        return trial.run(half)
+    tried: dict[tuple[int, int], Run] = {}
 
-    tried: dict[int, Run] = {}
-
-    def run(i: int) -> Run:
-        if i not in tried:
-            tell(stage=f"the choice that reads {sum(o.read for o in choices[i]) / len(choices[i]):.1%}", advance=0)
-            tried[i] = measured(choices[i], 0)
-        return tried[i]
+    def run(i: int, half: int = 0) -> Run:
+        if (i, half) not in tried:
+            choice = choices[i]
+            tell(stage=f"the choice that reads {sum(o.read for o in choice) / len(choice):.1%}", advance=1)
+            trial.set({name: o.threshold for name, o in zip(trial.layers, choice, strict=True) if o.threshold is not None})
+            tried[i, half] = trial.run(half)
+        return tried[i, half]
 
     if share is not None:
         at = _saving(choices, share, run)
@@ -231,8 +221,7 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
     last = halves[-1]
     curve = []
     for i in sorted({at, *np.linspace(1, len(choices) - 1, min(8, len(choices) - 1)).round().astype(int).tolist()}):
-        tell(stage=f"the curve, {sum(o.read for o in choices[i]) / len(choices[i]):.1%} of KV read", advance=1)
-        curve.append(measured(choices[i], last).plain() | {"chosen": i == at})
+        curve.append(run(i, last).plain() | {"chosen": i == at})
     singles = []
     for threshold in thresholds:
         tell(stage=f"all layers, threshold {threshold:g}", advance=1)
@@ -277,11 +266,4 @@ def _saving(choices, share: float, run) -> int:
 
 
 if __name__ == "__main__":
-    channel = int(sys.argv[2])
-    say = lambda **message: os.write(channel, (json.dumps(message) + "\n").encode())
-    try:
-        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), say)
-    except CalibrateError as error:
-        say(error=str(error))
-        say(done=True)
-    os._exit(0)
+    serve(main)

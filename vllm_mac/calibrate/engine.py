@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,7 @@ def main(spec: dict, tell) -> None:
 
     llm = LLM(**{"worker_extension_cls": "vllm_mac.calibrate.capture.CalibrateWorker", **spec["llm"]})
     answers = llm.collective_rpc("calibrate_start", args=(spec["grid"], spec["paper"]))
-    layers = dict(tuple(layer) for answer in answers for layer in answer["layers"])
-    if not layers:
-        reasons = ", ".join(f"{count} ({reason})" for reason, count in answers[0]["exact"].items()) or "none is MAC's"
-        raise CalibrateError(f"--model: MAC serves no attention layer of {spec['llm']['model']}; exact: {reasons}")
+    layers = served_layers(spec["llm"]["model"], answers, answers[0]["exact"])
     sums: list[dict[str, dict]] = [{} for _ in range(HALVES)]
     used = []
     for number, prompt in enumerate(spec["prompts"]):
@@ -60,6 +58,27 @@ def main(spec: dict, tell) -> None:
     llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
 
 
+def served_layers(model: str, answers: list[dict], exact: dict[str, int]) -> dict[str, int]:
+    """Name and index of the layers of all workers. Raises CalibrateError, with why layers are exact, where there is none."""
+    layers = dict(tuple(layer) for answer in answers for layer in answer["layers"])
+    if not layers:
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in exact.items()) or "none is MAC's"
+        raise CalibrateError(f"--model: MAC serves no attention layer of {model}; exact: {reasons}")
+    return layers
+
+
+def serve(main: Callable) -> None:
+    """Run an engine's `main(spec, tell)` as the process that the command line describes."""
+    channel = int(sys.argv[2])
+    say = lambda **message: os.write(channel, (json.dumps(message) + "\n").encode())
+    try:
+        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), say)
+    except CalibrateError as error:
+        say(error=str(error))
+        say(done=True)
+    os._exit(0)
+
+
 def _generate(llm, ids: list[int], params) -> tuple[int, ...]:
     output = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0]
     return tuple(output.outputs[0].token_ids)
@@ -78,11 +97,4 @@ def _added(a: dict, b: dict) -> dict:
 
 
 if __name__ == "__main__":
-    channel = int(sys.argv[2])
-    say = lambda **message: os.write(channel, (json.dumps(message) + "\n").encode())
-    try:
-        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), say)
-    except CalibrateError as error:
-        say(error=str(error))
-        say(done=True)
-    os._exit(0)
+    serve(main)

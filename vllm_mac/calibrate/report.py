@@ -238,26 +238,39 @@ def summary(results: dict) -> list[str]:
 
 
 def show(results: dict, console: Console) -> None:
-    for title, head, rows in tables(results):
+    show_tables(console, tables(results), NOTE, summary(results))
+
+
+def show_tables(console: Console, some: list[tuple[str, list[str], list[list[str]]]], note: str, said: list[str]) -> None:
+    for title, head, rows in some:
         table = Table(title=title, title_justify="left")
         for name in head:
             table.add_column(name, justify="right", no_wrap=True)
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
-    console.print(NOTE, style="dim")
-    for line in summary(results):
+    console.print(note, style="dim")
+    for line in said:
         console.print(line, markup=False)
 
 
 def markdown(results: dict) -> str:
-    env = results["about"]["environment"]
-    source = f"{results['about']['model']} on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}"
-    parts = ["# Calibration of MAC", source, f"`{results['about']['command']}`", *summary(results), NOTE]
-    for title, head, rows in tables(results):
+    about = results["about"]
+    return as_markdown(source(about, about["model"]), about["command"], tables(results), NOTE, summary(results))
+
+
+def as_markdown(origin: str, command: str, some: list[tuple[str, list[str], list[list[str]]]], note: str, said: list[str]) -> str:
+    parts = ["# Calibration of MAC", origin, f"`{command}`", *said, note]
+    for title, head, rows in some:
         lines = [head, ["---"] * len(head), *rows]
         parts += [f"## {title}", "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def source(about: dict, model: str) -> str:
+    """Where results are from. model: as it is to be called."""
+    env = about["environment"]
+    return f"{model} on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}"
 
 
 def plot(results: dict, path: Path) -> None:
@@ -270,9 +283,8 @@ def plot(results: dict, path: Path) -> None:
     _pareto(figure.add_subplot(1, 3, 1), results, metric)
     _layers(figure.add_subplot(1, 3, 2), results, metric, f"{metric} of relative error", "log")
     _layers(figure.add_subplot(1, 3, 3), results, "hits", "heads that hit, %", "linear")
-    env = results["about"]["environment"]
-    source = f"{Path(results['about']['model']).name} on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}"
-    figure.supxlabel(source, fontsize=7, x=0.01, ha="left")
+    about = results["about"]
+    figure.supxlabel(source(about, Path(about["model"]).name), fontsize=7, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from vllm_mac.calibrate import CalibrateError
 from vllm_mac.calibrate.grid import PAPER_WINDOW, Grid
@@ -86,6 +87,11 @@ def with_paper(options: Options, made: list[requests.Request]) -> bool:
     return options.grid.window == PAPER_WINDOW and all(len(request.ids) >= needed for request in made)
 
 
+def reply(options: Options, request: requests.Request) -> int:
+    """Most tokens of the model's reply that are measured with a prompt."""
+    return min(options.grid.steps if options.reply is None else options.reply, request.max_tokens)
+
+
 def measure(
     options: Options, made: list[requests.Request], environment: dict, tell: Callable[[str, int], None]
 ) -> Measured:
@@ -93,38 +99,23 @@ def measure(
 
     Raises CalibrateError where the engine fails.
     """
-    limit = options.grid.steps if options.reply is None else options.reply
-    replies = [min(limit, request.max_tokens) for request in made]
+    replies = [reply(options, request) for request in made]
     llm = {
         "model": options.model,
         # One token follows what is read: the last of the reply, or one that nobody asked for.
-        "max_model_len": max(len(request.ids) + max(1, reply) for request, reply in zip(made, replies, strict=True)),
+        "max_model_len": max(len(request.ids) + max(1, most) for request, most in zip(made, replies, strict=True)),
         "gpu_memory_utilization": 0.5,  # the rest is for what is captured and simulated
         "seed": options.seed,
         "disable_log_stats": True,
         **options.engine,
         **FIXED,
-        "additional_config": {**options.engine.get("additional_config", {}), "mac": _exact(options.mac)},
+        "additional_config": {**options.engine.get("additional_config", {}), "mac": exact_keys(options.mac) | {"max_sequences": 1}},
     }
-    with tempfile.TemporaryDirectory(prefix="vllm-mac-calibrate-") as folder:
-        work = Path(folder)
-        spec = {
-            "llm": llm, "grid": options.grid.as_dict(), "paper": with_paper(options, made), "out": str(work / "measured.npz"),
-            "prompts": [{"ids": list(r.ids), "reply": reply} for r, reply in zip(made, replies, strict=True)],
-        }  # fmt: skip
-        (work / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        found: dict = {}
-
-        def heard(said: dict) -> None:
-            if "stage" in said:
-                tell(said["stage"], said["advance"])
-            else:
-                found.update(said)
-
-        error = follow([*COMMAND, str(work / "spec.json")], work / "engine.log", heard, verbose=options.verbose)
-        if error := error or found.get("error"):
-            raise CalibrateError(error)
-        measured = Measured.load(work / "measured.npz")
+    spec = {
+        "llm": llm, "grid": options.grid.as_dict(), "paper": with_paper(options, made),
+        "prompts": [{"ids": list(r.ids), "reply": most} for r, most in zip(made, replies, strict=True)],
+    }  # fmt: skip
+    measured, found = run_engine(COMMAND, spec, Measured.load, tell, options.verbose)
     said = str(options.prompts) if options.prompts else f"{', '.join(options.tasks)}, seed {options.seed}"
     source = {
         "model": options.model, "prompts": said, "mac": options.mac.model_dump(mode="json"), "engine": options.engine,
@@ -133,11 +124,34 @@ def measure(
     return replace(measured, source=source)
 
 
-def _exact(config: MacConfig) -> dict:
-    """Inline keys of exact attention on the layers that the configuration selects, with one small ring."""
+def exact_keys(config: MacConfig) -> dict:
+    """Inline keys of exact attention on the layers that the configuration selects."""
     keys = config.model_dump(mode="json")
     keys["layers"]["threshold"] = {}
-    return keys | {"threshold": 1.0, "max_sequences": 1}
+    return keys | {"threshold": 1.0}
+
+
+def run_engine(
+    command: tuple[str, ...], spec: dict, load: Callable[[Path], Any], tell: Callable[[str, int], None], verbose: bool
+) -> tuple[Any, dict]:
+    """What `load` makes of the file that an engine of this package wrote, and what the engine said beside its stages.
+
+    The engine finds the file's path in its spec as `out`. Raises CalibrateError where it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="vllm-mac-calibrate-") as folder:
+        work, found = Path(folder), {}
+        (work / "spec.json").write_text(json.dumps(spec | {"out": str(work / "result")}), encoding="utf-8")
+
+        def heard(said: dict) -> None:
+            if "stage" in said:
+                tell(said["stage"], said["advance"])
+            else:
+                found.update(said)
+
+        error = follow([*command, str(work / "spec.json")], work / "engine.log", heard, verbose=verbose)
+        if error := error or found.get("error"):
+            raise CalibrateError(error)
+        return load(work / "result"), found
 
 
 def _made(options: Options, encoder: requests.Encoder) -> list[requests.Request]:
