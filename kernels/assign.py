@@ -72,7 +72,7 @@ def _assign_kernel(
     tl.store(p_used + ring, now, mask=ok)
 
     ring = tl.where(ok, ring, -1)
-    wants = active & (ring < 0) & (length + WINDOW >= MIN_CONTEXT)
+    wants = active & (ring < 0) & (length >= MIN_CONTEXT)
     wanted = tl.sum(wants.to(tl.int32), 0)
     if wanted > 0:
         tl.debug_barrier()

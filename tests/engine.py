@@ -320,11 +320,15 @@ def first_divergence(a: Run, b: Run) -> Divergence | None:
 
 
 def mac_counters(llm) -> Counter:
-    """MAC's counters over all layers: query heads by outcome, KV tokens by kind."""
+    """MAC's counters over all layers and workers: query heads by outcome, KV tokens by kind.
+
+    Workers in other processes need `worker_extension_cls="vllm_mac.metrics.WorkerExtension"`.
+    """
     from vllm_mac import metrics
 
+    apart = llm.llm_engine.vllm_config.parallel_config.world_size > 1
     total = Counter()
-    for samples in llm.collective_rpc(metrics.counters):
+    for samples in llm.collective_rpc("mac_counters" if apart else metrics.counters):
         for sample in samples:
             key = sample.labels.get("outcome") or sample.labels.get("kind") or sample.name
             total[key] += sample.value

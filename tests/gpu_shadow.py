@@ -114,7 +114,7 @@ class Step:
         self.store, _ = watch.stores[self.mac.name]
         for known, start, stop in zip(self.known, self.start, self.length):
             known.last = stop - 1
-            if known.first is None and stop + self.mac.config.window >= self.mac.config.min_context:
+            if known.first is None and stop >= self.mac.config.min_context:
                 known.first = max(stop - self.mac.config.window, start)
         decoder = metadata.decoder
         self.ring = decoder.ring[: self.decodes].tolist()

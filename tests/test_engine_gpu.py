@@ -6,6 +6,7 @@
   model itself: how far evaluations in the engine's dtype and in float32 lie apart, on the same tokens.
 * With reuse on, every row of every layer equals `paged` beside it (`gpu_shadow`), counters too, and
   graphs give what eager steps give.
+* On two GPUs each has half of the heads, and both the tokens and the counters are those of one.
 
     python -m pytest tests/test_engine_gpu.py -m gpu -s
 """
@@ -35,8 +36,12 @@ ENGINES = {
     # Every size of its own, so that each kernel runs as in eager steps, bit for bit: a hit that turns
     # into a miss by rounding would change tokens by more than rounding.
     "small graphs": ("MAC", "float16", SMALL, (1, 2, 3, 4, 5, 6, 7, 8)),
+    "two flashinfer": ("FLASHINFER", "float16", {}, ()),
+    "two exact graphs": ("MAC", "float16", {"threshold": 1.0}, (1, 2, 4, 8)),
+    "two small graphs": ("MAC", "float16", SMALL, (1, 2, 3, 4, 5, 6, 7, 8)),
 }
 NEW = 48
+OUTCOMES = ("hit", "miss", "exact")
 
 
 def text(name: str, length: int) -> list[int]:
@@ -72,7 +77,8 @@ class Engines:
             self.llm = self.stack.enter_context(harness.engine(
                 self.model, "v2", backend, {"mac": config} if config else {}, chunk=1024, prefix_caching=True,
                 max_model_len=6144, dtype=dtype, memory=256 << 20, enforce_eager=not sizes, async_scheduling=False,
-                **graphs,
+                tensor_parallel_size=2 if name.startswith("two ") else 1,
+                worker_extension_cls="vllm_mac.metrics.WorkerExtension", **graphs,
             ))  # fmt: skip
             self.name = name
         return self.llm
@@ -202,3 +208,19 @@ def test_graphs_give_what_eager_steps_give(engines, rounding):
     run, counts = engines.run("small graphs")
     assert counts["hit"] > 1000 and counts["miss"] > 100
     agree(expected, run, rounding)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["two exact graphs", "two small graphs"])
+def test_two_gpus_give_what_one_gives(engines, rounding, name):
+    one, before = engines.run(name.removeprefix("two "))
+    run, counts = engines.run(name)
+    assert sum(counts[k] for k in OUTCOMES) == sum(before[k] for k in OUTCOMES)
+    if name == "two exact graphs":
+        assert counts["hit"] == 0
+        expected, _ = engines.run("two flashinfer")
+        agree(expected, run, rounding)
+        agree(one, run, rounding)
+    else:  # a hit that turns into a miss by rounding changes what follows
+        assert counts["hit"] > 1000
+        assert counts["hit"] == pytest.approx(before["hit"], rel=0.05)

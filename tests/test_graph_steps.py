@@ -267,7 +267,7 @@ class Run(Engine):
         config, width = self.config, max(len(r.blocks) for r, _ in plan)
         table = torch.tensor([r.blocks + [0] * (width - len(r.blocks)) for r, _ in plan], dtype=torch.int32)
         for request, stop in plan:
-            if id(request) not in self.known and stop + config.window >= config.min_context:
+            if id(request) not in self.known and stop >= config.min_context:
                 self.known[id(request)] = self.free_rings.pop(), max(stop - config.window, request.computed)
         owned = [self.known.get(id(r), (-1, 0)) for r, _ in plan]
         ring = torch.tensor([ring for ring, _ in owned])

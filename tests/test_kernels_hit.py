@@ -485,6 +485,44 @@ def test_a_decoder_takes_each_layer_s_own_threshold(device):
             close(batch.out[i, heads], step.out, rough[i, k].out, torch.finfo(FP32).eps)
 
 
+@pytest.mark.parametrize("sink", [0, 5, 40])
+@pytest.mark.parametrize("group", [1, 4])
+def test_rows_without_a_ring_are_read_in_one_go(sink, group, device):
+    """The engine for misses reads their band as well, whatever their length, beside rows that have a ring."""
+    lengths = (1, 20, 90, 200, 190, 0, 47, 140)
+    case = Case(lengths, "mixed", rotary=0, group=group, ringless=(0, 1, 2, 4, 6), dtype=FP32)
+    batch = Batch(case, config(miss_engine="triton", audit=0.0, sink=sink), device)
+    heads = 2 * group
+    problem = PrefixProblem(
+        max_rows=len(lengths), heads=heads, kv_heads=2, head_size=64, page_size=16, max_blocks=13, dtype=FP32,
+        band=24, sink=sink, scale=batch.scale,
+    )  # fmt: skip
+    decoder = Decoder(problem, batch.config, torch.device(device))
+    for name in ("position", "ring", "first"):
+        getattr(decoder, name).copy_(getattr(batch, name))
+    steps, _ = batch.oracle()
+    rough, _ = batch.oracle(FP32)
+    for name in ("part_out", "part_lse", "band_acc", "band_sum"):
+        getattr(decoder._work, name).fill_(torch.nan)
+    decoder.begin_step(batch.table, batch.kv)
+    decoder.decode(
+        batch.query, batch.kv, batch.table, batch.store, batch.config, Rotary(None), batch.counters, batch.out
+    )
+    without = [i for i, n in enumerate(lengths) if i in case.ringless and n]
+    expected = [n - 1 + (24 if i in without else 0) for i, n in enumerate(lengths)]
+    assert decoder._work.reach.tolist() == expected
+    for (i, k), step in steps.items():
+        own = slice(group * k, group * (k + 1))
+        close(batch.out[i, own], step.out, rough[i, k].out, torch.finfo(FP32).eps)
+    counted = dict(zip(COUNTERS, batch.counters.tolist(), strict=True))
+    short = sum(lengths[i] < batch.config.min_context for i in without)
+    assert counted["heads_short"] - heads * short == heads * sum(
+        n and n < batch.config.min_context for i, n in enumerate(lengths) if i not in without
+    )
+    assert counted["heads_without_ring"] == heads * (len(without) - short)
+    assert counted["tokens_read"] + counted["tokens_skipped"] == 2 * sum(lengths)
+
+
 def same(a, b):
     return not isinstance(a, torch.Tensor) and type(a) is type(b) and a == b
 

@@ -126,7 +126,7 @@ class Tables:
                 claims[ring] += 1
                 self.seen["continued"] += 1
                 self.seen["prefilled on"] += bool(prefilling[i])
-            elif row.stop + t.config.window >= t.config.min_context:
+            elif row.stop >= t.config.min_context:
                 wants += 1
             else:
                 self.seen["short"] += 1

@@ -71,7 +71,7 @@ def test_long_schedules_reach_what_they_mean_to(v2, lanes):
         rng = random.Random(seed)
         engine = Engine(
             rings=rng.randint(1, 4), blocks=rng.randint(10, 24), size=rng.choice([1, 2, 4]), window=rng.randint(1, 6),
-            min_context=rng.randint(3, 6), chunk=rng.randint(1, 8), v2=v2, lanes=lanes, seed=seed,
+            min_context=rng.randint(3, 4), chunk=rng.randint(1, 8), v2=v2, lanes=lanes, seed=seed,
         )  # fmt: skip
         kinds = ["add", "twins", "abort", "preempt"] + ["step"] * 12
         schedule = []
@@ -236,10 +236,10 @@ def test_no_ring_left():
 
 def test_short_sequences_take_no_ring():
     table = make_table(rings=1, window=8, min_context=12)
-    # Recorded at position 2, a summary serves until position 10, and matching begins at 11.
-    assert one(table, [1], 0, 3, True) == (-1, 3)
+    assert one(table, [1, 2, 3], 0, 11, True) == (-1, 11)
     assert table.states() == {"active": 0, "idle": 0, "free": 1}
-    assert one(table, [1], 3, 4) == (0, 3)
+    # Matching begins here, and with it recording.
+    assert one(table, [1, 2, 3], 11, 12) == (0, 11)
 
 
 def test_batches_in_flight_do_not_take_each_other_s_rings():

@@ -180,7 +180,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         begin = common.query_start_loc_cpu.numpy()[decodes : common.num_reqs + 1].astype(np.int64)
         length = common.seq_lens_cpu_upper_bound.numpy()[decodes : common.num_reqs].astype(np.int64)
         count = np.diff(begin)
-        taken = np.where(length + config.window >= config.min_context, np.minimum(count, config.window), 0)
+        taken = np.where(length >= config.min_context, np.minimum(count, config.window), 0)
         total = int(taken.sum())
         if not total:
             return None

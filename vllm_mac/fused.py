@@ -37,8 +37,10 @@ class Decoder:
         self.warm = False  # whether `warmup` has been through it
         rows, heads, d = problem.max_rows, problem.heads, problem.head_size
         self.position, self.ring, self.first = (torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in "prf")
-        self._work = Workspace.allocate(rows, heads, problem.kv_heads, d, device)
         self._exact = ENGINES[config.miss_engine](problem, device)
+        # FlashInfer's page tables are written once a step, before a layer could tell.
+        reach = isinstance(self._exact, TritonExact)
+        self._work = Workspace.allocate(rows, heads, problem.kv_heads, d, device, reach)
         self._prefix_out = torch.empty(rows, heads, d, dtype=problem.dtype, device=device)
         self._prefix_lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
         self._auditor = Auditor(problem, device) if config.audit else None
@@ -76,7 +78,8 @@ class Decoder:
             query, position, ring, self.first[:rows], block_table, kv, store, config, scale, self._work, out, counts,
             **rope, paused=paused,
         )  # fmt: skip
-        self._exact.run(query, kv, block_table, position, hit, prefix_out, prefix_lse)
+        reach = position if self._work.reach is None else self._work.reach[:rows]
+        self._exact.run(query, kv, block_table, reach, hit, prefix_out, prefix_lse)
         complete_misses(
             query, position, ring, store, prefix_out, prefix_lse, self._work, out,
             **rope, prefix_lse_base2=self._exact.lse_base == 2,

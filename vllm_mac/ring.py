@@ -139,9 +139,9 @@ class RingTable:
         self.owner[torch.where(slots % self.block_size == 0, slots // self.block_size, absent)] = -1
         ring = self._continued(start, active, prefilling, block_table, request, rows)
 
-        # A summary recorded at p serves m <= p + window, and no match is attempted before
-        # min_context: shorter sequences need no ring yet.
-        wants = active & (ring < 0) & (length + self.config.window >= self.config.min_context)
+        # Nothing is matched before min_context. To record what leads up to it would cost a growing
+        # sequence the reading of its band apart, for reuse that is worth little at that length.
+        wants = active & (ring < 0) & (length >= self.config.min_context)
         fresh = self._fresh(ring, wants)
         ring = torch.where(wants, fresh, ring)
 

@@ -134,6 +134,8 @@ def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: 
     # a step would find its own query there.
     first = ints(max(m - config.window + 1, 0))
     ring = torch.randperm(rows, generator=draw, device=device).to(torch.int32)
+    if shape.context < config.min_context:
+        ring.fill_(-1)  # it would have none
     table = pages.view(rows, -1).to(torch.int32)
     rotary = Rotary(Rope(shape.context, shape.head_size, shape.dtype, device))
     return Step(shape, config, ints(m), ring, first, table, rotary, made)
@@ -234,9 +236,10 @@ def realised(step: Step) -> Realised:
     store = step.layers[0].store
     query, out = (part.dtype.itemsize * shape.head_size for part in (store.query, store.out))
     heads = shape.batch * shape.heads
-    searched = min(config.window, m) if shape.context >= config.min_context else 0
+    ringed = shape.context >= config.min_context
+    searched = min(config.window, m) if ringed else 0
     # The ring's queries; an entry of query, output, LSE and chain written, and on a hit one read.
-    rings = heads * (searched * query + (1 + float(hit.double().mean())) * (query + out + 8))
+    rings = heads * (searched * query + (ringed + float(hit.double().mean())) * (query + out + 8))
     rows = 2 * heads * shape.head_size * shape.dtype.itemsize
     return Realised(
         heads_matched=mean(source >= 0),
