@@ -17,8 +17,8 @@ from vllm_mac.eval import prose, tasks
 
 BOS, EOS, _, _, _, USER, ASSISTANT, END = (chr(BYTES + i) for i in range(len(SPECIALS)))
 # Kinds of target tokens; each kind's mean loss has its own weight.
-KINDS = ("noise", "lookup", "long", "text", "asked", "ends")
-NOISE, LOOKUP, LONG, TEXT, ASKED, ENDS = range(len(KINDS))
+KINDS = ("noise", "lookup", "long", "text", "asked")
+NOISE, LOOKUP, LONG, TEXT, ASKED = range(len(KINDS))
 KIND_SHIFT = 9  # a token and its kind share an int16: token | kind << 9
 Piece = tuple[str, int]
 
@@ -121,19 +121,9 @@ def pairs(draw: random.Random, room: int) -> list[Piece]:
 
 
 def plan(draw: random.Random, room: int) -> list[Piece]:
-    """A plan of any length: of a few lengths a model learns to stop there, whatever was asked.
-
-    What ends its lines counts by itself: one of them in thousands of bytes ends the plan.
-    """
+    # Of any length: of a few lengths a model learns to stop there, whatever was asked.
     lines = draw.randint(30, max(30, min(draw.choice((60, 120, 300)), room // 55)))
-    pieces = []
-    for text, kind in chat(tasks.plan(draw, room - 36 * lines, lines), LONG):
-        if kind != LONG:
-            pieces.append((text, kind))
-            continue
-        for line in text.splitlines(keepends=True):
-            pieces += [(line[:-1], LONG), (line[-1], ENDS)]
-    return pieces
+    return chat(tasks.plan(draw, room - 36 * lines, lines), LONG)
 
 
 def copy(draw: random.Random, room: int) -> list[Piece]:

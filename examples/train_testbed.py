@@ -29,7 +29,7 @@ from vllm_mac.eval import tasks
 
 END = ord(data.END)
 # Weight of each kind of target in the loss. The haystack's words and digits are drawn at random: little is to be learned.
-WEIGHTS = {"noise": 0.1, "lookup": 0.6, "long": 0.4, "text": 0.15, "asked": 0.6, "ends": 0.2}
+WEIGHTS = {"noise": 0.1, "lookup": 0.6, "long": 0.4, "text": 0.15, "asked": 0.6}
 MUON_RATE, EMBED_RATE, HEAD_RATE = 0.02, 6e-3, 3e-3
 WARM_UP, DECAY = 200, 0.35  # steps; the last share of the time
 ACCUMULATE_FROM = 8192  # rows this long are too few per batch: two batches make a step

@@ -144,8 +144,10 @@ def test_plans_follow_from_their_rules(task):
     people = {int(d): who for d, who in re.findall(rf"^{unit} ending in (\d): (.+)$", rules, re.M)}
     ranges = [(int(a), int(b), what) for a, b, what in re.findall(rf"^{unit} (\d+) to (\d+): (.+)$", rules, re.M)]
     events = {int(i): what for i, what in re.findall(rf"^{unit} (\d+): (.+)$", rules, re.M)}
-    assert len(sample.answers) == count and len(events) == count // 5
-    for i, line in enumerate(sample.answers, 1):
+    *lines, last = sample.answers
+    assert len(lines) == count and len(events) == count // 5
+    assert last == f"{unit} {count + 1}: end" and f"End with the line `{last}`" in sample.prompt
+    for i, line in enumerate(lines, 1):
         inside = [what for a, b, what in ranges if a <= i <= b]
         if "closed" in inside:
             assert line == f"{unit} {i}: closed"

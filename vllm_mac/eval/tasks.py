@@ -328,7 +328,10 @@ def _frequent(draw: random.Random, chars: int, turns: int) -> Episode:
 
 
 def plan(draw: random.Random, chars: int, lines: int) -> Episode:
-    """A plan of so many lines (30 or more)."""
+    """A plan of so many lines (30 or more), and one that ends it.
+
+    The last line makes where to stop one more thing that the prompt says of a line, as its event is.
+    """
     title, unit, *choices = draw.choice(PLANS)
     kinds, places = (choice.split("|") for choice in choices)
     people = draw.sample(prose.PEOPLE, 10)
@@ -342,7 +345,8 @@ def plan(draw: random.Random, chars: int, lines: int) -> Episode:
             return f"{unit} {i}: closed"
         return f"{unit} {i}: {events.get(i, 'none')}, {people[i % 10]}, {decades[i // 10]}"
 
-    written = [line(i) for i in range(1, lines + 1)]
+    last = f"{unit} {lines + 1}: end"
+    written = [*map(line, range(1, lines + 1)), last]
     rules = [
         f"Who is on duty goes by the last digit of the {unit.lower()}.",
         *(f"{unit} ending in {digit}: {person}" for digit, person in enumerate(people)),
@@ -357,7 +361,7 @@ def plan(draw: random.Random, chars: int, lines: int) -> Episode:
     question = (
         f"Write the {title}: {unit.lower()} 1 to {lines}, one line each and in order, in the form "
         f"`{unit} 0: event, person, place`. Where there is no event, write `none` for it; "
-        f"where all is closed, write `{unit} 0: closed`. Write nothing else."
+        f"where all is closed, write `{unit} 0: closed`. End with the line `{last}`. Write nothing else."
     )
     text = "\n".join(rules)
     notes = prose.paragraphs(prose.sentences(draw, chars - len(opening) - len(text) - len(question) - 6))
