@@ -31,7 +31,7 @@ DEFAULTS = {
     "window": 512,
     "band": 256,
     "sink": 0,
-    "threshold": 0.8,
+    "threshold": 0.85,
     "distance": "absolute",
     "min_context": 2048,
     "lag_weight": 0.0,
@@ -271,9 +271,9 @@ def test_layers_is_a_mapping_with_known_keys():
 @pytest.mark.parametrize(
     ("thresholds", "found"),
     [
-        ({}, [0.8] * 6),
-        ({2: 0.5, "4": 1}, [0.8, 0.8, 0.5, 0.8, 1, 0.8]),
-        ({"1-2": 0.6, "*.layers.5.*": 0}, [0.8, 0.6, 0.6, 0.8, 0.8, 0]),
+        ({}, [0.85] * 6),
+        ({2: 0.5, "4": 1}, [0.85, 0.85, 0.5, 0.85, 1, 0.85]),
+        ({"1-2": 0.6, "*.layers.5.*": 0}, [0.85, 0.6, 0.6, 0.85, 0.85, 0]),
         # The last that matches counts: the exception below its rule.
         ({"*": 0.7, "1-3": 0.6, 2: 0.5}, [0.7, 0.6, 0.5, 0.6, 0.7, 0.7]),
         ({2: 0.5, "1-3": 0.6, "*": 0.7}, [0.7] * 6),
@@ -286,7 +286,7 @@ def test_thresholds_of_layers(thresholds, found, yaml_file):
         own = [config.for_layer(NAME.format(i), i) for i in range(6)]
         assert [one.threshold for one in own] == found
         # Nothing but the threshold is the layer's own.
-        assert {one.model_copy(update={"threshold": 0.8}) for one in own} == {config}
+        assert {one.model_copy(update={"threshold": 0.85}) for one in own} == {config}
 
 
 def test_patterns_of_thresholds_that_match_no_layer_are_known():
@@ -587,7 +587,7 @@ def test_describe_is_one_line_with_every_key():
     layers = {"include": ["0-3", 5], "threshold": {5: 0.5, "0-3": 1}}
     line = resolve({"max_chain": 3, "layers": layers}, {}).describe()
     assert "\n" not in line
-    assert line.startswith("enabled=true window=512 band=256 sink=0 threshold=0.8 ")
+    assert line.startswith("enabled=true window=512 band=256 sink=0 threshold=0.85 ")
     assert "reuse=anchored max_chain=3 ring_dtype=auto max_sequences=null" in line
     assert line.endswith(
         'layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}'

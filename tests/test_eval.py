@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vllm_mac import cli
+from vllm_mac import cli, runs
 from vllm_mac.eval import EvalError, longbench, report, requests, results, run, statistics, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -424,6 +424,33 @@ def test_a_configuration_that_fails_leaves_the_others(monkeypatch, tmp_path):
     fake_engine(monkeypatch)
     found = run.run(options(tmp_path, mac={"two": {}, "one": {}}, resume=True), made(), ENVIRONMENT, lambda *_: None)
     assert [row["configuration"] for row in found["totals"]] == ["exact", "two", "one"] and not found["errors"]
+
+
+@pytest.mark.parametrize("name, counted", [("exact", 0), ("two", 2)])
+def test_an_interrupted_run_shows_what_was_finished(monkeypatch, tmp_path, name, counted):
+    """And goes on with the rest."""
+    fake_engine(monkeypatch)
+    configurations = {"one": {}, "two": {}, "three": {}}
+
+    def follow(command, log, tell, **_):
+        if Path(json.loads(Path(command[-1]).read_text())["folder"]).name == name:
+            raise KeyboardInterrupt
+        return runs.follow(command, log, tell)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "follow", follow)
+        opts = options(tmp_path, mac=configurations)
+        if not counted:
+            with pytest.raises(KeyboardInterrupt):
+                run.run(opts, made(), ENVIRONMENT, lambda *_: None)
+            assert not (opts.out / "results.json").exists()
+        else:
+            found = run.run(opts, made(), ENVIRONMENT, lambda *_: None)
+            assert [row["configuration"] for row in found["totals"]] == ["exact", "one"]
+            assert found["errors"] == {"two": run.INTERRUPTED, "three": run.INTERRUPTED}
+            assert "three gave no figures: interrupted" in report.markdown(found)
+    found = run.run(options(tmp_path, mac=configurations, resume=True), made(), ENVIRONMENT, lambda *_: None)
+    assert len(found["totals"]) == 4 and not found["errors"]
 
 
 @pytest.mark.parametrize(

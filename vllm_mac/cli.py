@@ -291,6 +291,8 @@ def evaluate(
                 raise EvalError("--plot: no prompt has answers, so there are no scores to plot")
             tables.save(figure, results, plot)
         print(f"{out}: {RESULTS}, {', '.join(path.name for path in written)}", file=sys.stderr)
+        if run.INTERRUPTED in results["errors"].values():
+            raise KeyboardInterrupt
     except (EvalError, BenchError, MacConfigError, ImportError) as error:
         _fail(error)
     except KeyboardInterrupt:

@@ -124,7 +124,7 @@ class MacConfig(_Section):
     band: int = Field(256, ge=1, description="The most recent tokens, which no summary contains.")
     sink: int = Field(0, ge=0, description="The leading tokens, which no summary contains.")
     threshold: float = Field(
-        0.8,
+        0.85,
         ge=0,
         le=1,
         description="Hit when |q-q'|^2 < 2 d (1-threshold)^2; higher is stricter, 1 never hits.",

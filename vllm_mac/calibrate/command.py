@@ -18,7 +18,7 @@ _ERROR = {
     "--lag-weights": "0,4", "--reuse": "anchored,chained", "--max-chain": "none", "--distance": "absolute",
 }  # fmt: skip
 _KL = {
-    "--thresholds": "0.1,0.3,0.45,0.6,0.7,0.8,0.9", "--bands": "256", "--sinks": "0", "--lag-weights": "0", "--reuse": "anchored",
+    "--thresholds": "0.1,0.3,0.45,0.6,0.7,0.8,0.85,0.9", "--bands": "256", "--sinks": "0", "--lag-weights": "0", "--reuse": "anchored",
     "--max-chain": "none", "--distance": "absolute",
 }  # fmt: skip
 _CALIBRATED = {

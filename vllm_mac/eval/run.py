@@ -23,6 +23,7 @@ COMMAND = (sys.executable, "-P", "-m", "vllm_mac.eval.engine")
 OWN = "default"  # the platform's own choice of backend
 REQUESTS = "requests.jsonl"
 SEQUENCES = 16  # decoded together unless --engine says otherwise
+INTERRUPTED = "interrupted"  # in place of a configuration's figures
 # A run that goes on elsewhere, or with other code, would not be one run.
 SAME = ("gpu", "vllm", "torch", "triton", "flashinfer", "vllm_mac", "commit")
 
@@ -70,7 +71,9 @@ def run(options: Options, made: list[requests.Request], environment: dict, tell:
     """The results, see `results.collect`; written to the run's folder too.
 
     tell(what, advance): what goes on, and how many of `steps` are done. An engine that fails leaves an
-    error in place of its figures; that of exact attention ends the run.
+    error in place of its figures; that of exact attention ends the run. After Ctrl-C the results are those of the
+    configurations that were finished, and `INTERRUPTED` is the error of the others; raises
+    KeyboardInterrupt where exact attention's were not.
     """
     check_folder(options.out, options.resume)
     configuration = _configuration(options, made)
@@ -80,11 +83,17 @@ def run(options: Options, made: list[requests.Request], environment: dict, tell:
     errors = {}
     with tempfile.TemporaryDirectory(prefix="vllm-mac-eval-") as work:
         requests.save(made, Path(work) / REQUESTS)
-        for name in (EXACT, *options.mac):
-            if error := _engine(options, name, made, Path(work), tell):
-                if name == EXACT:
-                    raise EvalError(f"{EXACT}: {error}")
-                errors[name] = error
+        try:
+            for name in (EXACT, *options.mac):
+                if error := _engine(options, name, made, Path(work), tell):
+                    if name == EXACT:
+                        raise EvalError(f"{EXACT}: {error}")
+                    errors[name] = error
+        except KeyboardInterrupt:
+            unfinished = [name for name in (EXACT, *options.mac) if any(results.left(options.out / name, made, options.kl))]
+            if EXACT in unfinished:
+                raise
+            errors |= {name: INTERRUPTED for name in unfinished if name not in errors}
     return results.collect(options.out, configuration, environment, made, errors)
 
 
