@@ -200,7 +200,7 @@ def test_lag_weight_counts_in_units_of_the_limit_of_either_distance():
 
 
 def test_max_chain_leaves_out_entries_that_deep():
-    ring = ring_of({17: 0.25, 18: 0.0}, chains={17: 2, 18: 3})
+    ring = ring_of({17: 0.125, 18: 0.0}, chains={17: 2, 18: 3})
     assert [pick(20, 0.0, ring, max_chain=n) for n in (None, 4, 3, 2)] == [18, 18, 17, -1]
 
 

@@ -179,7 +179,7 @@ def test_warming_up_leaves_no_trace(keys):
     work, watched = decoder._work, {}
     for field in dataclasses.fields(work):
         value = getattr(work, field.name)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and field.name != "reach":  # which every step writes for every row
             watched[f"work.{field.name}"] = value
     for i, layer in enumerate(layers):
         watched |= {f"{i}.{field.name}": getattr(layer.store, field.name) for field in dataclasses.fields(layer.store)}

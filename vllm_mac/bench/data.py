@@ -20,7 +20,7 @@ from vllm_mac.ring import RingStore, narrow, ring_dtypes
 from vllm_mac.rope import Rotary
 
 LAGS = ("geometric", "uniform", "constant")
-NEAR = 0.2  # elements of a planted query are off by this; queries are off by sqrt(2) from one another
+NEAR = 0.25  # how far off a planted query is, of what the threshold allows; others are off by sqrt(2) an element
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,8 @@ def plant(step: Step, rate: float, law: str, mean_lag: int, seed: int) -> None:
         slot = (source[row, head] % config.window).to(store.query.device)
         row, head = row.to(slot.device), head.to(slot.device)
         near = step.rotary.undo(layer.query, step.position.long())[row, head]
-        near = near + NEAR * torch.randn(near.shape, generator=noise, device=near.device)
+        off = NEAR * math.sqrt(2.0) * (1.0 - config.threshold)
+        near = near + off * torch.randn(near.shape, generator=noise, device=near.device)
         store.query[step.ring[row].long(), head, slot] = narrow(near, store.query.dtype)
         # Shorter sequences do not try to match.
         layer.source = source if shape.context >= config.min_context else torch.full_like(source, -1)
