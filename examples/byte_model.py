@@ -1,4 +1,4 @@
-"""A small Llama with random weights and a byte tokenizer: a stand-in until a trained model ships.
+"""A small Llama with random weights, for tests, and the byte tokenizer that the testbed has too.
 
     python examples/byte_model.py FOLDER
 

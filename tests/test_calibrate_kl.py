@@ -11,6 +11,7 @@ from test_calibrate import invoke, models, quick, said  # noqa: F401, models and
 
 from vllm_mac.calibrate import CalibrateError, knapsack
 from vllm_mac.calibrate.divergence import Run, _calibrate
+from vllm_mac.calibrate.journal import Journal
 from vllm_mac.calibrate.knapsack import Option
 from vllm_mac.config import resolve
 
@@ -158,12 +159,73 @@ def test_exact_thresholds_have_no_divergence(models, quick, tmp_path):
     assert not (tmp_path / "mac.yaml").exists()
 
 
+@pytest.mark.cpu
+def test_a_stopped_run_goes_on_with_what_was_kept(models, quick, tmp_path):
+    """All passes but the first three are lost, the fourth half written: the end is the same."""
+    kept, told = tmp_path / "kept" / "kl.jsonl", [tmp_path / "1.json", tmp_path / "2.json"]
+    run = lambda *more: invoke(
+        "--model", models("llama3"), "--mac", json.dumps(SMALL), *FEW, "--tasks", "niah_single", "--length", 700, "--samples", 2,
+        "--budget", 1.5, "--keep", kept, "--out", tmp_path / "mac.yaml", *more,
+    )  # fmt: skip
+    first = run("--json", told[0])
+    assert first.exit_code == 0, said(first)
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(lines[:5]) + lines[5][:30])
+    second = run("--json", told[1])
+    assert second.exit_code == 0 and "3 passes were measured before" in said(second), said(second)
+    assert kept.read_text().splitlines(keepends=True)[:5] == lines[:5]
+    assert [sorted(json.loads(line)) for line in kept.read_text().splitlines()] == [sorted(json.loads(line)) for line in lines]
+    one, two = (json.loads(path.read_text()) for path in told)
+    assert one["config"] == two["config"] and len(one["singles"]) == len(two["singles"]) == 3
+    for a, b in zip(one["singles"] + one["curve"], two["singles"] + two["curve"], strict=True):
+        assert a["read"] == b["read"] and a["kl"] == pytest.approx(b["kl"], rel=1e-3)
+    other = run("--steps", 40)
+    assert other.exit_code == 2 and "holds another run's measurements" in said(other) and "--steps: there 48, now 40" in said(other)
+
+
+def test_a_journal_reads_what_it_wrote_and_nothing_else(tmp_path):
+    path, about = tmp_path / "new" / "kl.jsonl", {"llm": {"model": "m" * 300, "mac": {"window": 512}}}
+    made = Journal(path, about)
+    made.keep_replies([[1], []])
+    made.put([{"b": 0.1, "a": 0.2}, None, 0], [0.5, [1.0]])
+    with pytest.raises(CalibrateError, match="^--keep: .* is in use by another run"):
+        Journal(path, about)
+    del made  # and with it the lock
+    with open(path, "a") as file:
+        file.write('{"pass": [1')  # cut short
+    again = Journal(path, about)
+    assert again.replies == [[1], []] and len(again) == 1
+    assert again.found([{"a": 0.2, "b": 0.1}, None, 0]) == [0.5, [1.0]] and again.found([{"a": 0.2, "b": 0.1}, None, 1]) is None
+    del again
+    content = path.read_bytes()
+    assert content.endswith(b"]}\n")
+    about["llm"]["mac"]["window"] = 256
+    with pytest.raises(CalibrateError, match=r"another file\. llm\.mac\.window: there 512, now 256$"):
+        Journal(path, about)
+    assert path.read_bytes() == content
+    for other in (b"\xff\xfe", b"[]\n", b"PK", b'{"about": 1}\n', b'{"about": {}}\n{"found": 2}\n'):
+        path.write_bytes(other)
+        with pytest.raises(CalibrateError, match="^--keep: .*holds no measurements of --metric kl"):
+            Journal(path, {})
+        assert path.read_bytes() == other
+    for begun in (b"", b'{"about": {'):
+        path.write_bytes(begun)
+        assert Journal(path, {"a": 1}).replies is None
+        assert path.read_bytes() == b'{"about": {"a": 1}}\n'
+    with pytest.raises(CalibrateError, match="^--keep: .*Is a directory"):
+        Journal(tmp_path, {})
+    nothing = Journal(None, {})
+    nothing.put([1], 2)
+    assert nothing.found([1]) == 2 and nothing.replies is None
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--bands", "128,256"], "--bands: received '128,256'; --metric kl takes one value, for all layers"),
         (["--budget", "0"], "--budget: received 0; choose a divergence above 0"),
-        (["--metric", "kl", "--keep", "m.npz"], "--keep: measurements are kept of simulated metrics"),
+        (["--metric", "kl", "--measured", "m.npz"], "--measured: kl is measured anew"),
+        (["--keep", "m.npz"], "--keep: received m.npz; of --metric kl lines of JSON are kept"),
         (["--metric", "kld"], "--metric: received 'kld'; choose from kl, p50, p95, p99, mean"),
         (["--engine", '{"enforce_eager": false}'], "--engine: enforce_eager: received False; calibration needs True"),
     ],

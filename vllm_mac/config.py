@@ -139,8 +139,8 @@ class MacConfig(_Section):
         2048,
         ge=1,
         validate_default=True,
-        description="Context length, the token being decoded included, from which a match "
-        "is attempted.",
+        description="Context length, the token being decoded included, from which queries "
+        "are recorded and matched.",
     )
     lag_weight: float = Field(
         0.0,

@@ -12,6 +12,7 @@ kv: `[blocks, K, block_size, 2 D]`, any strides; keys are `[..., :D]`, values `[
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
@@ -204,7 +205,7 @@ def prefill(
     token = torch.arange(start + n)
     position = token[start:]
     keys = *gather(kv, blocks, token), token
-    out = _attend_heads(query, *keys, torch.zeros_like(position), position + 1, scale).out
+    out = _causal(query, *keys, start, scale)
     if ring >= 0:
         kept = slice(max(n - config.window, 0), n)
         position = position[kept]
@@ -215,6 +216,20 @@ def prefill(
         rings = torch.full_like(position, ring)
         _record(store, rings, position, pre_query[kept], summary, chain, config.window)
     return out
+
+
+def _causal(query, key, value, token, start: int, scale: float) -> Tensor:
+    """Causal attention of queries `[n, H, D]` from position `start` on, `[n, H, D]` float32, by PyTorch's own kernel."""
+    n, heads, _ = query.shape
+    key, value = (x.repeat_interleave(heads // len(x), 0) for x in (key, value))
+    block = max(1, SCORES_AT_ONCE // (heads * len(token)))
+    out = []
+    for i in range(0, n, block):
+        q = query[i : i + block].float().transpose(0, 1)
+        seen = start + min(i + block, n)  # later keys are hidden from the whole block
+        visible = token[:seen] <= token[start + i : seen, None]
+        out.append(F.scaled_dot_product_attention(q, key[:, :seen], value[:, :seen], attn_mask=visible, scale=scale))
+    return torch.cat(out, 1).transpose(0, 1)
 
 
 def _attend_heads(query, key, value, token, start, stop, scale: float) -> Partial:

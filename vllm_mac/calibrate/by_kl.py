@@ -4,6 +4,7 @@ This side knows neither vLLM nor torch beyond what makes the prompts: `divergenc
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from vllm_mac.calibrate.grid import PAPER, PAPER_WINDOW
 from vllm_mac.calibrate.report import as_markdown, config_with, show_tables, source, write_yaml
 from vllm_mac.calibrate.run import Options, exact_keys, reply, run_engine
 from vllm_mac.eval import requests
+from vllm_mac.eval.run import same_place
 
 # -P: the installed package, not a folder of that name where the command happens to run.
 COMMAND = (sys.executable, "-P", "-m", "vllm_mac.calibrate.divergence")
@@ -31,11 +33,12 @@ NOTE = (
 
 def measure(
     options: Options, made: list[requests.Request], budget: float | None, saving: float | None, min_saving: float, environment: dict,
-    tell: Callable[[str, int], None],
+    tell: Callable[[str, int], None], keep: Path | None = None,
 ) -> dict:  # fmt: skip
     """Everything that is reported, as JSON has it. One of budget, in nats a token, and saving is given.
 
-    Raises CalibrateError where the engine fails, and where no layer can be served within the budget.
+    keep: file for what was measured, with which a stopped run goes on. Raises CalibrateError where the engine
+    fails, where that file is another run's, and where no layer can be served within the budget.
     """
     replies = [reply(options, request) for request in made]
     config = options.mac
@@ -51,6 +54,11 @@ def measure(
         "llm": llm, "steps": options.grid.steps, "thresholds": list(options.grid.thresholds), "budget": budget, "saving": saving,
         "min_saving": min_saving, "paper": all(getattr(config, key) == value for key, value in PAPER_SHAPE.items()),
         "prompts": [{"ids": list(r.ids), "reply": most} for r, most in zip(made, replies, strict=True)],
+        "keep": str(keep.absolute()) if keep else None,
+    }  # fmt: skip
+    spec["about"] = {
+        "llm": llm, "files": _files(Path(options.model)), "--steps": options.grid.steps, "prompts": requests.digest(made),
+        "--reply": replies, "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER"), **same_place(environment),
     }  # fmt: skip
     found, _ = run_engine(COMMAND, spec, lambda path: json.loads(path.read_text(encoding="utf-8")), tell, options.verbose)
     said = str(options.prompts) if options.prompts else f"{', '.join(options.tasks)}, seed {options.seed}"
@@ -70,6 +78,12 @@ def measure(
         ],
         **{key: found[key] for key in ("predicted", "chosen", "held_out", "curve", "singles", "paper")},
     }  # fmt: skip
+
+
+def _files(model: Path) -> dict[str, list]:
+    """Where a model's folder is, and size and time of its files; empty for a model that is no folder."""
+    files = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
+    return {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def write_config(results: dict, path: Path) -> None:

@@ -14,7 +14,7 @@ from vllm_mac.options import Mac, Plot, Seed, ShowProgress
 
 # What is tried where the command line does not say. By its divergence one setting is tried for all layers.
 _ERROR = {
-    "--thresholds": "0.1,0.2,0.3,0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7,0.75,0.8,0.9", "--bands": "128,256,512", "--sinks": "0,4",
+    "--thresholds": "0.1,0.2,0.3,0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7,0.75,0.8,0.85,0.9", "--bands": "128,256,512", "--sinks": "0,4",
     "--lag-weights": "0,4", "--reuse": "anchored,chained", "--max-chain": "none", "--distance": "absolute",
 }  # fmt: skip
 _KL = {
@@ -49,7 +49,7 @@ def calibrate(
         str | None,
         typer.Option(
             help="kl: divergence of the next token's distribution, in nats a token, over replies that are decoded again and again. "
-            "p50, p95 or p99 of the relative error of heads that hit, or mean over all heads: simulated. kl, or p95 with --keep or --measured."
+            "p50, p95 or p99 of the relative error of heads that hit, or mean over all heads: simulated. kl, or p95 with --measured."
         ),
     ] = None,
     saving: Annotated[float | None, typer.Option(help="Instead of a budget: the share of KV reads to save, at the least error.")] = None,
@@ -68,8 +68,8 @@ def calibrate(
     mac: Mac = "{}",
     engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
     seed: Seed = 0,
-    keep: Annotated[Path | None, typer.Option(help="Keep the measurements in this file (.npz).")] = None,
-    measured: Annotated[Path | None, typer.Option(help="Choose from a file of --keep; no model runs.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep the measurements in this file. With kl a stopped run goes on from it, else it is for --measured (.npz).")] = None,
+    measured: Annotated[Path | None, typer.Option(help="Choose from a file of --keep, of a simulated metric; no model runs.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
     plot: Plot = None,
@@ -94,8 +94,8 @@ def calibrate(
     prompts are held out: the choice is reported on them too.
 
     --mac gives the keys that are not calibrated: window, min_context, layers.include, ... With kl every
-    threshold of every layer is one more pass over half of the prompts. Else time and memory go with the
-    number of combinations, and choosing again from --keep's file takes seconds.
+    threshold of every layer is one more pass over half of the prompts; --keep lets a stopped run go on. Else
+    time and memory go with the number of combinations, and choosing again from --keep's file takes seconds.
     """
     from vllm_mac.bench import BenchError, report
     from vllm_mac.calibrate import CalibrateError
@@ -103,7 +103,7 @@ def calibrate(
     from vllm_mac.config import MacConfigError
     from vllm_mac.eval import EvalError
 
-    metric = options.choice("--metric", metric or ("p95" if keep or measured else "kl"), ("kl", *METRICS))
+    metric = options.choice("--metric", metric or ("p95" if measured else "kl"), ("kl", *METRICS))
     by_kl, given = metric == "kl", {
         "--thresholds": thresholds, "--bands": bands, "--sinks": sinks, "--lag-weights": lag_weights, "--reuse": reuse,
         "--max-chain": max_chain, "--distance": distance,
@@ -115,8 +115,10 @@ def calibrate(
     for option, text in values.items():
         if by_kl and option != "--thresholds" and len(options.names(text)) != 1:
             raise typer.BadParameter(f"received {text!r}; --metric kl takes one value, for all layers", param_hint=option)
-    if by_kl and (keep or measured):
-        raise typer.BadParameter("measurements are kept of simulated metrics; choose p50, p95, p99 or mean for --metric", param_hint="--keep" if keep else "--measured")
+    if by_kl and keep is not None and keep.suffix == ".npz":
+        raise typer.BadParameter(f"received {keep}; of --metric kl lines of JSON are kept: choose another ending, or p95 for --metric", param_hint="--keep")
+    if by_kl and measured:
+        raise typer.BadParameter("kl is measured anew; choose p50, p95, p99 or mean for --metric", param_hint="--measured")
     if saving is not None and (budget is not None or not 0 < saving < 1):
         raise typer.BadParameter(f"received {saving:g}; choose a share between 0 and 1, without --budget", param_hint="--saving")
     keys = options.parse("--mac", options.mapping, mac)
@@ -176,12 +178,12 @@ def calibrate(
             if by_kl:
                 limit = None if saving is not None else 0.0005 if budget is None else budget
                 with options.progress(progress, None, done=True) as tell:  # how many layers there are only the engine knows
-                    told, results = kl_results.measure(wanted, made, limit, saving, min_saving, environment, tell), kl_results
+                    told, results = kl_results.measure(wanted, made, limit, saving, min_saving, environment, tell, keep), kl_results
             else:
                 with options.progress(progress, len(made), done=True) as tell:
                     found = run.measure(wanted, made, environment, tell)
-            if keep is not None:
-                found.save(keep)
+                if keep is not None:
+                    found.save(keep)
         else:
             found = Measured.load(measured)
         if not by_kl:
@@ -200,5 +202,6 @@ def calibrate(
     except (CalibrateError, EvalError, BenchError, MacConfigError, ImportError) as error:
         options.fail(error)
     except KeyboardInterrupt:
-        print("interrupted; nothing was chosen", file=sys.stderr)
+        on = "" if not by_kl else "; the same command goes on with what --keep has" if keep else "; --keep FILE keeps what is measured"
+        print(f"interrupted; nothing was chosen{on}", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -18,6 +18,7 @@ from vllm_mac.bench.engine import read_counters
 from vllm_mac.calibrate import CalibrateError, knapsack
 from vllm_mac.calibrate.engine import serve, served_layers
 from vllm_mac.calibrate.grid import PAPER
+from vllm_mac.calibrate.journal import Journal
 from vllm_mac.calibrate.knapsack import Option
 from vllm_mac.eval import forced
 from vllm_mac.eval.statistics import best, kl
@@ -79,24 +80,29 @@ class Trial:
     """Decodes the same texts under different thresholds.
 
     rings: so many sequences at a time; one without a ring would decode exactly. keys: of all layers,
-    where `set` does not say otherwise.
+    where `set` does not say otherwise. journal: of passes; those it has are not made again.
     """
 
     def __init__(
-        self, llm, layers: list[str], prompts: list[list[int]], texts: list[list[int]], v2: bool, rings: int, keys: dict
-    ):
+        self, llm, layers: list[str], prompts: list[list[int]], texts: list[list[int]], v2: bool, rings: int, keys: dict,
+        journal: Journal,
+    ):  # fmt: skip
         self.llm, self.layers, self.prompts, self.texts, self.v2 = llm, layers, prompts, texts, v2
-        self.rings, self.keys = rings, keys
+        self.rings, self.keys, self.journal = rings, keys, journal
         self.vocabulary = llm.llm_engine.model_config.get_vocab_size()
-        self.exact: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.setting: tuple[dict[str, float], dict | None] = {}, None
+        self.exact: list[dict[int, tuple[np.ndarray, np.ndarray]] | None] = [None] * HALVES
 
     def set(self, thresholds: dict[str, float], others: dict | None = None) -> None:
-        """Layers not named are exact. others: further keys of all layers."""
+        """For the runs from now on. Layers not named are exact. others: further keys of all layers."""
+        self.setting = thresholds, others
+
+    def distributions(
+        self, half: int, thresholds: dict[str, float], others: dict | None
+    ) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[float]]:
+        """Of the texts of a half, and the share of KV tokens read by each layer meanwhile."""
         keys = {name: {**(others or self.keys), "threshold": thresholds.get(name, EXACT)} for name in self.layers}
         self.llm.collective_rpc("divergence_keys", args=(keys,))
-
-    def distributions(self, half: int) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[float]]:
-        """Of the texts of a half, and the share of KV tokens read by each layer meanwhile."""
         before, found = self._tokens(), {}
         some = list(range(half, len(self.texts), HALVES))
         for k in range(0, len(some), self.rings):
@@ -113,13 +119,20 @@ class Trial:
 
     def run(self, half: int) -> Run:
         """With the thresholds that were set, against exact attention."""
-        found, read = self.distributions(half)
-        each = [kl(*self.exact[i], *found[i], self.vocabulary) for i in found]
-        same = [best(*self.exact[i]) == best(*found[i]) for i in found]
-        return Run(
+        told = [*self.setting, half]
+        if (known := self.journal.found(told)) is not None:
+            return Run(*known)
+        if (exact := self.exact[half]) is None:
+            exact = self.exact[half] = self.distributions(half, {}, None)[0]
+        found, read = self.distributions(half, *self.setting)
+        each = [kl(*exact[i], *found[i], self.vocabulary) for i in found]
+        same = [best(*exact[i]) == best(*found[i]) for i in found]
+        run = Run(
             float(np.mean([x.mean() for x in each])), float(max(x.max() for x in each)), float(np.concatenate(same).mean()), read,
             sum(map(len, each)),
         )  # fmt: skip
+        self.journal.put(told, list(run))
+        return run
 
     def _tokens(self) -> list[tuple[int, int]]:
         """KV tokens read and skipped so far by each layer."""
@@ -128,6 +141,7 @@ class Trial:
 
 
 def main(spec: dict, tell) -> None:
+    journal = Journal(Path(spec["keep"]) if spec["keep"] else None, spec["about"])
     tell(stage="starting the engine", advance=0)
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
@@ -139,35 +153,39 @@ def main(spec: dict, tell) -> None:
     answers = llm.collective_rpc("divergence_layers")
     exact = {reason: count for answer in answers for reason, count in answer["exact"].items()}
     layers = served_layers(spec["llm"]["model"], answers, exact)
-    tell(stage="replying with exact attention", advance=0)
-    prompts, texts = _texts(llm, spec)
+    if journal.replies is None:
+        tell(stage="replying with exact attention", advance=0)
+        journal.keep_replies(_replies(llm, spec))
+    elif len(journal):
+        tell(stage=f"{len(journal)} passes were measured before", advance=0)
+    prompts, texts = _texts(spec, journal.replies)
     mac = spec["llm"]["additional_config"]["mac"]
     rings = min(answer["rings"] for answer in answers if answer["rings"] is not None)
-    trial = Trial(llm, list(layers), prompts, texts, v2, rings, {key: mac[key] for key in _PAPER_KEYS})
-    trial.set({})
-    halves = range(min(HALVES, len(texts)))
-    for half in halves:
-        trial.exact |= trial.distributions(half)[0]
-    result = _calibrate(trial, spec, halves, tell)
+    trial = Trial(llm, list(layers), prompts, texts, v2, rings, {key: mac[key] for key in _PAPER_KEYS}, journal)
+    result = _calibrate(trial, spec, range(min(HALVES, len(texts))), tell)
     result |= {"layers": layers, "exact_layers": exact, "texts": [len(text) - 1 for text in texts]}
     Path(spec["out"]).write_text(json.dumps(result), encoding="utf-8")
     tell(done=True)
     llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
 
 
-def _texts(llm, spec: dict) -> tuple[list[list[int]], list[list[int]]]:
-    """What is read and what is decoded of each prompt: the reply, or where there is none the prompt's end.
-
-    One token before it is decoded too: so MAC gives the first distribution as well.
-    """
+def _replies(llm, spec: dict) -> list[list[int]]:
+    """Of each prompt, greedy; empty where none was asked for."""
     from vllm import SamplingParams
 
     wanted = [p for p in spec["prompts"] if p["reply"]]
     params = [SamplingParams(temperature=0.0, max_tokens=p["reply"], detokenize=False) for p in wanted]
     outputs = iter(llm.generate([{"prompt_token_ids": p["ids"]} for p in wanted], params, use_tqdm=False) if wanted else [])
+    return [list(next(outputs).outputs[0].token_ids) if p["reply"] else [] for p in spec["prompts"]]
+
+
+def _texts(spec: dict, replies: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """What is read and what is decoded of each prompt: the reply, or where there is none the prompt's end.
+
+    One token before it is decoded too: so MAC gives the first distribution as well.
+    """
     prompts, texts = [], []
-    for p in spec["prompts"]:
-        text = list(next(outputs).outputs[0].token_ids) if p["reply"] else []
+    for p, text in zip(spec["prompts"], replies, strict=True):
         whole, size = p["ids"] + text, (len(text) or spec["steps"]) + 1
         prompts.append(whole[:-size])
         texts.append(whole[-size:])

@@ -69,7 +69,7 @@ class Grid:
         """Tokens that a prompt must have: at its first step a match is tried, and no entry of the ring
         has an empty prefix."""
         band = max(*self.bands, PAPER.setting.band) if paper else max(self.bands)
-        return self.steps + max(self.window + band + max(self.sinks), self.min_context - 1)
+        return self.steps + max(self.window + band + max(self.sinks), self.min_context)
 
     def as_dict(self) -> dict:
         return asdict(self)

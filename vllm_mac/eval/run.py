@@ -138,10 +138,10 @@ def _open(options: Options, configuration: dict, environment: dict) -> None:
         return
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        there = stored["configuration"] | _place(stored["environment"])
+        there = stored["configuration"] | same_place(stored["environment"])
     except (ValueError, KeyError, TypeError) as error:
         raise EvalError(f"--resume: {file} is not a run of this version ({type(error).__name__}: {error})") from error
-    here = configuration | _place(environment)
+    here = configuration | same_place(environment)
     differences = [
         f"{name}: there {there.get(name)!r}, now {here.get(name)!r}"
         for name in dict.fromkeys([*there, *here])
@@ -151,8 +151,9 @@ def _open(options: Options, configuration: dict, environment: dict) -> None:
         raise EvalError("--resume: {} holds another run:\n  {}".format(options.out, "\n  ".join(differences)))
 
 
-def _place(environment: dict) -> dict:
-    # A checkout is `-dirty` too when it holds this run's folder.
+def same_place(environment: dict) -> dict:
+    """What of a machine and its software must be equal for a run to go on there."""
+    # A checkout is `-dirty` too when it holds this run's files.
     return {key: environment[key] for key in SAME} | {"commit": environment["commit"].removesuffix("-dirty")}
 
 
