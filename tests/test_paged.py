@@ -8,9 +8,11 @@ each head reuses must agree exactly with the reference in float64, and only outp
 
 from dataclasses import dataclass
 from math import log
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import BFLOAT16, FLOAT32, decode_error, largest_score
@@ -379,12 +381,14 @@ def test_a_hit_reads_only_the_band_the_lag_and_the_sink():
 def test_prefill_in_blocks_of_bounded_memory_is_the_same(monkeypatch):
     case = Case(rows=((70, 70, True),), steps=0)
     whole = Batch(case).run()
-    calls = []
-    attend = paged.attend
+    outputs, summaries = [], []
+    causal, attend = F.scaled_dot_product_attention, paged.attend
     monkeypatch.setattr(paged, "SCORES_AT_ONCE", 4 * 70 * 9)
-    monkeypatch.setattr(paged, "attend", lambda query, *rest: calls.append(query.shape) or attend(query, *rest))
+    monkeypatch.setattr(paged, "attend", lambda query, *rest: summaries.append(query.shape[1]) or attend(query, *rest))
+    counted = lambda query, *rest, **more: outputs.append(query.shape[1]) or causal(query, *rest, **more)
+    monkeypatch.setattr(paged, "F", SimpleNamespace(scaled_dot_product_attention=counted))
     parts = Batch(case).run()  # checked against the reference on the way
-    assert len(calls) == -(-70 // 9) + -(-16 // 9) and max(n for _, n, _ in calls) == 9 * case.group
+    assert outputs == [9] * 7 + [7] and summaries == [9 * case.group, 7 * case.group]
     error = 2 * decode_error(70, case.d, whole.sigma(0, slice(0, 70)), 0) * whole.largest
     kept = whole.ring[0]
     assert (whole.store.out[kept] - parts.store.out[kept]).abs().max() <= error

@@ -1,0 +1,75 @@
+"""Compiles the kernels for a GPU that need not be there: `python tests/compiled.py ARCH`, 80 for sm80.
+
+Prints a JSON line for each kernel variant that the warm-up of a small server launches: its name and the
+shared memory that a program takes, in bytes.
+"""
+
+import dataclasses
+import json
+import sys
+
+import torch
+from test_warmup import DECODE, OTHERS, make
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from vllm_mac import warmup
+from vllm_mac.kernels.exact import TritonExact, Tuning
+from vllm_mac.kernels.hit import Workspace
+
+# Most shared memory of a program, and multiprocessors, by CUDA's programming guide: A100, L4, H200, B200.
+GPUS = {80: (163 << 10, 108), 89: (99 << 10, 58), 90: (227 << 10, 132), 100: (227 << 10, 148)}
+# GQA groups of 16 with heads of 256, the largest there are, and groups that are no power of two.
+SHAPES = [
+    {"heads": 64, "kv_heads": 4, "d": 256, "dtype": torch.bfloat16, "sink": 4},
+    {"heads": 28, "kv_heads": 4, "d": 128, "dtype": torch.float16, "audit": 0.1},
+]
+
+
+class Driver:
+    """What Triton asks of a driver when it only compiles."""
+
+    def __init__(self, arch: int):
+        self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device=0: 0
+
+
+class Compiled:
+    """In place of a kernel: a launch compiles it."""
+
+    def __init__(self, kernel, seen: set):
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid):
+        def launch(*args, launch_pdl=False, **kwargs):
+            made = self.kernel.warmup(*args, grid=grid, **kwargs)
+            if made.hash not in self.seen:
+                self.seen.add(made.hash)
+                print(json.dumps({"kernel": self.kernel.fn.__name__, "shared": made.metadata.shared}), flush=True)
+
+        return launch
+
+
+def main(arch: int) -> None:
+    driver.set_active(Driver(arch))
+    (shared, sms), pdl, seen = GPUS[arch], arch >= 90, set()
+    for module, name in [*DECODE, *OTHERS]:
+        setattr(module, name, Compiled(getattr(module, name), seen))
+    allocate, default, init = Workspace.allocate.__func__, Tuning.default.__func__, TritonExact.__init__
+    Workspace.allocate = classmethod(lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=3 * sms, pdl=pdl))
+    Tuning.default = classmethod(lambda cls, size, dtype: default(cls, size, dtype, shared))
+
+    def exact(self, *args, **more):
+        init(self, *args, **more)
+        self.pdl = pdl
+
+    TritonExact.__init__ = exact
+    for shape in SHAPES:
+        float8 = {"ring_dtype": "float8_e4m3fn"} if arch >= 89 and shape["dtype"] == torch.float16 else {}
+        decoder, layers, table = make(rows=2, window=512, band=256, min_context=2048, **shape, **float8)
+        warmup.warm_up(decoder, layers[:1], table, True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,27 @@
+"""Every kernel compiles for the GPUs that are supported, and fits into their shared memory; no GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+KERNELS = {"_hit_kernel", "_prefix_kernel", "_complete_kernel", "_tally_kernel", "_record_kernel", "_assign_kernel"}
+# KiB that a program may have: A100, L4, H200, B200 (CUDA C++ Programming Guide, technical specifications).
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227}
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_kernels_compile_and_fit(arch, tmp_path):
+    path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent / "examples", HERE.parent))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(HERE / "compiled.py"), str(arch)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {row["kernel"] for row in found} == KERNELS and len(found) >= 10
+    assert all(row["shared"] <= SHARED[arch] << 10 for row in found), found
+    assert max(row["shared"] for row in found) > 0
