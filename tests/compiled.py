@@ -17,7 +17,7 @@ from vllm_mac import warmup
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.hit import Workspace
 
-# Most shared memory of a program, and multiprocessors, by CUDA's programming guide: A100, L4, H200, B200.
+# Most shared memory of a program, and multiprocessors, by the CUDA C++ Programming Guide: A100, L4, H200, B200.
 GPUS = {80: (163 << 10, 108), 89: (99 << 10, 58), 90: (227 << 10, 132), 100: (227 << 10, 148)}
 # GQA groups of 16 with heads of 256, the largest there are, and groups that are no power of two.
 SHAPES = [

@@ -203,7 +203,7 @@ def test_a_journal_reads_what_it_wrote_and_nothing_else(tmp_path):
     with pytest.raises(CalibrateError, match=r"another file\. llm\.mac\.window: there 512, now 256$"):
         Journal(path, about)
     assert path.read_bytes() == content
-    for other in (b"\xff\xfe", b"[]\n", b"PK", b'{"about": 1}\n', b'{"about": {}}\n{"found": 2}\n'):
+    for other in (b"\xff\xfe", b"[]\n", b"PK", b'{"about": 1}\n', b'{"about": [1]}\n', b'{"about": {}}\n{"found": 2}\n'):
         path.write_bytes(other)
         with pytest.raises(CalibrateError, match="^--keep: .*holds no measurements of --metric kl"):
             Journal(path, {})

@@ -18,7 +18,7 @@ from vllm_mac import cli, runs
 from vllm_mac.eval import EvalError, longbench, report, requests, results, run, statistics, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = dict.fromkeys(run.SAME) | {"commit": "0123456789ab", "command": "vllm-mac eval"}
+ENVIRONMENT = dict.fromkeys(runs.SAME) | {"commit": "0123456789ab", "command": "vllm-mac eval"}
 
 
 def invoke(*args):

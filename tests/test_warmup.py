@@ -199,6 +199,7 @@ def test_warming_up_leaves_no_trace(keys):
     warmup.warm_up(decoder, layers, table, True)
     changed = [name for name, value in watched.items() if not torch.equal(value.view(torch.uint8), before[name])]
     assert changed == []
+    assert (work.reach == -1).all()
     assert table.used.max() <= 0, "a ring was given away"
 
 

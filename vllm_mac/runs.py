@@ -1,6 +1,6 @@
 """Engines in processes of their own: started, followed by the JSON lines they send, stopped whole.
 
-Memory is free again after each, and a crash ends nothing else.
+Memory is free again after each, and a crash ends nothing else. Also whether a stopped run may go on.
 """
 
 import json
@@ -19,6 +19,24 @@ from pathlib import Path
 _ERROR = re.compile(r"(?:[\w.]+(?:Error|Exception): |Value error, ).+")
 # vLLM begins every line of a message with its level, those of a traceback too.
 _HARMLESS = re.compile(r"(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING) ")
+
+# A run that goes on elsewhere, or with other code, would not be one run.
+SAME = ("gpu", "vllm", "torch", "triton", "flashinfer", "vllm_mac", "commit")
+
+
+def same_place(environment: dict) -> dict:
+    """What of a machine and its software must be equal for a run to go on there."""
+    # A checkout is `-dirty` too when it holds this run's files.
+    return {key: environment[key] for key in SAME} | {"commit": environment["commit"].removesuffix("-dirty")}
+
+
+def differences(there: dict, now: dict) -> list[str]:
+    """A line for each key in which what a run was begun with is not what it is to go on with."""
+    return [
+        f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"
+        for name in dict.fromkeys([*there, *now])
+        if there.get(name) != now.get(name)
+    ]
 
 
 def follow(

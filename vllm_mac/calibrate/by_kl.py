@@ -16,7 +16,7 @@ from vllm_mac.calibrate.grid import PAPER, PAPER_WINDOW
 from vllm_mac.calibrate.report import as_markdown, config_with, show_tables, source, write_yaml
 from vllm_mac.calibrate.run import Options, exact_keys, reply, run_engine
 from vllm_mac.eval import requests
-from vllm_mac.eval.run import same_place
+from vllm_mac.runs import same_place
 
 # -P: the installed package, not a folder of that name where the command happens to run.
 COMMAND = (sys.executable, "-P", "-m", "vllm_mac.calibrate.divergence")

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from vllm_mac.calibrate import CalibrateError
+from vllm_mac.runs import differences
 
 
 class Journal:
@@ -39,7 +40,7 @@ class Journal:
         whole = content[: content.rfind(b"\n") + 1]
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-            there = lines.pop(0)["about"].copy() if lines else None
+            there = dict(lines.pop(0)["about"]) if lines else None
             for line in lines:
                 if "replies" in line:
                     self.replies = line["replies"]
@@ -50,9 +51,8 @@ class Journal:
         if there is None and content and not content.startswith(b'{"about"'):
             raise CalibrateError(f"--keep: {path} holds no measurements of --metric kl")
         if there not in (None, about):
-            names = [name for name in {**there, **about} if there.get(name) != about.get(name)]
-            differences = "; ".join(f"{name}: there {there.get(name)!r:.200}, now {about.get(name)!r:.200}" for name in names)
-            raise CalibrateError(f"--keep: {path} holds another run's measurements; choose another file. {differences}")
+            differ = "; ".join(differences(there, about))
+            raise CalibrateError(f"--keep: {path} holds another run's measurements; choose another file. {differ}")
         self._file.truncate(len(whole))  # a stop may have cut the last line short
         if there is None:
             self._write({"about": about})

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vllm_mac.eval import EvalError, requests, results
 from vllm_mac.eval.results import EXACT
-from vllm_mac.runs import follow
+from vllm_mac.runs import differences, follow, same_place
 
 # -P: the installed package, not a folder of that name where the command happens to run.
 COMMAND = (sys.executable, "-P", "-m", "vllm_mac.eval.engine")
@@ -24,8 +24,6 @@ OWN = "default"  # the platform's own choice of backend
 REQUESTS = "requests.jsonl"
 SEQUENCES = 16  # decoded together unless --engine says otherwise
 INTERRUPTED = "interrupted"  # in place of a configuration's figures
-# A run that goes on elsewhere, or with other code, would not be one run.
-SAME = ("gpu", "vllm", "torch", "triton", "flashinfer", "vllm_mac", "commit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +140,8 @@ def _open(options: Options, configuration: dict, environment: dict) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise EvalError(f"--resume: {file} is not a run of this version ({type(error).__name__}: {error})") from error
     here = configuration | same_place(environment)
-    differences = [
-        f"{name}: there {there.get(name)!r}, now {here.get(name)!r}"
-        for name in dict.fromkeys([*there, *here])
-        if there.get(name) != here.get(name)
-    ]
-    if differences:
-        raise EvalError("--resume: {} holds another run:\n  {}".format(options.out, "\n  ".join(differences)))
-
-
-def same_place(environment: dict) -> dict:
-    """What of a machine and its software must be equal for a run to go on there."""
-    # A checkout is `-dirty` too when it holds this run's files.
-    return {key: environment[key] for key in SAME} | {"commit": environment["commit"].removesuffix("-dirty")}
+    if differ := differences(there, here):
+        raise EvalError("--resume: {} holds another run:\n  {}".format(options.out, "\n  ".join(differ)))
 
 
 def _engine(options: Options, name: str, made: list[requests.Request], work: Path, tell) -> str | None:
