@@ -1,7 +1,8 @@
 """Complete: merge partial results, write the output and record the summary in the ring.
 
-The kernel of `hit` completes the groups that hit; the one here completes those that missed.
-`reference.merge` and the end of `paged.decode` are the oracles.
+The kernel of `hit` completes the groups that hit. Those that missed are completed by `complete_group`,
+which the engine for misses of `exact` calls where it has their prefix, and the kernel here calls for an
+engine that only leaves it in memory. `reference.merge` and the end of `paged.decode` are the oracles.
 """
 
 import triton
@@ -10,6 +11,48 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.amend import combine, finish, unfinish
 from vllm_mac.kernels.match import narrow, unrotate
+
+
+@triton.jit
+def load_parts(p_part_out, p_part_lse, o_head, o_d, m_g, m_gd, D: tl.constexpr):
+    """What `hit` left of a group's heads `o_head` `[M]`: `(near_out, near_lse, rest_out, rest_lse)`."""
+    o_part = o_head * 2
+    near_lse = tl.load(p_part_lse + o_part, mask=m_g, other=float("-inf"))
+    rest_lse = tl.load(p_part_lse + o_part + 1, mask=m_g, other=float("-inf"))
+    near_out = tl.load(p_part_out + o_part[:, None] * D + o_d[None, :], mask=m_gd, other=0.0)
+    rest_out = tl.load(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], mask=m_gd, other=0.0)
+    return near_out, near_lse, rest_out, rest_lse
+
+
+@triton.jit
+def complete_group(
+    peak, total, acc, near_out, near_lse, rest_out, rest_lse,
+    p_query, p_cos_sin, p_out, p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
+    i_row, i_k, m, ring, s_query_row, s_query_head, s_out_row, s_out_head, o_g, o_d,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    ROTARY: tl.constexpr, NEOX: tl.constexpr,
+):  # fmt: skip
+    """Finish a group that missed, whose prefix is the partial result `(peak, total, acc)` (see `amend`)."""
+    m_g, m_d = o_g < G, o_d < D
+    m_gd = m_g[:, None] & m_d[None, :]
+    o_h = i_k * G + o_g
+    peak_b, total_b, acc_b = unfinish(near_out, near_lse)
+    peak, total, acc = combine(peak_b, total_b, acc_b, peak, total, acc)
+    near_out, near_lse = finish(peak, total, acc)
+    peak_b, total_b, acc_b = unfinish(rest_out, rest_lse)
+    peak, total, acc = combine(peak, total, acc, peak_b, total_b, acc_b)
+    out, _ = finish(peak, total, acc)
+    p_o = p_out + i_row * s_out_row + (o_h * s_out_head)[:, None] + o_d[None, :]
+    tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_gd)
+    if ring >= 0:
+        p_q = p_query + i_row * s_query_row + (o_h * s_query_head)[:, None]
+        pre = unrotate(p_q, p_cos_sin, m, o_d[None, :], m_gd, ROTARY, NEOX)
+        o_entry = (ring * H + o_h) * W + m % W
+        o_entry_d = o_entry[:, None] * D + o_d[None, :]
+        tl.store(p_ring_query + o_entry_d, narrow(pre, p_ring_query), mask=m_gd)
+        tl.store(p_ring_out + o_entry_d, near_out.to(p_ring_out.dtype.element_ty), mask=m_gd)
+        tl.store(p_ring_lse + o_entry, near_lse, mask=m_g)
+        tl.store(p_ring_chain + o_entry, tl.zeros_like(o_g), mask=m_g)
 
 
 @triton.jit
@@ -34,37 +77,19 @@ def _complete_kernel(
     H: tl.constexpr = K * G
     ring = tl.load(p_ring + i_row).to(tl.int64)
     o_g, o_d = tl.arange(0, M), tl.arange(0, DP)
-    m_g, m_d = o_g < G, o_d < D
-    m_gd = m_g[:, None] & m_d[None, :]
-    o_h = i_k * G + o_g
-    o_head = i_row * H + o_h  # [M]
-    o_part = (i_row * H + o_h) * 2
-    near_lse = tl.load(p_part_lse + o_part, mask=m_g, other=float("-inf"))
-    rest_lse = tl.load(p_part_lse + o_part + 1, mask=m_g, other=float("-inf"))
-    near_out = tl.load(p_part_out + o_part[:, None] * D + o_d[None, :], mask=m_gd, other=0.0)
-    rest_out = tl.load(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], mask=m_gd, other=0.0)
+    m_g = o_g < G
+    m_gd = m_g[:, None] & (o_d < D)[None, :]
+    o_head = i_row * H + i_k * G + o_g  # [M]
+    near_out, near_lse, rest_out, rest_lse = load_parts(p_part_out, p_part_lse, o_head, o_d, m_g, m_gd, D)
     lse = tl.load(p_prefix_lse + o_head, mask=m_g, other=float("-inf")) * LSE_UNIT
-    far = tl.load(p_prefix_out + o_head[:, None] * D + o_d[None, :], mask=m_gd, other=0.0).to(
-        tl.float32
-    )
-    peak, total, acc = unfinish(near_out, near_lse)
-    peak_b, total_b, acc_b = unfinish(far, lse)
-    peak, total, acc = combine(peak, total, acc, peak_b, total_b, acc_b)
-    near_out, near_lse = finish(peak, total, acc)
-    peak_b, total_b, acc_b = unfinish(rest_out, rest_lse)
-    peak, total, acc = combine(peak, total, acc, peak_b, total_b, acc_b)
-    out, _ = finish(peak, total, acc)
-    p_o = p_out + i_row * s_out_row + (o_h * s_out_head)[:, None] + o_d[None, :]
-    tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_gd)
-    if ring >= 0:
-        p_q = p_query + i_row * s_query_row + (o_h * s_query_head)[:, None]
-        pre = unrotate(p_q, p_cos_sin, m, o_d[None, :], m_gd, ROTARY, NEOX)
-        o_entry = (ring * H + o_h) * W + m % W
-        o_entry_d = o_entry[:, None] * D + o_d[None, :]
-        tl.store(p_ring_query + o_entry_d, narrow(pre, p_ring_query), mask=m_gd)
-        tl.store(p_ring_out + o_entry_d, near_out.to(p_ring_out.dtype.element_ty), mask=m_gd)
-        tl.store(p_ring_lse + o_entry, near_lse, mask=m_g)
-        tl.store(p_ring_chain + o_entry, tl.zeros((M,), tl.int32), mask=m_g)
+    far = tl.load(p_prefix_out + o_head[:, None] * D + o_d[None, :], mask=m_gd, other=0.0)
+    peak, total, acc = unfinish(far, lse)
+    complete_group(
+        peak, total, acc, near_out, near_lse, rest_out, rest_lse,
+        p_query, p_cos_sin, p_out, p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
+        i_row, i_k, m, ring, s_query_row, s_query_head, s_out_row, s_out_head, o_g, o_d,
+        H, G, D, W, ROTARY, NEOX,
+    )  # fmt: skip
 
 
 def complete_misses(
@@ -81,6 +106,8 @@ def complete_misses(
     prefix_lse_base2=False,
 ):
     """Finish the KV groups that `decode_hits` left open; to be called after it, in the same step.
+
+    For an engine for misses that does not do so itself (`exact.TritonExact` does).
 
     `S = (rest of the prefix) (+) prefix`, `out = S (+) band (+) sink`, where all but `prefix` was
     left in `work`. Writes `S` into the row's ring where it has one. Groups that hit and padded

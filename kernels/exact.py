@@ -1,7 +1,8 @@
 """Exact attention over the prefix of the missed (row, KV head) groups, in one launch.
 
-The second engine for misses; `flashinfer_exact.FlashInferExact` is the other one and has the
-same methods, arguments and results. The oracle of both is `paged.attend` over `[lo, m+1-band)`.
+One of two engines for misses; `flashinfer_exact.FlashInferExact` is the other and has the same
+methods, arguments and results. The oracle of both is `paged.attend` over `[lo, m+1-band)`. This one
+can also complete the groups (`complete.complete_group`), so that no other launch need follow.
 
 The work of all missed groups is one line of units of `BN` tokens, cut into as many equal
 pieces as there are programs: whatever the number of misses and the lengths of their
@@ -21,6 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vllm_mac.kernels.complete import complete_group, load_parts
+from vllm_mac.kernels.hit import Workspace
+from vllm_mac.ring import RingStore
 
 LOG2E = 1.4426950408889634
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -107,6 +112,28 @@ def _merge(
     return b_o, b_l
 
 
+@triton.jit
+def _complete(
+    b_l, b_o, row, i_k, query, cos_sin, position, ring, near_out, near_lse, out,
+    ring_query, ring_out, ring_lse, ring_chain,
+    stride_qb, stride_qh, stride_ob, stride_oh, o_g, o_d,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    ROTARY: tl.constexpr, NEOX: tl.constexpr,
+):  # fmt: skip
+    """Complete a group whose prefix is `b_o` `[BM, BD]`, normalised, with base-2 LSE `b_l` `[BM]`."""
+    H: tl.constexpr = K * G
+    m, i_ring = tl.load(position + row).to(tl.int32), tl.load(ring + row).to(tl.int64)
+    m_g = o_g < G
+    m_gd = m_g[:, None] & (o_d < D)[None, :]
+    o_head = row * H + i_k * G + o_g
+    b_no, b_nl, b_ro, b_rl = load_parts(near_out, near_lse, o_head, o_d, m_g, m_gd, D)
+    complete_group(
+        b_l, tl.where(b_l > float("-inf"), 1.0, 0.0), b_o, b_no, b_nl, b_ro, b_rl,
+        query, cos_sin, out, ring_query, ring_out, ring_lse, ring_chain,
+        row, i_k, m, i_ring, stride_qb, stride_qh, stride_ob, stride_oh, o_g, o_d, H, G, D, W, ROTARY, NEOX,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=("stride_table",))
 def _prefix_kernel(
     query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived,
@@ -117,7 +144,12 @@ def _prefix_kernel(
     BN: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     P: tl.constexpr, UNROLL: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, OF_HITS: tl.constexpr,
+    row_position=None, ring=None, cos_sin=None, near_out=None, near_lse=None,
+    ring_query=None, ring_out=None, ring_lse=None, ring_chain=None,
+    W: tl.constexpr = 0, ROTARY: tl.constexpr = 0, NEOX: tl.constexpr = True,
 ):  # fmt: skip
+    # With rings `out` is what the layer gives, and `lse` nothing.
+    COMPLETE: tl.constexpr = ring_query is not None
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -135,18 +167,31 @@ def _prefix_kernel(
     total = tl.sum(b_units, 0)
     share = tl.maximum((total + programs - 1) // programs, 1)
 
-    i_r = i_p
-    while i_r < groups:
-        m = tl.load(position + i_r // K)
-        if ((tl.load(hit + i_r) != 0) != OF_HITS) | (m + 1 - band <= first_token):
-            row, head = (i_r // K).to(tl.int64), (i_r % K) * G
-            at_none = out + row * stride_ob + head * stride_oh
-            b_zero = tl.zeros([BM, BD], tl.float32)
+    b_none = (b_hit == OF_HITS) & (b_m >= 0) & (b_tokens == 0)
+    if COMPLETE:
+        nothing = tl.sum(b_none.to(tl.int32), 0) > 0
+    else:
+        nothing = True
+    if nothing:
+        i_r = i_p
+        while i_r < groups:
+            m = tl.load(position + i_r // K).to(tl.int32)
+            wanted = ((tl.load(hit + i_r) != 0) == OF_HITS) & (m >= 0)
+            row, i_k = (i_r // K).to(tl.int64), i_r % K
             b_empty = tl.full([BM], float("-inf"), tl.float32)
-            _finish(
-                at_none, lse + row * stride_lb + head, b_zero, b_empty, stride_oh, o_m, o_d, G, D
-            )
-        i_r += programs
+            b_zero = tl.zeros([BM, BD], tl.float32)
+            if COMPLETE:
+                if wanted & (m + 1 - band <= first_token):
+                    _complete(
+                        b_empty, b_zero, row, i_k, query, cos_sin, row_position, ring, near_out, near_lse, out,
+                        ring_query, ring_out, ring_lse, ring_chain,
+                        stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, ROTARY, NEOX,
+                    )  # fmt: skip
+            else:
+                if (not wanted) | (m + 1 - band <= first_token):
+                    at_none = out + row * stride_ob + i_k * G * stride_oh
+                    _finish(at_none, lse + row * stride_lb + i_k * G, b_zero, b_empty, stride_oh, o_m, o_d, G, D)
+            i_r += programs
 
     unit = i_p * share
     stop = tl.minimum(unit + share, total)
@@ -196,20 +241,19 @@ def _prefix_kernel(
         b_o = tl.trans(b_o / b_total[None, :])  # [BG, BD]
         b_l = b_max + tl.log2(b_total)
 
-        at_out = out + row * stride_ob + i_k * G * stride_oh
-        at_lse = lse + row * stride_lb + i_k * G
-        if (unit == group_start) & (segment_end == group_end):
-            _finish(at_out, at_lse, b_o, b_l, stride_oh, o_g, o_d, G, D)
-        else:
+        # From BG to BM rows; the others are of no head.
+        b_rl = tl.max(tl.reshape(tl.where(o_g < G, b_l, float("-inf")), (BG // BM, BM)), 0)
+        b_r = tl.sum(tl.reshape(tl.where((o_g < G)[:, None], b_o, 0.0), (BG // BM, BM, BD)), 0)
+        ready = tl.full((), 1, tl.int32)  # whether this program holds the group's result
+        if (unit != group_start) | (segment_end != group_end):
             # A program has two slots: 0 for a group begun earlier, 1 for one that begins here.
             first, last = group_start // share, (group_end - 1) // share  # programs of this group
-            _put(part_out, part_lse, i_p, first, b_o, b_l, o_g, o_d, G, D)
+            _put(part_out, part_lse, i_p, first, b_r, b_rl, o_m, o_d, G, D)
             tl.debug_barrier()  # all threads' stores precede the one thread's atomic
             # The last to arrive merges, first within blocks of P programs, then the blocks.
             low = tl.maximum(first, i_p // P * P)
             high = tl.minimum(last, i_p // P * P + P - 1)
             blocks = last // P - first // P + 1
-            ready = (unit < stop).to(tl.int32)
             if high > low:
                 counter = arrived + 2 * low + (low == first).to(tl.int32)
                 ready = (tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == high - low).to(
@@ -218,26 +262,60 @@ def _prefix_kernel(
                 if ready != 0:
                     tl.debug_barrier()
                     tl.store(counter, 0)  # for the next launch
-                    b_o1, b_l1 = _merge(
+                    b_r, b_rl = _merge(
                         part_out, part_lse, low, 1, high - low + 1, first, o_m, o_d, o_p,
                         G, D, UNROLL,
                     )  # fmt: skip
-                    if blocks == 1:
-                        _finish(at_out, at_lse, b_o1, b_l1, stride_oh, o_m, o_d, G, D)
-                    else:
-                        _put(part_out, part_lse, low, first, b_o1, b_l1, o_m, o_d, G, D)
+                    if blocks > 1:
+                        _put(part_out, part_lse, low, first, b_r, b_rl, o_m, o_d, G, D)
                         tl.debug_barrier()
             if (blocks > 1) & (ready != 0):
                 counter2 = arrived + 2 * programs + 2 * first + 1
-                if tl.atomic_add(counter2, 1, sem="acq_rel", scope="gpu") == blocks - 1:
+                ready = (tl.atomic_add(counter2, 1, sem="acq_rel", scope="gpu") == blocks - 1).to(
+                    tl.int32
+                )
+                if ready != 0:
                     tl.debug_barrier()
                     tl.store(counter2, 0)
-                    b_o2, b_l2 = _merge(
+                    b_r, b_rl = _merge(
                         part_out, part_lse, first // P * P, P, blocks, first, o_m, o_d, o_p,
                         G, D, UNROLL,
                     )  # fmt: skip
-                    _finish(at_out, at_lse, b_o2, b_l2, stride_oh, o_m, o_d, G, D)
+        if ready != 0:
+            if COMPLETE:
+                _complete(
+                    b_rl, b_r, row, i_k, query, cos_sin, row_position, ring, near_out, near_lse, out,
+                    ring_query, ring_out, ring_lse, ring_chain,
+                    stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, ROTARY, NEOX,
+                )  # fmt: skip
+            else:
+                at_out = out + row * stride_ob + i_k * G * stride_oh
+                _finish(at_out, lse + row * stride_lb + i_k * G, b_r, b_rl, stride_oh, o_m, o_d, G, D)
         unit = segment_end
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What `TritonExact.run` needs to complete the groups that `hit.decode_hits` left open.
+
+    position, ring: `[B]`, as for `decode_hits`. work: the `hit.Workspace` that it used. store: the
+    layer's rings. cos_sin, is_neox: as for `decode_hits`.
+    """
+
+    position: Tensor
+    ring: Tensor
+    work: Workspace
+    store: RingStore
+    cos_sin: Tensor | None = None
+    is_neox: bool = True
+
+    def arguments(self) -> dict:
+        store, work = self.store, self.work
+        return dict(
+            row_position=self.position, ring=self.ring, cos_sin=self.cos_sin, near_out=work.part_out, near_lse=work.part_lse,
+            ring_query=store.query, ring_out=store.out, ring_lse=store.lse, ring_chain=store.chain,
+            W=store.query.shape[2], ROTARY=0 if self.cos_sin is None else self.cos_sin.shape[-1], NEOX=self.is_neox,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +354,6 @@ class TritonExact:
     """
 
     lse_base = 2
-    launches = 1  # kernels a layer
 
     def __init__(
         self,
@@ -322,7 +399,8 @@ class TritonExact:
         position: Tensor,
         hit: Tensor,
         out: Tensor,
-        lse: Tensor,
+        lse: Tensor | None,
+        completion: Completion | None = None,
     ) -> None:
         """Attention of missed groups over `[first, m+1-band)`; `(0, -inf)` everywhere else.
 
@@ -331,24 +409,29 @@ class TritonExact:
         row. hit: `[B, K]` int32, contiguous, nonzero where nothing is to be read, or with `of_hits`
         where something is. Writes out `[B, H, D]` (any float dtype) and lse `[B, H]` float32,
         **base 2**.
+
+        With a completion, out is the layer's output in query's dtype, written for missed groups only
+        (as `complete.complete_misses` does, which is then not to be called), lse is not written, and
+        position may be the `reach` of `hit.Workspace`.
         """
         p, t = self.problem, self.tuning
         rows = query.shape[0]
         if rows > p.max_rows:
             raise ValueError(f"query: {rows} rows, choose at most max_rows ({p.max_rows})")
         groups = rows * p.kv_heads
+        finish = {} if completion is None else completion.arguments()
         heads, width = triton.next_power_of_2(p.group), triton.next_power_of_2(p.head_size)
         _prefix_kernel[(self.programs,)](
             query, kv, block_table, position, hit, out, lse,
             self._part_out, self._part_lse, self._arrived,
             groups, p.first, p.band, p.scale * LOG2E,
             query.stride(0), query.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
-            block_table.stride(0), out.stride(0), out.stride(1), lse.stride(0),
+            block_table.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
             K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
             BN=t.block, BG=max(16, heads), BM=heads,
             BD=width, BR=max(16, triton.next_power_of_2(groups)),
             P=self._block, UNROLL=max(1, min(8, 8192 // (heads * width))),
             STAGES=t.stages, DOT=self._dot, PDL=self.pdl, OF_HITS=self.of_hits,
-            num_warps=t.warps, num_stages=t.stages,
+            num_warps=t.warps, num_stages=t.stages, **finish,
             **({"launch_pdl": True} if self.pdl else {}),
         )  # fmt: skip

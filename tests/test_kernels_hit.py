@@ -14,7 +14,7 @@ from vllm_mac import reference
 from vllm_mac.fused import Decoder
 from vllm_mac.kernels import hit
 from vllm_mac.kernels.complete import complete_misses
-from vllm_mac.kernels.exact import PrefixProblem
+from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact
 from vllm_mac.kernels.hit import COUNTERS, Workspace, decode_hits
 from vllm_mac.reference import Entry, Partial
 from vllm_mac.ring import RingStore, narrow
@@ -178,6 +178,7 @@ class Batch:
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self.scale = d**-0.5
         self.paused = None
+        self._engine = None
 
     def oracle(self, dtype=torch.float64):
         """A `reference.Step` per (row, KV head), and the new `Entry` of each of its heads."""
@@ -246,18 +247,43 @@ class Batch:
             self.cos_sin, self.case.neox, base2,
         )  # fmt: skip
 
-    def check(self, base2=False):
-        """Run one step and compare everything it may write with the oracle. Returns its steps."""
-        case, config = self.case, self.config
-        steps, entries = self.oracle()
-        rough, rough_entries = self.oracle(case.dtype)
-        prefix = self.prefix(steps, base2)
-        before = RingStore(
-            *(getattr(self.store, name).clone() for name in ("query", "out", "lse", "chain"))
-        )
-        self.launch()
-        self.finish(prefix, base2)
+    def engine(self):
+        """The engine for misses, which completes them in one launch; not made anew for each step."""
+        if self._engine is None:
+            rows, heads, d = self.query.shape
+            problem = PrefixProblem(
+                max_rows=rows, heads=heads, kv_heads=self.kv.shape[1], head_size=d, page_size=self.kv.shape[2],
+                max_blocks=self.table.shape[1], dtype=self.query.dtype, band=self.config.band, sink=self.config.sink,
+                scale=self.scale,
+            )  # fmt: skip
+            self._engine = TritonExact(problem, self.device)
+        return self._engine
 
+    def finish_at_once(self):
+        """As `finish`, with the prefix as the engine for misses finds it."""
+        completion = Completion(self.position, self.ring, self.work, self.store, self.cos_sin, self.case.neox)
+        hit = self.work.hit[: len(self.query)]
+        self.engine().run(self.query, self.kv, self.table, self.position, hit, self.out, None, completion)
+
+    def check(self, base2=False):
+        """Run one step, its misses completed in either way, and compare everything it may write with the
+        oracle. Returns its steps."""
+        steps, entries = self.oracle()
+        rough, rough_entries = self.oracle(self.case.dtype)
+        prefix = self.prefix(steps, base2)
+        before = {name: getattr(self.store, name).clone() for name in ("query", "out", "lse", "chain")}
+        for finish in (lambda: self.finish(prefix, base2), self.finish_at_once):
+            for name, content in before.items():
+                getattr(self.store, name).copy_(content)
+            self.out.fill_(torch.nan)
+            self.counters.zero_()
+            self.launch()
+            finish()
+            self.compare(steps, entries, rough, rough_entries, RingStore(**{k: x.clone() for k, x in before.items()}))
+        return steps
+
+    def compare(self, steps, entries, rough, rough_entries, before):
+        case, config = self.case, self.config
         ring_eps = torch.finfo(self.store.out.dtype).eps
         expected = dict.fromkeys(COUNTERS, 0)
         for (i, k), step in steps.items():
@@ -316,7 +342,6 @@ class Batch:
         for i, n in enumerate(case.lengths):
             if n == 0:
                 assert self.out[i].isnan().all() and (self.work.hit[i] == -9).all()
-        return steps
 
 
 def close(got, exact, rough, eps):
@@ -693,8 +718,9 @@ def test_full_size_options(distance, ring_dtype, lag_weight, reuse, d, like_rows
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 64])
-def test_graph_replay(rows, device):
+def test_graph_replay(rows, at_once, device):
     """A captured step, replayed on restored rings, gives the same, and follows changed inputs."""
     lengths = tuple(2100 + 37 * i for i in range(rows))
     settings = config(window=512, band=256, min_context=1024)
@@ -710,7 +736,7 @@ def test_graph_replay(rows, device):
 
     def step():
         batch.launch()
-        batch.finish(prefix, False)
+        batch.finish_at_once() if at_once else batch.finish(prefix, False)
 
     def state():
         torch.cuda.synchronize()

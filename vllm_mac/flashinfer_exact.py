@@ -39,7 +39,6 @@ class FlashInferExact:
     """
 
     lse_base = 2
-    launches = 3  # kernels a layer: plan, decode, merge
 
     def __init__(self, problem: PrefixProblem, device, check: bool = True):
         """check: try the device-written plan, and keep to the public interface where it fails."""

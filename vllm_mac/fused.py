@@ -13,7 +13,7 @@ from vllm_mac.config import MacConfig
 from vllm_mac.flashinfer_exact import FlashInferExact
 from vllm_mac.kernels.audit import tally
 from vllm_mac.kernels.complete import complete_misses
-from vllm_mac.kernels.exact import PrefixProblem, TritonExact
+from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact
 from vllm_mac.kernels.hit import Workspace, decode_hits
 from vllm_mac.ring import RingStore
 from vllm_mac.rope import Rotary
@@ -38,11 +38,13 @@ class Decoder:
         rows, heads, d = problem.max_rows, problem.heads, problem.head_size
         self.position, self.ring, self.first = (torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in "prf")
         self._exact = ENGINES[config.miss_engine](problem, device)
-        # FlashInfer's page tables are written once a step, before a layer could tell.
-        reach = isinstance(self._exact, TritonExact)
-        self._work = Workspace.allocate(rows, heads, problem.kv_heads, d, device, reach)
-        self._prefix_out = torch.empty(rows, heads, d, dtype=problem.dtype, device=device)
-        self._prefix_lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
+        # FlashInfer only attends, and its page tables are written once a step, before a layer could tell
+        # which rows' bands it is to read.
+        self._completes = isinstance(self._exact, TritonExact)
+        self._work = Workspace.allocate(rows, heads, problem.kv_heads, d, device, reach=self._completes)
+        if not self._completes:
+            self._prefix_out = torch.empty(rows, heads, d, dtype=problem.dtype, device=device)
+            self._prefix_lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
         self._auditor = Auditor(problem, device) if config.audit else None
 
     @property
@@ -71,19 +73,21 @@ class Decoder:
         """
         rows = len(query)
         position, ring, hit = self.position[:rows], self.ring[:rows], self._work.hit[:rows]
-        prefix_out, prefix_lse = self._prefix_out[:rows], self._prefix_lse[:rows]
         rope = rotation(rotary)
         scale = self.problem.scale
         decode_hits(
             query, position, ring, self.first[:rows], block_table, kv, store, config, scale, self._work, out, counts,
             **rope, paused=paused,
         )  # fmt: skip
-        reach = position if self._work.reach is None else self._work.reach[:rows]
-        self._exact.run(query, kv, block_table, reach, hit, prefix_out, prefix_lse)
-        complete_misses(
-            query, position, ring, store, prefix_out, prefix_lse, self._work, out,
-            **rope, prefix_lse_base2=self._exact.lse_base == 2,
-        )  # fmt: skip
+        if self._completes:
+            completion = Completion(position, ring, self._work, store, **rope)
+            self._exact.run(query, kv, block_table, self._work.reach[:rows], hit, out, None, completion)
+        else:
+            prefix = self._prefix_out[:rows], self._prefix_lse[:rows]
+            self._exact.run(query, kv, block_table, position, hit, *prefix)
+            complete_misses(
+                query, position, ring, store, *prefix, self._work, out, **rope, prefix_lse_base2=self._exact.lse_base == 2
+            )
         if self._auditor is not None:
             self._auditor.run(query, kv, block_table, ring, self._work, store, out, audited)
 
