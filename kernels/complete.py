@@ -118,11 +118,10 @@ def complete_misses(
         position, ring: `[B]` int32 or int64, as for `decode_hits`.
         store: the layer's rings (`ring.RingStore`).
         prefix_out: `[B, H, D]` contiguous, any float dtype: attention over `[lo, m+1-band)`,
-            where `lo` is `sink` rounded up to a whole page, and `m` the row's `work.reach`, where
-            `work` has one.
+            where `lo` is `sink` rounded up to a whole page.
         prefix_lse: `[B, H]` float32 contiguous, natural log, or base 2 with `prefix_lse_base2`;
             `-inf` where the interval is empty (`prefix_out` is then ignored).
-        work: the `Workspace` that `decode_hits` used.
+        work: the `Workspace` that `decode_hits` used, with `whole` false.
         out: `[B, H, D]` in query's dtype, last dimension contiguous; written for missed groups.
         cos_sin, is_neox: as for `decode_hits`.
     """

@@ -118,12 +118,14 @@ def _complete(
     ring_query, ring_out, ring_lse, ring_chain,
     stride_qb, stride_qh, stride_ob, stride_oh, o_g, o_d,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    ROTARY: tl.constexpr, NEOX: tl.constexpr,
+    SINK: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
 ):  # fmt: skip
     """Complete a group whose prefix is `b_o` `[BM, BD]`, normalised, with base-2 LSE `b_l` `[BM]`."""
     H: tl.constexpr = K * G
     m, i_ring = tl.load(position + row).to(tl.int32), tl.load(ring + row).to(tl.int64)
     m_g = o_g < G
+    if not SINK:
+        m_g = o_g < tl.where(i_ring >= 0, G, 0)  # of rows without a ring `hit` left nothing
     m_gd = m_g[:, None] & (o_d < D)[None, :]
     o_head = row * H + i_k * G + o_g
     b_no, b_nl, b_ro, b_rl = load_parts(near_out, near_lse, o_head, o_d, m_g, m_gd, D)
@@ -134,7 +136,8 @@ def _complete(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("stride_table",))
+# Rows change from step to step, and what depends on them must not compile it anew.
+@triton.jit(do_not_specialize=("groups", "stride_table"))
 def _prefix_kernel(
     query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived,
     groups, first_token, band, scale_log2,
@@ -144,9 +147,9 @@ def _prefix_kernel(
     BN: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     P: tl.constexpr, UNROLL: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, OF_HITS: tl.constexpr,
-    row_position=None, ring=None, cos_sin=None, near_out=None, near_lse=None,
+    ring=None, cos_sin=None, near_out=None, near_lse=None,
     ring_query=None, ring_out=None, ring_lse=None, ring_chain=None,
-    W: tl.constexpr = 0, ROTARY: tl.constexpr = 0, NEOX: tl.constexpr = True,
+    W: tl.constexpr = 0, SINK: tl.constexpr = 0, ROTARY: tl.constexpr = 0, NEOX: tl.constexpr = True,
 ):  # fmt: skip
     # With rings `out` is what the layer gives, and `lse` nothing.
     COMPLETE: tl.constexpr = ring_query is not None
@@ -161,6 +164,9 @@ def _prefix_kernel(
     o_r = tl.arange(0, BR)
     b_hit = tl.load(hit + o_r, mask=o_r < groups, other=0) != 0  # [BR]
     b_m = tl.load(position + o_r // K, mask=o_r < groups, other=-1).to(tl.int32)  # [BR]
+    if COMPLETE:  # the band of a row without a ring is read like its prefix
+        b_ring = tl.load(ring + o_r // K, mask=o_r < groups, other=-1)
+        b_m += tl.where((b_ring < 0) & (b_m >= 0), band, 0)
     b_tokens = tl.where(b_hit == OF_HITS, tl.maximum(b_m + 1 - band - first_token, 0), 0)
     b_units = (b_tokens + BN - 1) // BN  # [BR]
     b_end = tl.cumsum(b_units, 0)
@@ -181,11 +187,12 @@ def _prefix_kernel(
             b_empty = tl.full([BM], float("-inf"), tl.float32)
             b_zero = tl.zeros([BM, BD], tl.float32)
             if COMPLETE:
+                m += tl.where(tl.load(ring + i_r // K) < 0, band, 0)
                 if wanted & (m + 1 - band <= first_token):
                     _complete(
-                        b_empty, b_zero, row, i_k, query, cos_sin, row_position, ring, near_out, near_lse, out,
+                        b_empty, b_zero, row, i_k, query, cos_sin, position, ring, near_out, near_lse, out,
                         ring_query, ring_out, ring_lse, ring_chain,
-                        stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, ROTARY, NEOX,
+                        stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, SINK, ROTARY, NEOX,
                     )  # fmt: skip
             else:
                 if (not wanted) | (m + 1 - band <= first_token):
@@ -202,6 +209,8 @@ def _prefix_kernel(
         segment_end = tl.minimum(stop, group_end)
         row, i_k = (i_r // K).to(tl.int64), i_r % K
         token_end = tl.load(position + row).to(tl.int32) + 1 - band
+        if COMPLETE:
+            token_end += tl.where(tl.load(ring + row) < 0, band, 0)
         begin = first_token + (unit - group_start) * BN
         end = tl.minimum(first_token + (segment_end - group_start) * BN, token_end)
 
@@ -284,9 +293,9 @@ def _prefix_kernel(
         if ready != 0:
             if COMPLETE:
                 _complete(
-                    b_rl, b_r, row, i_k, query, cos_sin, row_position, ring, near_out, near_lse, out,
+                    b_rl, b_r, row, i_k, query, cos_sin, position, ring, near_out, near_lse, out,
                     ring_query, ring_out, ring_lse, ring_chain,
-                    stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, ROTARY, NEOX,
+                    stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, SINK, ROTARY, NEOX,
                 )  # fmt: skip
             else:
                 at_out = out + row * stride_ob + i_k * G * stride_oh
@@ -298,11 +307,10 @@ def _prefix_kernel(
 class Completion:
     """What `TritonExact.run` needs to complete the groups that `hit.decode_hits` left open.
 
-    position, ring: `[B]`, as for `decode_hits`. work: the `hit.Workspace` that it used. store: the
-    layer's rings. cos_sin, is_neox: as for `decode_hits`.
+    ring: `[B]`, as for `decode_hits`. work: the `hit.Workspace` that it used, with `whole` true. store:
+    the layer's rings. cos_sin, is_neox: as for `decode_hits`.
     """
 
-    position: Tensor
     ring: Tensor
     work: Workspace
     store: RingStore
@@ -312,7 +320,7 @@ class Completion:
     def arguments(self) -> dict:
         store, work = self.store, self.work
         return dict(
-            row_position=self.position, ring=self.ring, cos_sin=self.cos_sin, near_out=work.part_out, near_lse=work.part_lse,
+            ring=self.ring, cos_sin=self.cos_sin, near_out=work.part_out, near_lse=work.part_lse,
             ring_query=store.query, ring_out=store.out, ring_lse=store.lse, ring_chain=store.chain,
             W=store.query.shape[2], ROTARY=0 if self.cos_sin is None else self.cos_sin.shape[-1], NEOX=self.is_neox,
         )  # fmt: skip
@@ -411,15 +419,14 @@ class TritonExact:
         **base 2**.
 
         With a completion, out is the layer's output in query's dtype, written for missed groups only
-        (as `complete.complete_misses` does, which is then not to be called), lse is not written, and
-        position may be the `reach` of `hit.Workspace`.
+        (as `complete.complete_misses` does, which is then not to be called), and lse is not written.
         """
         p, t = self.problem, self.tuning
         rows = query.shape[0]
         if rows > p.max_rows:
             raise ValueError(f"query: {rows} rows, choose at most max_rows ({p.max_rows})")
         groups = rows * p.kv_heads
-        finish = {} if completion is None else completion.arguments()
+        finish = {} if completion is None else {**completion.arguments(), "SINK": p.sink}
         heads, width = triton.next_power_of_2(p.group), triton.next_power_of_2(p.head_size)
         _prefix_kernel[(self.programs,)](
             query, kv, block_table, position, hit, out, lse,

@@ -34,11 +34,11 @@ def _hit_kernel(
     p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
     p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
     p_out, p_source, p_hit, p_counters, p_key, p_band_acc, p_band_sum, p_part_out, p_part_lse,
-    p_arrived, p_paused, p_reach,
+    p_arrived, p_paused,
     s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
     log2_scale, bound, lag_weight,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
-    BAND: tl.constexpr, SINK: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
+    BAND: tl.constexpr, SINK: tl.constexpr, WHOLE: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
     LAGGED: tl.constexpr, RELATIVE: tl.constexpr, ANCHORED: tl.constexpr,
     ROTARY: tl.constexpr, NEOX: tl.constexpr,
     S: tl.constexpr, BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr,
@@ -56,28 +56,22 @@ def _hit_kernel(
     m = tl.load(p_position + i_row).to(tl.int32)
     ring = tl.load(p_ring + i_row).to(tl.int64)
     first = tl.load(p_first + i_row).to(tl.int32)
-    # A row without a ring has nothing to record: the engine for misses reads its band too.
-    whole = False
-    if p_reach is not None:
-        whole = (ring < 0) & (m >= 0)
-        if (i_part == 0) & (i_k == 0):
-            tl.store(p_reach + i_row, tl.where(whole, m + BAND, m))
     if m < 0:
         return
-    if p_reach is not None:  # noqa: SIM102 - known when compiling, unlike the other
-        if SINK == 0:  # noqa: SIM102
+    # A row without a ring has nothing to record: an engine for misses that completes reads its band too.
+    whole = False
+    if WHOLE:
+        whole = ring < 0
+        if SINK == 0:  # noqa: SIM102 - known when compiling, unlike the other
             if whole:
                 if i_part == 0:
                     o_w = tl.arange(0, M)
-                    o_alone = i_row * H + i_k * G + o_w
-                    none = tl.full((M,), float("-inf"), tl.float32)
-                    tl.store(p_source + o_alone, tl.full((M,), -1, tl.int32), mask=o_w < G)
+                    tl.store(p_source + i_row * H + i_k * G + o_w, tl.full((M,), -1, tl.int32), mask=o_w < G)
                     tl.store(p_hit + i_row * K + i_k, 0)
-                    tl.store(p_part_lse + o_alone * 2, none, mask=o_w < G)
-                    tl.store(p_part_lse + o_alone * 2 + 1, none, mask=o_w < G)
-                    kind = tl.where(m + 1 < MIN_CONTEXT, 2, 3)
-                    tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64), sem="relaxed")
-                    tl.atomic_add(p_counters + 5, (m + 1).to(tl.int64), sem="relaxed")
+                    if i_k == 0:
+                        kind = tl.where(m + 1 < MIN_CONTEXT, 2, 3)
+                        tl.atomic_add(p_counters + kind, tl.full((), H, tl.int64), sem="relaxed")
+                        tl.atomic_add(p_counters + 5, K * (m + 1).to(tl.int64), sem="relaxed")
                 return
     able = (ring >= 0) & (m + 1 >= MIN_CONTEXT)
     matching = able
@@ -277,11 +271,10 @@ class Workspace:
     source: `[B, H]` int32, position matched by each head or -1. hit: `[B, K]` int32, 1 where all
     heads of the group matched. Rows whose position is -1 are not written.
     part_out: `[B, H, 2, D]` float32, part_lse: `[B, H, 2]` float32 natural log, of missed groups
-    only: attention over `[sink, lo)`, `lo` being `sink` rounded up to a whole page, and over band
+    only (of none of a row that is read whole and has no sink): attention over `[sink, lo)`, `lo` being `sink` rounded up to a whole page, and over band
     and sink together.
-    reach: `[B]` int32, the position from which the engine for misses counts its band back: that
-    of the row, or `band` more for a row without a ring, whose band that engine reads as well. None:
-    it reads no row's band.
+    whole: whether the engine for misses reads the bands of rows without a ring too, as
+    `exact.TritonExact` does when it completes; what is left of such a row is its sink.
     key, band_acc, band_sum: partial results of the programs of a group. arrived: `[B, K]` int32,
     programs of a group that are done; all 0 between steps.
     slots: programs that the device runs at once. pdl: launch the kernels before their predecessors
@@ -296,7 +289,7 @@ class Workspace:
     band_acc: torch.Tensor
     band_sum: torch.Tensor
     arrived: torch.Tensor
-    reach: torch.Tensor | None = None
+    whole: bool = False
     slots: int = 396
     pdl: bool = False
     tune: dict | None = None
@@ -306,9 +299,9 @@ class Workspace:
 
     @classmethod
     def allocate(
-        cls, rows: int, heads: int, kv_heads: int, head_size: int, device, reach: bool = False
+        cls, rows: int, heads: int, kv_heads: int, head_size: int, device, whole: bool = False
     ) -> "Workspace":
-        """For batches of at most `rows` rows, padding included. reach: whether to have one."""
+        """For batches of at most `rows` rows, padding included."""
         on = torch.device(device)
 
         def empty(*shape, dtype=torch.float32):
@@ -324,7 +317,7 @@ class Workspace:
             band_acc=empty(rows, heads, cls.MAX_BANDS, head_size),
             band_sum=empty(rows, heads, cls.MAX_BANDS, 2),
             arrived=torch.zeros(rows, kv_heads, dtype=torch.int32, device=on),
-            reach=torch.full((rows,), -1, dtype=torch.int32, device=on) if reach else None,
+            whole=whole,
             slots=3 * gpu.multi_processor_count if gpu else 4,
             pdl=gpu is not None and gpu.major >= 9,
         )
@@ -359,8 +352,8 @@ def decode_hits(
         config: window, band, sink, threshold, distance, min_context, lag_weight, reuse, max_chain.
             The threshold is not compiled in: layers may differ in it.
         scale: factor of the scores.
-        work: room for `B` rows. Its `hit` and `source` are written, `reach` where it has one, and
-            `part_out` and `part_lse` of missed groups, for `complete_misses`.
+        work: room for `B` rows. Its `hit` and `source` are written, and
+            `part_out` and `part_lse` of missed groups, for what completes them.
         out: `[B, H, D]` in query's dtype, last dimension contiguous; written for groups that hit.
         counters: `[7]` int64, added to: see `COUNTERS`. The tokens are KV tokens per KV head.
         cos_sin: `[positions, rotary_dim]`, `[cos | sin]`, or None for a layer without RoPE.
@@ -384,13 +377,13 @@ def decode_hits(
         query, cos_sin, position, ring, first, block_table, kv,
         store.query, store.out, store.lse, store.chain,
         out, work.source, work.hit, counters, work.key, work.band_acc, work.band_sum,
-        work.part_out, work.part_lse, work.arrived, paused, work.reach,
+        work.part_out, work.part_lse, work.arrived, paused,
         query.stride(0), query.stride(1), block_table.stride(0),
         kv.stride(0), kv.stride(1), kv.stride(2), out.stride(0), out.stride(1),
         scale * 1.4426950408889634, 2.0 * (1 if relative else d) * (1.0 - config.threshold) ** 2,
         float(config.lag_weight),
         K=kv_heads, G=group, D=d, W=window, PAGE=page,
-        BAND=config.band, SINK=config.sink, MIN_CONTEXT=config.min_context,
+        BAND=config.band, SINK=config.sink, WHOLE=work.whole, MIN_CONTEXT=config.min_context,
         MAX_CHAIN=config.max_chain or 0,
         LAGGED=config.lag_weight > 0, RELATIVE=relative, ANCHORED=config.reuse == "anchored",
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,

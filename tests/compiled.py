@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from vllm_mac import warmup
+from vllm_mac.fused import rotation
+from vllm_mac.kernels import complete
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.hit import Workspace
 
@@ -54,7 +56,7 @@ class Compiled:
 def main(arch: int) -> None:
     driver.set_active(Driver(arch))
     (shared, sms), pdl, seen = GPUS[arch], arch >= 90, set()
-    for module, name in [*DECODE, *OTHERS]:
+    for module, name in [*DECODE, *OTHERS, (complete, "_complete_kernel")]:
         setattr(module, name, Compiled(getattr(module, name), seen))
     allocate, default, init = Workspace.allocate.__func__, Tuning.default.__func__, TritonExact.__init__
     Workspace.allocate = classmethod(lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=3 * sms, pdl=pdl))
@@ -69,6 +71,12 @@ def main(arch: int) -> None:
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch >= 89 and shape["dtype"] == torch.float16 else {}
         decoder, layers, table = make(rows=2, window=512, band=256, min_context=2048, **shape, **float8)
         warmup.warm_up(decoder, layers[:1], table, True)
+        # What follows FlashInfer, which is not asked to plan without a GPU.
+        query = torch.empty(2, shape["heads"], shape["d"], dtype=shape["dtype"])
+        complete.complete_misses(
+            query, decoder.position, decoder.ring, layers[0].store, query, decoder._work.part_lse, decoder._work, query,
+            **rotation(layers[0].rotary), prefix_lse_base2=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

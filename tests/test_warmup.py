@@ -19,7 +19,7 @@ from vllm_mac.config import resolve
 from vllm_mac.fused import Decoder, rotation
 from vllm_mac.kernels import assign as assign_kernels
 from vllm_mac.kernels import audit as audit_kernels
-from vllm_mac.kernels import complete, exact, hit, plan, record
+from vllm_mac.kernels import exact, hit, plan, record
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.exact import PrefixProblem
 from vllm_mac.kernels.hit import Workspace
@@ -29,7 +29,7 @@ from vllm_mac.rope import Rotary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = CUDABackend(GPUTarget("cuda", 90, 32))
-DECODE = [(hit, "_hit_kernel"), (exact, "_prefix_kernel"), (complete, "_complete_kernel"), (audit_kernels, "_tally_kernel")]
+DECODE = [(hit, "_hit_kernel"), (exact, "_prefix_kernel"), (audit_kernels, "_tally_kernel")]
 OTHERS = [(record, "_record_kernel"), (assign_kernels, "_assign_kernel")]
 
 
@@ -55,7 +55,7 @@ class Variants:
 def variants(monkeypatch):
     found = set()
     allocate = Workspace.allocate.__func__
-    as_h200 = lambda *args: dataclasses.replace(allocate(*args), slots=396, pdl=True)
+    as_h200 = lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=396, pdl=True)
     monkeypatch.setattr(Workspace, "allocate", classmethod(as_h200))
     for module, name in [*DECODE, *OTHERS, (plan, "_pages_kernel"), (plan, "_plan_kernel")]:
         monkeypatch.setattr(module, name, Variants(getattr(module, name), found))
@@ -141,7 +141,7 @@ def test_serving_launches_what_was_compiled(variants, sizes, by_request):
     assert variants == compiled, {name: (count(name), count(name, variants)) for name in {x[0] for x in variants ^ compiled}}
     # Several variants of what depends on the rows, and one of what does not, for each kind of layer.
     assert count("_hit_kernel") >= (20 if sizes is LLAMA else 4) and count("_prefix_kernel") > 1
-    assert count("_complete_kernel") == count("_record_kernel") == 4 and count("_assign_kernel") == 1
+    assert count("_record_kernel") == 4 and count("_assign_kernel") == 1
     assert count("_tally_kernel") == int("audit" in sizes)
 
 
@@ -179,7 +179,7 @@ def test_warming_up_leaves_no_trace(keys):
     work, watched = decoder._work, {}
     for field in dataclasses.fields(work):
         value = getattr(work, field.name)
-        if isinstance(value, torch.Tensor) and field.name != "reach":  # which every step writes for every row
+        if isinstance(value, torch.Tensor):
             watched[f"work.{field.name}"] = value
     for i, layer in enumerate(layers):
         watched |= {f"{i}.{field.name}": getattr(layer.store, field.name) for field in dataclasses.fields(layer.store)}
@@ -199,7 +199,6 @@ def test_warming_up_leaves_no_trace(keys):
     warmup.warm_up(decoder, layers, table, True)
     changed = [name for name, value in watched.items() if not torch.equal(value.view(torch.uint8), before[name])]
     assert changed == []
-    assert (work.reach == -1).all()
     assert table.used.max() <= 0, "a ring was given away"
 
 

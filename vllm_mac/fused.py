@@ -38,10 +38,8 @@ class Decoder:
         rows, heads, d = problem.max_rows, problem.heads, problem.head_size
         self.position, self.ring, self.first = (torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in "prf")
         self._exact = ENGINES[config.miss_engine](problem, device)
-        # FlashInfer only attends, and its page tables are written once a step, before a layer could tell
-        # which rows' bands it is to read.
         self._completes = isinstance(self._exact, TritonExact)
-        self._work = Workspace.allocate(rows, heads, problem.kv_heads, d, device, reach=self._completes)
+        self._work = Workspace.allocate(rows, heads, problem.kv_heads, d, device, whole=self._completes)
         if not self._completes:
             self._prefix_out = torch.empty(rows, heads, d, dtype=problem.dtype, device=device)
             self._prefix_lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
@@ -80,8 +78,8 @@ class Decoder:
             **rope, paused=paused,
         )  # fmt: skip
         if self._completes:
-            completion = Completion(position, ring, self._work, store, **rope)
-            self._exact.run(query, kv, block_table, self._work.reach[:rows], hit, out, None, completion)
+            completion = Completion(ring, self._work, store, **rope)
+            self._exact.run(query, kv, block_table, position, hit, out, None, completion)
         else:
             prefix = self._prefix_out[:rows], self._prefix_lse[:rows]
             self._exact.run(query, kv, block_table, position, hit, *prefix)
