@@ -25,7 +25,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.complete import complete_group, load_parts
 from vllm_mac.kernels.hit import Workspace
-from vllm_mac.ring import RingStore
 
 LOG2E = 1.4426950408889634
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -114,7 +113,7 @@ def _merge(
 
 @triton.jit
 def _complete(
-    b_l, b_o, row, i_k, query, cos_sin, position, ring, near_out, near_lse, out,
+    b_l, b_o, row, i_k, m, i_ring, query, cos_sin, near_out, near_lse, out,
     ring_query, ring_out, ring_lse, ring_chain,
     stride_qb, stride_qh, stride_ob, stride_oh, o_g, o_d,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
@@ -122,7 +121,6 @@ def _complete(
 ):  # fmt: skip
     """Complete a group whose prefix is `b_o` `[BM, BD]`, normalised, with base-2 LSE `b_l` `[BM]`."""
     H: tl.constexpr = K * G
-    m, i_ring = tl.load(position + row).to(tl.int32), tl.load(ring + row).to(tl.int64)
     m_g = o_g < G
     if not SINK:
         m_g = o_g < tl.where(i_ring >= 0, G, 0)  # of rows without a ring `hit` left nothing
@@ -165,13 +163,15 @@ def _prefix_kernel(
     b_hit = tl.load(hit + o_r, mask=o_r < groups, other=0) != 0  # [BR]
     b_m = tl.load(position + o_r // K, mask=o_r < groups, other=-1).to(tl.int32)  # [BR]
     if COMPLETE:  # the band of a row without a ring is read like its prefix
-        b_ring = tl.load(ring + o_r // K, mask=o_r < groups, other=-1)
+        b_ring = tl.load(ring + o_r // K, mask=o_r < groups, other=-1)  # [BR]
         b_m += tl.where((b_ring < 0) & (b_m >= 0), band, 0)
     b_tokens = tl.where(b_hit == OF_HITS, tl.maximum(b_m + 1 - band - first_token, 0), 0)
     b_units = (b_tokens + BN - 1) // BN  # [BR]
     b_end = tl.cumsum(b_units, 0)
     total = tl.sum(b_units, 0)
     share = tl.maximum((total + programs - 1) // programs, 1)
+    # A group in few pieces is merged sooner than another unit is read.
+    share = tl.maximum(share, tl.minimum((tl.max(b_units, 0) + P - 1) // P, 4))
 
     b_none = (b_hit == OF_HITS) & (b_m >= 0) & (b_tokens == 0)
     if COMPLETE:
@@ -187,10 +187,10 @@ def _prefix_kernel(
             b_empty = tl.full([BM], float("-inf"), tl.float32)
             b_zero = tl.zeros([BM, BD], tl.float32)
             if COMPLETE:
-                m += tl.where(tl.load(ring + i_r // K) < 0, band, 0)
-                if wanted & (m + 1 - band <= first_token):
+                i_ring = tl.load(ring + row).to(tl.int64)
+                if wanted & (m + 1 - tl.where(i_ring < 0, 0, band) <= first_token):
                     _complete(
-                        b_empty, b_zero, row, i_k, query, cos_sin, position, ring, near_out, near_lse, out,
+                        b_empty, b_zero, row, i_k, m, i_ring, query, cos_sin, near_out, near_lse, out,
                         ring_query, ring_out, ring_lse, ring_chain,
                         stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, SINK, ROTARY, NEOX,
                     )  # fmt: skip
@@ -208,9 +208,8 @@ def _prefix_kernel(
         group_start = group_end - tl.sum(tl.where(o_r == i_r, b_units, 0), 0)
         segment_end = tl.minimum(stop, group_end)
         row, i_k = (i_r // K).to(tl.int64), i_r % K
-        token_end = tl.load(position + row).to(tl.int32) + 1 - band
-        if COMPLETE:
-            token_end += tl.where(tl.load(ring + row) < 0, band, 0)
+        m = tl.sum(tl.where(o_r == i_r, b_m, 0), 0)
+        token_end = m + 1 - band
         begin = first_token + (unit - group_start) * BN
         end = tl.minimum(first_token + (segment_end - group_start) * BN, token_end)
 
@@ -259,10 +258,12 @@ def _prefix_kernel(
             first, last = group_start // share, (group_end - 1) // share  # programs of this group
             _put(part_out, part_lse, i_p, first, b_r, b_rl, o_m, o_d, G, D)
             tl.debug_barrier()  # all threads' stores precede the one thread's atomic
-            # The last to arrive merges, first within blocks of P programs, then the blocks.
+            # The last to arrive merges: few programs at once, many within blocks of P, then the blocks.
             low = tl.maximum(first, i_p // P * P)
             high = tl.minimum(last, i_p // P * P + P - 1)
             blocks = last // P - first // P + 1
+            if last - first < 2 * P:
+                low, high, blocks = first, last, blocks * 0 + 1
             if high > low:
                 counter = arrived + 2 * low + (low == first).to(tl.int32)
                 ready = (tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == high - low).to(
@@ -292,8 +293,9 @@ def _prefix_kernel(
                     )  # fmt: skip
         if ready != 0:
             if COMPLETE:
+                i_ring = tl.sum(tl.where(o_r == i_r, b_ring, 0), 0).to(tl.int64)
                 _complete(
-                    b_rl, b_r, row, i_k, query, cos_sin, position, ring, near_out, near_lse, out,
+                    b_rl, b_r, row, i_k, m, i_ring, query, cos_sin, near_out, near_lse, out,
                     ring_query, ring_out, ring_lse, ring_chain,
                     stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, SINK, ROTARY, NEOX,
                 )  # fmt: skip
@@ -308,12 +310,12 @@ class Completion:
     """What `TritonExact.run` needs to complete the groups that `hit.decode_hits` left open.
 
     ring: `[B]`, as for `decode_hits`. work: the `hit.Workspace` that it used, with `whole` true. store:
-    the layer's rings. cos_sin, is_neox: as for `decode_hits`.
+    the layer's rings (`ring.RingStore`). cos_sin, is_neox: as for `decode_hits`.
     """
 
     ring: Tensor
     work: Workspace
-    store: RingStore
+    store: object
     cos_sin: Tensor | None = None
     is_neox: bool = True
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac.kernels.amend import attend, combine, finish, unfinish
+from vllm_mac.kernels.amend import LOG2_E, attend, combine, finish, unfinish
 from vllm_mac.kernels.match import LAST, NO_KEY, narrow, scan, unrotate
 
 COUNTERS = (
@@ -36,10 +36,10 @@ def _hit_kernel(
     p_out, p_source, p_hit, p_counters, p_key, p_band_acc, p_band_sum, p_part_out, p_part_lse,
     p_arrived, p_paused,
     s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
-    log2_scale, bound, lag_weight,
+    log2_scale, bound, lag_weight, mass_floor,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, SINK: tl.constexpr, WHOLE: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
-    LAGGED: tl.constexpr, RELATIVE: tl.constexpr, ANCHORED: tl.constexpr,
+    LAGGED: tl.constexpr, RELATIVE: tl.constexpr, ANCHORED: tl.constexpr, WEIGHED: tl.constexpr,
     ROTARY: tl.constexpr, NEOX: tl.constexpr,
     S: tl.constexpr, BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr,
     SCAN_STAGES: tl.constexpr,
@@ -130,7 +130,7 @@ def _hit_kernel(
             p_group_query + (i_scan // S) * s_query_head, p_cos_sin,
             p_ring_query + o_ring * D, p_ring_chain + o_ring, m, first,
             i_s * SPAN, tl.minimum((i_s + 1) * SPAN, W), bound, lag_weight,
-            D, DP, ROTARY, NEOX, W, BAND, SINK, MAX_CHAIN, LAGGED, RELATIVE,
+            D, DP, ROTARY, NEOX, W, BAND, SINK, MAX_CHAIN, LAGGED, RELATIVE, WEIGHED,
             BW, SPAN, HALVES, SCAN_STAGES,
         )  # fmt: skip
         tl.store(p_key + (i_row * H + i_h) * S + i_s, key)
@@ -176,14 +176,33 @@ def _hit_kernel(
         key = tl.min(keys, 1)
         source = tl.where(key < NO_KEY, -(key & LAST).to(tl.int32) + LAST, -1)
     else:
+        key = tl.full((M,), NO_KEY, tl.int64)
         source = tl.full((M,), -1, tl.int32)
+
+    # What is reused, asked for at once: whether it will be may depend on its own mass.
+    o_match = (ring * H + o_h) * W + source % W
+    o_match_d = o_match[:, None] * D + o_d[None, :]
+    m_match = m_g & (source >= 0)
+    m_match_d = m_match[:, None] & m_d[None, :]
+    ring_lse = tl.load(p_ring_lse + o_match, mask=m_match, other=float("-inf"))
+    ring_out = tl.load(p_ring_out + o_match_d, mask=m_match_d, other=0.0)
+    chain = tl.load(p_ring_chain + o_match, mask=m_match, other=0) + 1
+    if ANCHORED:
+        kept = tl.load(p_ring_query + o_match_d, mask=m_match_d, other=0.0)
+    if WEIGHED:
+        # `scan` let in what a summary without mass may be off by, and gave the part of it that it is.
+        part = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        if LAGGED:
+            part -= tl.div_rn(lag_weight * (m - source).to(tl.float32), W * 1.0)
+        mass = 1.0 / (1.0 + tl.exp2(rest + tl.log2(rest_total) - ring_lse * LOG2_E))
+        allowed = mass_floor / (mass + mass_floor)
+        source = tl.where(part < allowed * allowed, source, -1)
     hit = tl.min(tl.where(m_g, source, 0), 0) >= 0
     o_head = i_row * H + o_h
     tl.store(p_source + o_head, source, mask=m_g)
     tl.store(p_hit + i_row * K + i_k, hit.to(tl.int32))
 
     # On a hit each head amends from its own match on; on a miss all read to the first whole page.
-    m_reuse = o_g < tl.where(hit, G, 0)
     lo = tl.minimum((SINK + PAGE - 1) // PAGE * PAGE, band_start)
     begin = tl.where(hit, source + 1 - BAND, sink_end)
     stop = tl.where(hit, band_start, lo)
@@ -193,16 +212,6 @@ def _hit_kernel(
         if not hit:
             page = sink_end // PAGE
             pages = tl.load(p_row_table + page + tl.zeros((TP,), tl.int32))
-
-    # Loads that the amendment need not wait for.
-    o_match = (ring * H + o_h) * W + source % W
-    o_match_d = o_match[:, None] * D + o_d[None, :]
-    m_reuse_d = m_reuse[:, None] & m_d[None, :]
-    ring_lse = tl.load(p_ring_lse + o_match, mask=m_reuse, other=float("-inf"))
-    ring_out = tl.load(p_ring_out + o_match_d, mask=m_reuse_d, other=0.0)
-    chain = tl.load(p_ring_chain + o_match, mask=m_reuse, other=0) + 1
-    if ANCHORED:
-        kept = tl.load(p_ring_query + o_match_d, mask=m_reuse_d, other=0.0)
 
     near = tl.full((MP,), float("-inf"), tl.float32)
     near_total = tl.zeros((MP,), tl.float32)
@@ -349,7 +358,8 @@ def decode_hits(
         block_table: `[B, *]` int32, last dimension contiguous.
         kv: `[blocks, K, BS, 2 D]` in query's dtype, any strides but 1 in the last dimension.
         store: the layer's rings (`ring.RingStore`), contiguous.
-        config: window, band, sink, threshold, distance, min_context, lag_weight, reuse, max_chain.
+        config: window, band, sink, threshold, distance, min_context, lag_weight, reuse,
+            max_chain, mass_floor.
             The threshold is not compiled in: layers may differ in it.
         scale: factor of the scores.
         work: room for `B` rows. Its `hit` and `source` are written, and
@@ -372,6 +382,9 @@ def decode_hits(
     bands = max(1, min(tune["bands"], work.MAX_BANDS, tail))
     span = triton.cdiv(window, splits)
     relative = config.distance == "relative"
+    bound = 2.0 * (1 if relative else d) * (1.0 - config.threshold) ** 2
+    # The limit of a summary without mass is so much looser, see `reference.relief`.
+    loosest = 1.0 if config.mass_floor is None else (1.0 + 1.0 / config.mass_floor) ** 2
     near_pages = triton.next_power_of_2(window // page + 2)
     _hit_kernel[(bands + group * splits, kv_heads, rows)](
         query, cos_sin, position, ring, first, block_table, kv,
@@ -380,12 +393,12 @@ def decode_hits(
         work.part_out, work.part_lse, work.arrived, paused,
         query.stride(0), query.stride(1), block_table.stride(0),
         kv.stride(0), kv.stride(1), kv.stride(2), out.stride(0), out.stride(1),
-        scale * 1.4426950408889634, 2.0 * (1 if relative else d) * (1.0 - config.threshold) ** 2,
-        float(config.lag_weight),
+        scale * 1.4426950408889634, bound * loosest, config.lag_weight / loosest, config.mass_floor or 0.0,
         K=kv_heads, G=group, D=d, W=window, PAGE=page,
         BAND=config.band, SINK=config.sink, WHOLE=work.whole, MIN_CONTEXT=config.min_context,
         MAX_CHAIN=config.max_chain or 0,
         LAGGED=config.lag_weight > 0, RELATIVE=relative, ANCHORED=config.reuse == "anchored",
+        WEIGHED=config.mass_floor is not None,
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
         S=splits, BW=min(tune["bw"], triton.next_power_of_2(span)), SPAN=span,
         HALVES=tune["halves"], SCAN_STAGES=tune["scan_stages"],

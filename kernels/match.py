@@ -94,13 +94,14 @@ def scan(
     p_query, p_cos_sin, p_entry, p_chain, m, first, begin, end, bound, lag_weight,
     D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
     W: tl.constexpr, BAND: tl.constexpr, SINK: tl.constexpr, MAX_CHAIN: tl.constexpr,
-    LAGGED: tl.constexpr, RELATIVE: tl.constexpr,
+    LAGGED: tl.constexpr, RELATIVE: tl.constexpr, SHARE: tl.constexpr,
     BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Key of the best candidate of one head among the positions `m-1-lag`, `lag` in `[begin, end)`.
 
     p_query: the head's query after RoPE. p_entry: its ring's `[W, D]` queries. p_chain: `[W]`.
-    RELATIVE: whether `bound` is in units of the query's squared norm. SPAN: the most lags there
+    RELATIVE: whether `bound` is in units of the query's squared norm. SHARE: whether the key's score is
+    to be in units of the bound. SPAN: the most lags there
     are. LAGGED: whether `lag_weight` is not 0. HALVES: whether to read an entry's second half only
     where the first leaves it a chance: a distance only grows with the dimensions, so the result is
     the same.
@@ -162,6 +163,8 @@ def scan(
             best, best_back = _keep(
                 best, best_back, distance, back, usable, bound, lag_weight, W, LAGGED
             )
+    if SHARE:
+        best = tl.where(best < float("inf"), best / bound, best)
     order = best_back - (m - 1) + LAST  # LAST - position
     key = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | order.to(tl.int64)
     return tl.min(tl.where(best < float("inf"), key, NO_KEY), 0)

@@ -19,6 +19,7 @@ from engine import worker
 from rounding import decode_error
 
 from vllm_mac import paged
+from vllm_mac.reference import relief
 from vllm_mac.ring import RingStore
 
 FLOAT32 = 2.0**-24
@@ -190,7 +191,8 @@ class Step:
         found = self.metadata.decoder._work.source[:n].long()
         hit = self.metadata.decoder._work.hit[:n].bool()
         same = (found == want.source).view(n, mac.num_kv_heads, -1).all(-1)
-        self._ties(found, want.source, distance, pre)
+        rest = paged.band_and_sink(position, query, self.kv, self.table[:n], config, self.scale)
+        self._ties(found, want.source, distance, pre, rest.lse)
         assert torch.equal(hit[same], want.hit[same])
         for row in range(n):
             rounding, rest, sigma = self._bounds(row)
@@ -206,20 +208,28 @@ class Step:
         """`[B, H, W]` squared distance of each query to each slot, before this step writes one."""
         return ((pre[:, :, None] - self.store.query[ring.clamp(min=0)].float()) ** 2).sum(-1)
 
-    def _ties(self, found, wanted, distance, pre) -> None:
+    def _ties(self, found, wanted, distance, pre, rest_lse) -> None:
         """Where the choices differ, rounding must be what decides between them, or against the limit."""
         config, d = self.mac.config, pre.shape[-1]
         differ = (found != wanted).nonzero().tolist()
         limit = 2 * d * (1 - config.threshold) ** 2
         for row, head in differ:
-            scores = []
-            for p in (int(found[row, head]), int(wanted[row, head])):
+            picked = [p for p in (int(found[row, head]), int(wanted[row, head])) if p >= 0]
+            scores, rounded = [], 0.0
+            for p in picked:
                 at = float(distance[row, head, p % config.window])
-                lag = self.start[row] - p
-                scores.append(at + config.lag_weight * lag / config.window * limit if p >= 0 else limit)
                 size = float(pre[row, head].norm()) + at**0.5
+                lag = self.start[row] - p
+                scores.append(at + config.lag_weight * lag / config.window * limit)
+            if len(picked) == 1:  # one side took it and the other did not
+                lse = float(self.store.lse[self.known[row].ring, head, picked[0] % config.window])
+                mass = float(torch.sigmoid(torch.tensor(lse) - rest_lse[row, head].cpu()))
+                scores = [at, limit * relief(mass, config)]
+                # The limit follows an LSE's error at most twofold; for that error see `_entries`.
+                _, _, sigma = self._bounds(row)
+                rounded = scores[1] * 4 * FLOAT32 * (self.length[row] + (d + 8) * sigma + 32)
             # d differences of numbers that are rounded by themselves, squared and added up.
-            assert abs(scores[0] - scores[1]) <= 8 * d * FLOAT32 * (size**2 + limit), (scores, limit)
+            assert abs(scores[0] - scores[1]) <= 8 * d * FLOAT32 * (size**2 + limit) + rounded, (scores, limit)
         self.watch.ties += len(differ)
 
     def _entries(self, row, slot, heads, rounding, rest, sigma) -> None:

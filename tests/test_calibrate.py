@@ -38,11 +38,12 @@ def layer(seed: int = 0, dtype=torch.float64, tokens: int = TOKENS) -> Layer:
 
 
 SETTINGS = [
-    Setting(8, 0, "anchored", 0.0, None, "absolute"),
-    Setting(8, 3, "anchored", 2.0, None, "absolute"),
-    Setting(16, 0, "chained", 0.0, None, "absolute"),
-    Setting(16, 3, "chained", 1.0, 3, "relative"),
-    Setting(4, 5, "anchored", 0.0, 2, "relative"),
+    Setting(8, 0, "anchored", 0.0, None, "absolute", None),
+    Setting(8, 3, "anchored", 2.0, None, "absolute", None),
+    Setting(16, 0, "chained", 0.0, None, "absolute", None),
+    Setting(16, 3, "chained", 1.0, 3, "relative", None),
+    Setting(4, 5, "anchored", 0.0, 2, "relative", None),
+    Setting(8, 2, "anchored", 1.0, None, "absolute", 0.2),
 ]
 CANDIDATES = [Candidate(setting, threshold) for setting in SETTINGS for threshold in (0.3, 0.5, 0.7, 1.0)]
 
@@ -160,8 +161,8 @@ def test_who_knows_what():
 
 # --- the choice ---------------------------------------------------------------------------------
 
-A, B = Setting(128, 0, "anchored", 0.0, None, "absolute"), Setting(256, 0, "anchored", 0.0, None, "absolute")
-GRID = Grid(512, 2048, 100, (0.3, 0.5, 0.7), (128, 256), (0,), (0.0,), ("anchored",), (None,), ("absolute",))
+A, B = Setting(128, 0, "anchored", 0.0, None, "absolute", None), Setting(256, 0, "anchored", 0.0, None, "absolute", None)
+GRID = Grid(512, 2048, 100, (0.3, 0.5, 0.7), (128, 256), (0,), (0.0,), ("anchored",), (None,), ("absolute",), (None,))
 
 
 def made_up(errors: dict, reads: dict, heads: int = 8, prompts: int = 2) -> Measured:
@@ -261,9 +262,9 @@ def test_measurements_survive_a_file(tmp_path):
 def test_the_paper_is_tried_where_prompts_allow():
     assert PAPER in GRID.candidates(True) and PAPER not in GRID.candidates(False)
     assert len(GRID.candidates(True)) == (2 + 1) * (3 + 1)
-    narrow = Grid(512, 2048, 512, (0.5,), (128,), (4,), (0.0,), ("anchored",), (None,), ("absolute",))
+    narrow = Grid(512, 2048, 512, (0.5,), (128,), (4,), (0.0,), ("anchored",), (None,), ("absolute",), (None,))
     assert narrow.least() == narrow.least(paper=True) == 512 + 2048
-    wide = Grid(512, 300, 512, (0.5,), (128,), (4,), (0.0,), ("anchored",), (None,), ("absolute",))
+    wide = Grid(512, 300, 512, (0.5,), (128,), (4,), (0.0,), ("anchored",), (None,), ("absolute",), (None,))
     assert wide.least() == 512 + 512 + 128 + 4 and wide.least(paper=True) == wide.least() + 128
 
 
@@ -402,9 +403,9 @@ def test_an_engine_reads_what_the_simulation_says(models):
     from vllm_mac.metrics import HEADS, KV_TOKENS
 
     first, tokens, prompt = "model.layers.0.self_attn.attn", 60, list(b"a keeper writes down ships and winds; " * 6)
-    setting = Setting(32, 4, "anchored", 1.0, 4, "absolute")
+    setting = Setting(32, 4, "anchored", 1.0, 4, "absolute", None)
     keys = {"window": 64, "min_context": 200, "threshold": 0.5, **setting._asdict()}
-    grid = Grid(64, 200, tokens - 1, (0.5,), (32,), (4,), (1.0,), ("anchored",), (4,), ("absolute",))
+    grid = Grid(64, 200, tokens - 1, (0.5,), (32,), (4,), (1.0,), ("anchored",), (4,), ("absolute",), (None,))
     options = {"worker_extension_cls": "vllm_mac.calibrate.capture.CalibrateWorker", "additional_config": {"mac": keys}}
     with harness.engine(models("qwen3"), backend="MAC", chunk=100, max_num_seqs=1, **options) as llm:
         generate = lambda ids, n: llm.generate(

@@ -37,6 +37,7 @@ DEFAULTS = {
     "lag_weight": 0.0,
     "reuse": "anchored",
     "max_chain": None,
+    "mass_floor": 0.2,
     "ring_dtype": "auto",
     "max_sequences": None,
     "ring_memory_gib": 4.0,
@@ -148,6 +149,7 @@ BOUNDS = [
     ("miss_engine", ["flashinfer", "triton"], ["flash", 1], "one of flashinfer, triton"),
     ("reuse", ["anchored", "chained"], ["nearest", "Anchored", 1], "one of anchored, chained"),
     ("distance", ["absolute", "relative"], ["cosine", 0], "one of absolute, relative"),
+    ("mass_floor", [None, 0.01, 3], [0, -0.1, "0.2"], "a finite number greater than 0 or null"),
     ("max_chain", [None, 1, 99], [0, -1], "an integer of at least 1 or null"),
     (
         "ring_dtype",
@@ -525,6 +527,7 @@ CONFIGS = st.fixed_dictionaries(
         "lag_weight": st.floats(0, **FINITE) | st.integers(0, 9),
         "reuse": st.sampled_from(["anchored", "chained"]),
         "max_chain": st.none() | st.integers(1, 10**6),
+        "mass_floor": st.none() | st.floats(1e-3, 1e3),
         "distance": st.sampled_from(["absolute", "relative"]),
         "ring_dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]),
         "miss_engine": st.sampled_from(["flashinfer", "triton"]),
@@ -588,7 +591,7 @@ def test_describe_is_one_line_with_every_key():
     line = resolve({"max_chain": 3, "layers": layers}, {}).describe()
     assert "\n" not in line
     assert line.startswith("enabled=true window=512 band=256 sink=0 threshold=0.85 ")
-    assert "reuse=anchored max_chain=3 ring_dtype=auto max_sequences=null" in line
+    assert "reuse=anchored max_chain=3 mass_floor=0.2 ring_dtype=auto max_sequences=null" in line
     assert line.endswith(
         'layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}'
     )

@@ -15,10 +15,11 @@ from vllm_mac import metrics
 pytestmark = pytest.mark.cpu
 
 # Small enough for contexts of a few hundred tokens; every option is met at least once.
-SMALL = dict(window=32, band=16, min_context=64, threshold=0.45)
+SMALL = dict(window=32, band=16, min_context=64, threshold=0.45, mass_floor=None)
 VARIANTS = {
     "anchored": SMALL,
     "chained": SMALL | dict(reuse="chained", sink=4, lag_weight=1.0),
+    "weighed": SMALL | dict(threshold=0.6, mass_floor=0.1, sink=2),
     "capped": SMALL | dict(max_chain=3, threshold=0.5, sink=20),
     "layered": SMALL
     | dict(distance="relative", ring_dtype="float8_e4m3fn", layers={"threshold": {"*": 0.5, "0": 0.1, "1": 1.0}}),
@@ -32,6 +33,7 @@ TOLERANCE = 1e-4
 RUNS = [("v1", name, "anchored", True in scenario.caching) for name, scenario in SCENARIOS.items()]
 RUNS += [("v1", name, "chained", False) for name in ("chunked17", "preempt_all", "abort")]
 RUNS += [("v1", name, "capped", True) for name in ("prefix", "preempt_cached", "mixed8")]
+RUNS += [("v1", name, "weighed", True) for name in ("chunked33", "preempt_cached")]
 RUNS += [("v1", name, "layered", True) for name in ("chunked33", "prefix")]
 RUNS += [("v2", name, "anchored", True) for name in ("chunked33", "prefix", "preempt_cached", "abort")]
 

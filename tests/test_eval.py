@@ -564,7 +564,7 @@ def test_configurations_are_whole_and_named(tmp_path):
     found = cli._configurations(["paper", 'b={"band": 9}', "c=paper", str(tmp_path / "mine.yaml")], audit=False)
     assert list(found) == ["paper", "b", "c", "mine"]
     assert found["paper"] == found["c"] and found["b"]["band"] == 9 and found["mine"]["window"] == 99
-    paper = {"window": 512, "band": 256, "threshold": 0.45, "reuse": "chained", "lag_weight": 0.0, "max_chain": None, "sink": 0}
+    paper = {"window": 512, "band": 256, "threshold": 0.45, "reuse": "chained", "lag_weight": 0.0, "max_chain": None, "sink": 0, "mass_floor": None}
     assert paper.items() <= found["paper"].items()
 
 

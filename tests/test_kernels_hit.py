@@ -40,6 +40,7 @@ def config(**changes):
         "lag_weight": 0.0,
         "reuse": "anchored",
         "max_chain": None,
+        "mass_floor": None,
     }
     return SimpleNamespace(**keys | changes)
 
@@ -568,6 +569,22 @@ def test_choice(max_chain, lag_weight, device):
     case = Case(lengths=(140, 100, 170), group=2, pattern="all")
     batch = Batch(case, config(threshold=0.0, lag_weight=lag_weight, max_chain=max_chain), device)
     assert observed(batch.check()) != "none"
+
+
+@pytest.mark.parametrize("lag_weight, distance", [(0.0, "absolute"), (1.5, "absolute"), (1.0, "relative")])
+@pytest.mark.parametrize("sink, reuse", [(0, "anchored"), (5, "chained")])
+def test_mass(lag_weight, distance, sink, reuse, device):
+    """Planted entries lie 0.2 d^0.5 off, which is too far with all the mass, and near enough with half of it."""
+    case = Case(lengths=(140, 100, 170, 190), group=2, pattern="all", seed=3)
+    keys = dict(threshold=0.9, lag_weight=lag_weight, distance=distance, sink=sink, reuse=reuse)
+    matched = {}
+    for floor in (None, 0.2):
+        batch = Batch(case, config(mass_floor=floor, **keys), device)
+        # From all the mass to none.
+        batch.store.lse.add_(torch.linspace(-6, 6, batch.store.lse.shape[1], device=device)[:, None])
+        steps = batch.check()
+        matched[floor] = [p >= 0 for step in steps.values() for p in step.source]
+    assert not any(matched[None]) and 0.3 < sum(matched[0.2]) / len(matched[0.2]) < 0.9
 
 
 def test_ties_go_to_the_later_position(device):

@@ -48,9 +48,10 @@ class Case:
     lag_weight: float = 0.0
     reuse: str = "anchored"
     max_chain: int | None = None
+    mass_floor: float | None = None
 
     def config(self) -> MacConfig:
-        names = ("window", "band", "sink", "threshold", "distance", "min_context", "lag_weight", "reuse", "max_chain")
+        names = ("window", "band", "sink", "threshold", "distance", "min_context", "lag_weight", "reuse", "max_chain", "mass_floor")
         ring = str(self.ring).removeprefix("torch.")
         return MacConfig(ring_dtype=ring, **{name: getattr(self, name) for name in names})
 
@@ -223,6 +224,8 @@ CASES = {
     "float8 ring, bfloat16 kv, chained": Case(ring=FP8, kv=torch.bfloat16, reuse="chained", sink=2),
     "relative": Case(distance="relative", d=64, threshold=0.55),
     "relative, lag, cap, float8 ring": Case(distance="relative", lag_weight=1.5, max_chain=2, ring=FP8),
+    "mass": Case(mass_floor=0.3, threshold=0.7, band=4),
+    "mass, relative, lag, sink, chained": Case(mass_floor=0.1, threshold=0.75, distance="relative", lag_weight=1.0, sink=3, reuse="chained"),
     "mqa 16": Case(kv_heads=1, group=16, d=32, steps=15),
     "head size 256": Case(kv_heads=2, group=1, d=256, steps=20, layout="slice", kv=torch.bfloat16, ring=torch.bfloat16),
     "chained": Case(reuse="chained", layout="slice", sink=1),
@@ -303,28 +306,35 @@ def test_match_reads_from_first_on(first, found):
     config = MacConfig(window=8, band=4, min_context=16)
     store = store_of(torch.zeros(1, 1, 8, 4))
     source = paged.match(
-        torch.tensor([20]), torch.zeros(1, 1, 4), torch.tensor([0]), torch.tensor([first]), store, config
-    )
+        torch.tensor([20]), torch.zeros(1, 1, 4), torch.tensor([0]), torch.tensor([first]), store, config,
+        torch.tensor([[60.0]]),
+    )  # fmt: skip
     assert source.tolist() == [[found]]
 
 
 @pytest.mark.parametrize("threshold, query, found", [(0.5, 1.0, -1), (0.5, 0.875, 19), (1.0, 0.0, -1)])
 def test_match_at_the_limit(threshold, query, found):
     """2 d (1 - 0.5)^2 = 2 at d = 4, and (1, 1, 0, 0) is just that far from 0."""
-    config = MacConfig(window=8, band=4, min_context=16, threshold=threshold)
+    config = MacConfig(window=8, band=4, min_context=16, threshold=threshold, mass_floor=None)
     pre_query = torch.tensor([[[query, query, 0.0, 0.0]]])
     args = torch.tensor([20]), pre_query, torch.tensor([0]), torch.tensor([0]), store_of(torch.zeros(1, 1, 8, 4))
-    assert paged.match(*args, config).tolist() == [[found]]
+    assert paged.match(*args, config, torch.tensor([[50.0]])).tolist() == [[found]]
+    # With a floor, a summary that has all the mass has the same limit.
+    weighed = config.model_copy(update={"mass_floor": 0.25})
+    assert paged.match(*args, weighed, torch.tensor([[-torch.inf]])).tolist() == [[found]]
 
 
 @pytest.mark.parametrize("scale", [0.125, 1.0, 8.0])
 @pytest.mark.parametrize("other, found", [(0.0, -1), (0.125, 19)])
 def test_match_at_the_relative_limit(scale, other, found):
     """2 |q|^2 (1 - 0.5)^2 = 2 for (1, 1, 1, 1), and (0, 0, 1, 1) is just that far; so at any scale."""
-    config = MacConfig(window=8, band=4, min_context=16, threshold=0.5, distance="relative")
+    config = MacConfig(window=8, band=4, min_context=16, threshold=0.5, distance="relative", mass_floor=None)
     store = store_of(torch.tensor([other, other, 1.0, 1.0]).expand(1, 1, 8, 4) * scale)
     args = torch.tensor([20]), torch.full((1, 1, 4), scale), torch.tensor([0]), torch.tensor([0]), store
-    assert paged.match(*args, config).tolist() == [[found]]
+    assert paged.match(*args, config, torch.tensor([[50.0]])).tolist() == [[found]]
+    # With a floor, a summary that has all the mass has the same limit.
+    weighed = config.model_copy(update={"mass_floor": 0.25})
+    assert paged.match(*args, weighed, torch.tensor([[-torch.inf]])).tolist() == [[found]]
 
 
 def test_float8_rings_hold_no_more_than_their_largest_and_no_nan():
@@ -337,7 +347,7 @@ def test_float8_rings_hold_no_more_than_their_largest_and_no_nan():
     paged.decode(torch.tensor([20]), *args, torch.tensor([20]), store, config, 1.0)
     assert store.query[0, 0, 20 % 8].float().tolist() == [448.0, -448.0, 448.0, 448.0]
     assert store.out.dtype == torch.float32
-    got = paged.match(torch.tensor([21]), query.clamp(-448, 448), args[-1], torch.tensor([20]), store, config)
+    got = paged.match(torch.tensor([21]), query.clamp(-448, 448), args[-1], torch.tensor([20]), store, config, torch.zeros(1, 1))
     assert got.tolist() == [[20]]
 
 
@@ -345,7 +355,7 @@ def test_match_takes_the_later_of_equals_across_the_wrap():
     config = MacConfig(window=8, band=4, min_context=16)
     queries = torch.ones(1, 1, 8, 4)
     queries[..., [13 % 8, 17 % 8], :] = 0.0  # slot of 13 lies behind that of 17
-    args = torch.tensor([20]), torch.zeros(1, 1, 4), torch.tensor([0]), torch.tensor([0]), store_of(queries), config
+    args = torch.tensor([20]), torch.zeros(1, 1, 4), torch.tensor([0]), torch.tensor([0]), store_of(queries), config, torch.zeros(1, 1)
     assert paged.match(*args).tolist() == [[17]]
 
 

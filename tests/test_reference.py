@@ -30,7 +30,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 def config(**keys) -> MacConfig:
     band, sink = keys.get("band", 4), keys.get("sink", 0)
-    return MacConfig(**{"window": 8, "band": 4, "min_context": band + sink + 2, **keys})
+    return MacConfig(**{"window": 8, "band": 4, "min_context": band + sink + 2, "mass_floor": None, **keys})
 
 
 def draws(seed_: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -132,14 +132,14 @@ def test_the_three_intervals_cover_every_position_once(m, sink, band):
 # --- match --------------------------------------------------------------------------------------
 
 
-def ring_of(queries: dict[int, float], chains: dict[int, int] | None = None, d: int = 2) -> dict[int, Entry]:
+def ring_of(queries: dict[int, float], chains: dict[int, int] | None = None, d: int = 2, lses=None) -> dict[int, Entry]:
     """Entries whose queries are constant vectors, so that distance^2 is d (q - q')^2."""
-    nothing = Partial(torch.zeros(d), torch.tensor(0.0))
-    return {p: Entry(torch.full((d,), q), nothing, (chains or {}).get(p, 0)) for p, q in queries.items()}
+    summary = lambda p: Partial(torch.zeros(d), torch.tensor((lses or {}).get(p, 0.0)))
+    return {p: Entry(torch.full((d,), q), summary(p), (chains or {}).get(p, 0)) for p, q in queries.items()}
 
 
-def pick(m: int, query: float, ring, **keys) -> int:
-    return match(m, torch.full((2,), query), ring, config(**keys))
+def pick(m: int, query: float, ring, rest: float = 0.0, **keys) -> int:
+    return match(m, torch.full((2,), query), ring, config(**keys), torch.tensor(rest))
 
 
 def test_the_nearest_wins_and_the_later_of_equals():
@@ -213,13 +213,33 @@ def test_lag_weight_trades_distance_for_recency():
     assert pick(20, 0.0, ring_of({13: 0.0}), threshold=0.5, lag_weight=9.0) == 13
 
 
+def test_a_summary_of_little_mass_may_be_farther_off():
+    """Limit 1 on distance^2 at threshold 0.5, so |q-q'| below 0.5^0.5 at mass 1; with a floor of 0.25 it
+    is 5/3 of that at mass 1/2, and 5 times that without mass."""
+    least = 0.5**0.5
+    for rest, factor in ((-inf, 1.0), (0.0, 5 / 3), (inf, 5.0)):
+        for off, found in ((0.99, 18), (1.01, -1)):
+            ring = ring_of({18: off * factor * least})
+            assert pick(20, 0.0, ring, rest, threshold=0.5, mass_floor=0.25) == found
+            assert pick(20, 0.0, ring, rest, threshold=0.5) == (18 if off * factor < 1 else -1)
+    # The nearest is chosen first, then judged by its own mass: the other would have done.
+    ring = ring_of({17: 1.1 * least, 18: 1.2 * least}, lses={17: 40.0, 18: -40.0})
+    assert pick(20, 0.0, ring, threshold=0.5, mass_floor=0.25) == -1
+    assert pick(20, 0.0, ring_of({18: 1.2 * least}, lses={18: -40.0}), threshold=0.5, mass_floor=0.25) == 18
+    # A lag weight counts in the limit of mass 1.
+    ring = ring_of({13: 0.0, 19: 0.5})
+    assert pick(20, 0.0, ring, threshold=0.5, mass_floor=0.25, lag_weight=0.6) == 13
+    assert pick(20, 0.0, ring, threshold=0.5, mass_floor=0.25, lag_weight=0.7) == 19
+    assert pick(20, 1.0, ring_of({18: 1.0}), threshold=1.0, mass_floor=0.25) == -1
+
+
 eighths = st.integers(-8, 8).map(lambda n: n / 8)  # distances without rounding, and many ties
 
 
 @given(
     m=st.integers(0, 30),
     query=eighths,
-    ring=st.dictionaries(st.integers(0, 32), st.tuples(eighths, st.integers(0, 4)), max_size=20),
+    ring=st.dictionaries(st.integers(0, 32), st.tuples(eighths, st.integers(0, 4), st.sampled_from([-inf, -1.0, 0.0, 2.0])), max_size=20),
     keys=st.fixed_dictionaries(
         {
             "window": st.integers(1, 16),
@@ -230,6 +250,7 @@ eighths = st.integers(-8, 8).map(lambda n: n / 8)  # distances without rounding,
             "lag_weight": st.sampled_from([0.0, 0.5, 1.0]),
             "max_chain": st.sampled_from([None, 1, 3]),
             "min_context": st.integers(16, 20),
+            "mass_floor": st.sampled_from([None, 0.25, 1.0]),
         }
     ),
 )
@@ -239,14 +260,20 @@ def test_match_is_what_the_definition_says(m, query, ring, keys):
     size = d * query**2 if c.distance == "relative" else d
     bound = 2 * size * (1 - c.threshold) ** 2
     scores = {}
-    for p, (q, chain) in ring.items():
+    loosest = 1.0 if c.mass_floor is None else (1 + 1 / c.mass_floor) ** 2
+    for p, (q, chain, _) in ring.items():
         squared = d * (query - q) ** 2
         seen = m - c.window <= p < m and m + 1 >= c.min_context
-        if seen and p + 1 - c.band > c.sink and squared < bound and chain < (c.max_chain or inf):
+        if seen and p + 1 - c.band > c.sink and squared < loosest * bound and chain < (c.max_chain or inf):
             scores[p] = squared + c.lag_weight * (m - p) / c.window * bound
     best = max((p for p in scores if scores[p] == min(scores.values())), default=-1)
-    entries = ring_of({p: q for p, (q, _) in ring.items()}, {p: chain for p, (_, chain) in ring.items()})
-    assert match(m, torch.full((d,), query), entries, c) == best
+    if best >= 0 and c.mass_floor is not None:
+        mass = 1 / (1 + exp(0.5 - ring[best][2]))
+        if d * (query - ring[best][0]) ** 2 >= bound * ((1 + c.mass_floor) / (mass + c.mass_floor)) ** 2:
+            best = -1
+    parts = [{p: entry[i] for p, entry in ring.items()} for i in range(3)]
+    entries = ring_of(parts[0], parts[1], lses=parts[2])
+    assert match(m, torch.full((d,), query), entries, c, torch.tensor(0.5)) == best
 
 
 # --- decode and seed ----------------------------------------------------------------------------

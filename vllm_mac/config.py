@@ -156,6 +156,13 @@ class MacConfig(_Section):
     max_chain: int | None = Field(
         None, ge=1, description="Longest chain of hits built on one exact read; null for no cap."
     )
+    mass_floor: float | None = Field(
+        0.2,
+        gt=0,
+        description="Lets a match of little weight be farther off: the limit on |q-q'| is multiplied by "
+        "(1+mass_floor)/(mass+mass_floor), mass being the share of the softmax that the reused part has beside "
+        "band and sink. null: the limit is the same for all, as in the paper.",
+    )
     ring_dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = Field(
         "auto",
         description="What rings are stored in; auto is the model's dtype. With float8_e4m3fn only "

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
-from vllm_mac.reference import Partial, limit, merge, split
+from vllm_mac.reference import Partial, limit, merge, relief, split
 from vllm_mac.ring import RingStore, narrow
 
 # Scores of one block of queries are held at once; this many keeps them within some 64 MB.
@@ -67,11 +67,12 @@ def attend(
 
 
 def match(
-    position: Tensor, pre_query: Tensor, ring: Tensor, first: Tensor, store: RingStore, config: MacConfig
+    position: Tensor, pre_query: Tensor, ring: Tensor, first: Tensor, store: RingStore, config: MacConfig, rest_lse: Tensor
 ) -> Tensor:
     """`[B, H]` position whose summary each head may reuse, or -1 (`reference.match`).
 
-    position, ring, first: `[B]` int64; pre_query: `[B, H, D]` float32.
+    position, ring, first: `[B]` int64; pre_query: `[B, H, D]` float32. rest_lse: `[B, H]`, over band
+    and sink.
     """
     rows, heads, d = pre_query.shape
     window = config.window
@@ -85,14 +86,18 @@ def match(
     bound = limit(d, config)
     if config.distance == "relative":
         bound = limit((pre_query**2).sum(-1, keepdim=True), config)
-    usable = usable[:, None] & (distance < bound)
+    usable = usable[:, None] & (distance < bound * relief(0.0, config))
     if config.max_chain is not None:
         usable &= store.chain[index] < config.max_chain
     lag = (position[:, None] - p).float()[:, None]
     score = torch.where(usable, distance + config.lag_weight * lag / window * bound, torch.inf)
     best = score.amin(-1, keepdim=True)
-    source = torch.where(usable & (score == best), p[:, None], -1)
-    return source.amax(-1)  # the later of equals
+    source = torch.where(usable & (score == best), p[:, None], -1).amax(-1)  # the later of equals
+    at = (torch.clamp(source, min=0) % window)[..., None]
+    lse = torch.gather(store.lse[index], -1, at)
+    allowed = bound * relief(torch.sigmoid(lse - rest_lse[..., None]), config)
+    accepted = torch.gather(distance, -1, at) < allowed
+    return torch.where(accepted[..., 0], source, -1)
 
 
 def decode(
@@ -116,14 +121,14 @@ def decode(
     rows, heads, d = query.shape
     kv_heads = kv.shape[1]
     query, pre_query = query.float(), pre_query.float()
-    source = match(position, pre_query, ring, first, store, config)
-    hit = (source >= 0).view(rows, kv_heads, -1).all(-1)
-
     grouped = query.view(rows, kv_heads, -1, d)
-    reused = source.view(rows, kv_heads, -1)
     empty = torch.full_like(grouped[..., 0], -torch.inf)
     prefix = Partial(torch.zeros_like(grouped), empty)
-    rest = Partial(torch.zeros_like(grouped), empty.clone())
+    rest = band_and_sink(position, query, kv, block_table, config, scale)
+    source = match(position, pre_query, ring, first, store, config, rest.lse)
+    hit = (source >= 0).view(rows, kv_heads, -1).all(-1)
+
+    reused = source.view(rows, kv_heads, -1)
     read = torch.zeros_like(hit, dtype=torch.int64)
     for b, m in enumerate(position.tolist()):
         sink_end, band_start = split(m, config)
@@ -131,20 +136,15 @@ def decode(
             some = (hit[b] == reuse).nonzero()[:, 0]
             if not len(some):
                 continue
-            q = grouped[b, some]
             # Where the keys that the prefix part must still read begin, for each head.
-            begin = reused[b, some] + 1 - config.band if reuse else torch.full(q.shape[:2], sink_end)
-            token = torch.cat((torch.arange(sink_end), torch.arange(int(begin.amin()), m + 1)))
-            key, value = gather(kv, block_table[b], token, some)
-            at = begin.new_tensor
-            prefix.out[b, some], prefix.lse[b, some] = attend(q, key, value, token, begin, at(band_start), scale)
-            # The band is the end of what was gathered, the sink its beginning.
-            tail, front = slice(len(token) - (m + 1 - band_start), None), slice(0, sink_end)
-            band = attend(q, key[:, tail], value[:, tail], token[tail], at(band_start), at(m + 1), scale)
-            if sink_end:
-                band = merge(band, attend(q, key[:, front], value[:, front], token[front], at(0), at(sink_end), scale))
-            rest.out[b, some], rest.lse[b, some] = band
+            begin = reused[b, some] + 1 - config.band if reuse else torch.full_like(reused[b, some], sink_end)
             read[b, some] = m + 1 - begin.amin(-1) + sink_end
+            token = torch.arange(int(begin.amin()), band_start)
+            if not len(token):
+                continue
+            key, value = gather(kv, block_table[b], token, some)
+            stop = begin.new_tensor(band_start)
+            prefix.out[b, some], prefix.lse[b, some] = attend(grouped[b, some], key, value, token, begin, stop, scale)
 
     by_head = lambda x: Partial(x.out.view(rows, heads, d), x.lse.view(rows, heads))
     head_hit = hit.repeat_interleave(heads // kv_heads, 1)
@@ -156,7 +156,7 @@ def decode(
         torch.where(head_hit[..., None], found.out, 0.0), torch.where(head_hit, found.lse, -torch.inf)
     )
     summary = merge(by_head(prefix), found)
-    out = merge(summary, by_head(rest)).out
+    out = merge(summary, rest).out
 
     chain = torch.where(head_hit, store.chain[index, head, slot] + 1, 0)
     kept = pre_query
@@ -164,6 +164,26 @@ def decode(
         kept = torch.where(head_hit[..., None], store.query[index, head, slot].float(), pre_query)
     _record(store, ring, position, kept, summary, chain, config.window)
     return Decoded(out, hit, source, read)
+
+
+def band_and_sink(
+    position: Tensor, query: Tensor, kv: Tensor, block_table: Tensor, config: MacConfig, scale: float
+) -> Partial:
+    """Attention of each row's query over what every step reads: out `[B, H, D]`, lse `[B, H]`.
+
+    position, query, block_table: as for `decode`.
+    """
+    rows, heads, d = query.shape
+    grouped = query.float().view(rows, kv.shape[1], -1, d)
+    rest = Partial(torch.zeros_like(grouped), torch.full_like(grouped[..., 0], -torch.inf))
+    for b, m in enumerate(position.tolist()):
+        sink_end, band_start = split(m, config)
+        token = torch.arange(m + 1, device=query.device)
+        token = torch.cat((token[:sink_end], token[band_start:]))
+        key, value = gather(kv, block_table[b], token)
+        zero, stop = token.new_tensor(0), token.new_tensor(m + 1)
+        rest.out[b], rest.lse[b] = attend(grouped[b], key, value, token, zero, stop, scale)
+    return Partial(rest.out.view(rows, heads, d), rest.lse.view(rows, heads))
 
 
 def exact(

@@ -104,12 +104,26 @@ def limit(size: float, config: MacConfig) -> float:
     return 2.0 * size * (1.0 - config.threshold) ** 2
 
 
-def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig) -> int:
+def relief(mass, config: MacConfig):
+    """What `limit` is multiplied by for a summary of this mass: `((1 + floor) / (mass + floor))^2`.
+
+    mass: from 0 to 1, a number or a tensor of any shape. 1 at mass 1, and everywhere without a
+    `mass_floor`. A wrong summary is wrong in the output by its mass, so that one of little mass may be
+    far off; the floor is for the mass that a better summary would have had. Not in the paper.
+    """
+    if config.mass_floor is None:
+        return 1.0
+    return ((1.0 + config.mass_floor) / (mass + config.mass_floor)) ** 2
+
+
+def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Tensor) -> int:
     """Position whose summary the head may reuse at position `m`, or -1.
 
-    pre_query: `[d]`, before RoPE. Candidates are entries of `[m-window, m)` with a non-empty
-    prefix, at most `max_chain - 1` hits deep, under the distance limit. Among them the
-    smallest `distance^2 / limit + lag_weight * lag / window` wins, and the later of equals.
+    pre_query: `[d]`, before RoPE. rest_lse: LSE over what is read anyway, band and sink. Candidates
+    are entries of `[m-window, m)` with a non-empty prefix, at most `max_chain - 1` hits deep, under the
+    distance limit of a summary without mass. Among them the smallest
+    `distance^2 / limit + lag_weight * lag / window` wins, and the later of equals; it is reused when
+    its distance is under the limit of its own mass, its share of the softmax beside the rest.
     """
     if m + 1 < config.min_context:
         return -1
@@ -123,13 +137,16 @@ def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig) -> int:
         if config.max_chain is not None and entry.chain >= config.max_chain:
             continue
         distance = float(((pre_query - entry.query) ** 2).sum())
-        if distance >= bound:
+        if distance >= bound * relief(0.0, config):
             continue
         # Both terms multiplied by the limit, which may be 0.
         score = distance + config.lag_weight * (m - p) / config.window * bound
         if score < best_score:
-            best, best_score = p, score
-    return best
+            best, best_score, best_distance = p, score, distance
+    if best < 0:
+        return -1
+    mass = float(torch.sigmoid(ring[best].summary.lse - rest_lse))
+    return best if best_distance < bound * relief(mass, config) else -1
 
 
 def decode(
@@ -149,10 +166,15 @@ def decode(
     one miss pays for the whole group, and the whole group is then exact.
     """
     sink_end, band_start = split(m, config)
-    source = [match(m, pre, ring, config) for pre, ring in zip(pre_query, rings, strict=True)]
+    rests = []
+    for q in query:
+        band = attend(q, key, value, band_start, m + 1, scale)
+        rests.append(merge(band, attend(q, key, value, 0, sink_end, scale)))
+    heads = zip(pre_query, rings, rests, strict=True)
+    source = [match(m, pre, ring, config, rest.lse) for pre, ring, rest in heads]
     hit = min(source) >= 0
     outs = []
-    for q, pre, ring, p in zip(query, pre_query, rings, source, strict=True):
+    for q, pre, ring, p, rest in zip(query, pre_query, rings, source, rests, strict=True):
         if hit:
             amend = attend(q, key, value, p + 1 - config.band, band_start, scale)
             summary = merge(ring[p].summary, amend)
@@ -161,9 +183,7 @@ def decode(
         else:
             summary = attend(q, key, value, sink_end, band_start, scale)
             origin, chain = pre, 0
-        band = attend(q, key, value, band_start, m + 1, scale)
-        sink = attend(q, key, value, 0, sink_end, scale)
-        outs.append(merge(merge(summary, band), sink).out)
+        outs.append(merge(summary, rest).out)
         record(ring, m, Entry(origin, summary, chain), config)
     first = min(source) + 1 - config.band if hit else sink_end
     return Step(torch.stack(outs), hit, source, m + 1 - first + sink_end)

@@ -123,9 +123,10 @@ def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: 
         store = RingStore.allocate(
             rows, shape.heads, config.window, shape.head_size, query_dtype, device, out_dtype
         )
-        # Summaries weigh about as much as the keys that are read, so that an error in either shows.
+        # Summaries weigh more than the keys that are read, as those of long prefixes do, so that no unrelated
+        # query is near enough; and not so much more that an error in what is read would not show.
         store.out.normal_(0, 0.1, generator=draw)
-        store.lse.normal_(math.log(config.band), 1, generator=draw)
+        store.lse.normal_(math.log(config.band) + 2, 0.5, generator=draw)
         query = normal(rows, shape.heads, shape.head_size).to(shape.dtype)
         counts = torch.zeros(7, dtype=torch.int64, device=device)
         audited = audit.histograms(shape.heads, device) if config.audit else None
@@ -187,7 +188,9 @@ def check_planting(step: Step) -> None:
     for i, layer in enumerate(step.layers):
         position = step.position.long()
         pre_query = step.rotary.undo(layer.query, position)
-        found = paged.match(position, pre_query, step.ring.long(), step.first.long(), layer.store, step.config)
+        rest = paged.band_and_sink(position, layer.query, layer.kv, step.block_table, step.config, step.scale)
+        facts = position, pre_query, step.ring.long(), step.first.long()
+        found = paged.match(*facts, layer.store, step.config, rest.lse)
         wrong = int((found.cpu() != layer.source).sum())
         if wrong:
             raise BenchError(

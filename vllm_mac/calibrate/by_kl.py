@@ -63,7 +63,7 @@ def measure(
     found, _ = run_engine(COMMAND, spec, lambda path: json.loads(path.read_text(encoding="utf-8")), tell, options.verbose)
     said = str(options.prompts) if options.prompts else f"{', '.join(options.tasks)}, seed {options.seed}"
     names = list(found["layers"])
-    keys = {key: getattr(config, key) for key in ("band", "sink", "reuse", "lag_weight", "max_chain", "distance")}
+    keys = {key: getattr(config, key) for key in ("band", "sink", "reuse", "lag_weight", "max_chain", "distance", "mass_floor")}
     return {
         "about": {
             "model": options.model, "prompts": said, "prompt_tokens": [len(r.ids) for r in made], "text_tokens": found["texts"],

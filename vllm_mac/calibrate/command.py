@@ -15,15 +15,15 @@ from vllm_mac.options import Mac, Plot, Seed, ShowProgress
 # What is tried where the command line does not say. By its divergence one setting is tried for all layers.
 _ERROR = {
     "--thresholds": "0.1,0.2,0.3,0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7,0.75,0.8,0.85,0.9", "--bands": "128,256,512", "--sinks": "0,4",
-    "--lag-weights": "0,4", "--reuse": "anchored,chained", "--max-chain": "none", "--distance": "absolute",
+    "--lag-weights": "0,4", "--reuse": "anchored,chained", "--max-chain": "none", "--distance": "absolute", "--mass-floor": "0.2",
 }  # fmt: skip
 _KL = {
     "--thresholds": "0.1,0.3,0.45,0.6,0.7,0.8,0.85,0.9", "--bands": "256", "--sinks": "0", "--lag-weights": "0", "--reuse": "anchored",
-    "--max-chain": "none", "--distance": "absolute",
+    "--max-chain": "none", "--distance": "absolute", "--mass-floor": "0.2",
 }  # fmt: skip
 _CALIBRATED = {
     "threshold": "--thresholds", "band": "--bands", "sink": "--sinks", "lag_weight": "--lag-weights", "reuse": "--reuse",
-    "max_chain": "--max-chain", "distance": "--distance",
+    "max_chain": "--max-chain", "distance": "--distance", "mass_floor": "--mass-floor",
 }  # fmt: skip
 
 
@@ -65,6 +65,9 @@ def calibrate(
     reuse: Annotated[str | None, typer.Option(help="anchored, chained or both; anchored with kl, else both.")] = None,
     max_chain: Annotated[str | None, typer.Option(help="Numbers, or none for no cap; none unless given.")] = None,
     distance: Annotated[str | None, typer.Option(help="absolute, relative or both; absolute unless given.")] = None,
+    mass_floor: Annotated[
+        str | None, typer.Option(help="How far off a match of little weight may be: numbers, or none for one limit; 0.2 unless given.")
+    ] = None,
     mac: Mac = "{}",
     engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
     seed: Seed = 0,
@@ -106,7 +109,7 @@ def calibrate(
     metric = options.choice("--metric", metric or ("p95" if measured else "kl"), ("kl", *METRICS))
     by_kl, given = metric == "kl", {
         "--thresholds": thresholds, "--bands": bands, "--sinks": sinks, "--lag-weights": lag_weights, "--reuse": reuse,
-        "--max-chain": max_chain, "--distance": distance,
+        "--max-chain": max_chain, "--distance": distance, "--mass-floor": mass_floor,
     }  # fmt: skip
     steps = steps or (256 if by_kl else 512)
     values = {option: default if (text := given[option]) is None else text for option, default in (_KL if by_kl else _ERROR).items()}
@@ -127,6 +130,12 @@ def calibrate(
             raise typer.BadParameter(f"{key} is calibrated; give the values to try with {option}", param_hint="--mac")
     whole = lambda option, text, low: options.parse(option, options.numbers(int, low, math.inf), text)
     chains = tuple(None if part == "none" else whole("--max-chain", part, 1)[0] for part in options.names(values["--max-chain"]))
+    floors = tuple(
+        None if part == "none" else options.parse("--mass-floor", options.numbers(float, 0, math.inf), part)[0]
+        for part in options.names(values["--mass-floor"])
+    )
+    if 0 in floors:
+        raise typer.BadParameter("received 0; choose numbers above 0, or none", param_hint="--mass-floor")
     tried = {
         "--bands": whole("--bands", values["--bands"], 1), "--sinks": whole("--sinks", values["--sinks"], 0),
         "--thresholds": options.parse("--thresholds", options.numbers(float, 0, 1), values["--thresholds"]),
@@ -159,11 +168,12 @@ def calibrate(
             base = keys | {"band": min(tried["--bands"]), "sink": min(tried["--sinks"])}
             if by_kl:
                 single = {"reuse": chosen["--reuse"], "distance": chosen["--distance"], "lag_weight": tried["--lag-weights"], "max_chain": chains}
+                single["mass_floor"] = floors
                 base |= {key: value for key, (value,) in single.items()}
             base = resolve(base)
             grid = Grid(
                 base.window, base.min_context, steps, tried["--thresholds"], tried["--bands"], tried["--sinks"], tried["--lag-weights"],
-                chosen["--reuse"], chains or (None,), chosen["--distance"],
+                chosen["--reuse"], chains or (None,), chosen["--distance"], floors or (None,),
             )  # fmt: skip
             wanted = run.Options(
                 model, grid, base, prompts, requests.names(tasks) if tasks else (), length, samples, reply, seed,

@@ -28,7 +28,7 @@ HALVES = 2
 BEYOND = 4.0  # a layer that alone costs this many budgets is not tried with less strict thresholds
 EXACT = 1.0
 # The paper's setting, but for its shape: rings and bands are fixed when the engine starts.
-_PAPER_KEYS = {key: getattr(PAPER.setting, key) for key in ("reuse", "lag_weight", "max_chain", "distance")}
+_PAPER_KEYS = {key: getattr(PAPER.setting, key) for key in ("reuse", "lag_weight", "max_chain", "distance", "mass_floor")}
 
 
 class DivergenceWorker(WorkerExtension):

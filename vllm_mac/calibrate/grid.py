@@ -15,11 +15,13 @@ class Setting(NamedTuple):
     lag_weight: float
     max_chain: int | None
     distance: str
+    mass_floor: float | None
 
     def __str__(self) -> str:
         cap = "" if self.max_chain is None else f", max_chain {self.max_chain}"
         relative = ", relative" if self.distance == "relative" else ""
-        return f"band {self.band}, sink {self.sink}, {self.reuse}, lag_weight {self.lag_weight:g}{cap}{relative}"
+        mass = "" if self.mass_floor is None else f", mass_floor {self.mass_floor:g}"
+        return f"band {self.band}, sink {self.sink}, {self.reuse}, lag_weight {self.lag_weight:g}{cap}{relative}{mass}"
 
 
 class Candidate(NamedTuple):
@@ -30,7 +32,7 @@ class Candidate(NamedTuple):
 
 
 # The setting of the paper (arXiv 2604.00235), whose window is 512.
-PAPER = Candidate(Setting(256, 0, "chained", 0.0, None, "absolute"), 0.45)
+PAPER = Candidate(Setting(256, 0, "chained", 0.0, None, "absolute", None), 0.45)
 PAPER_WINDOW = 512
 
 
@@ -51,12 +53,15 @@ class Grid:
     reuse: tuple[str, ...]
     max_chains: tuple[int | None, ...]
     distances: tuple[str, ...]
+    mass_floors: tuple[float | None, ...]
 
     def candidates(self, paper: bool) -> list[Candidate]:
         """In order of their settings, thresholds rising. paper: with the paper's, at all thresholds."""
         settings = {
             Setting(*keys)
-            for keys in product(self.bands, self.sinks, self.reuse, self.lag_weights, self.max_chains, self.distances)
+            for keys in product(
+                self.bands, self.sinks, self.reuse, self.lag_weights, self.max_chains, self.distances, self.mass_floors
+            )
         }
         thresholds = set(self.thresholds)
         if paper:

@@ -167,6 +167,9 @@ def simulate(
     lag_share = (window - slot).to(dtype) / window
     lag_cost = per((s.lag_weight for s in settings), dtype)[:, None, None] * lag_share
     norm = (pre[window:] ** 2).sum(-1)  # [S, H]
+    floor = per((torch.nan if s.mass_floor is None else s.mass_floor for s in settings), dtype)[:, None]
+    relief = lambda mass: torch.nan_to_num(((1 + floor) / (mass + floor)) ** 2, nan=1.0)  # as `reference.relief`
+    loosest = relief(0.0)[..., None]
 
     # Candidates of one band share the keys of their amends.
     by_band: dict[int, list[int]] = {}
@@ -193,14 +196,10 @@ def simulate(
         entries = slice(i, i + window)
         apart = torch.gather(distance[:, i].expand(count, heads, n), 2, origin[:, :, entries])
         limit = (strict * torch.where(relative, norm[i], float(d)))[..., None]
-        usable = (apart < limit) & (chain[:, :, entries] < cap)
+        usable = (apart < limit * loosest) & (chain[:, :, entries] < cap)
         score = torch.where(usable, apart + lag_cost * limit, torch.inf)
         best = score.amin(-1, keepdim=True)
-        matched = best[..., 0] < torch.inf
         found = torch.where(score == best, slot, -1).amax(-1)  # the later of equals
-        hit = matched.view(count, kv_heads, group).all(-1)
-        hit_head = hit.repeat_interleave(group, 1)
-
         at = found + i  # of no use where nothing matched, but within bounds
         deep = chain[row, head, at]
         later = (at - window).clamp(min=0)
@@ -208,12 +207,18 @@ def simulate(
             torch.where((deep > 0)[..., None], stored[row, head, later], seeds[pair, head, at]).to(dtype),
             torch.where(deep > 0, stored_lse[row, head, later], parts.summary.lse[pair, head, at]),
         )
+        rest = Partial(parts.rest.out[pair, head, i], parts.rest.lse[pair, head, i])
+        near = torch.gather(apart, 2, found[..., None].clamp(min=0))[..., 0]
+        near = near < limit[..., 0] * relief(torch.sigmoid(old.lse - rest.lse))
+        matched = (best[..., 0] < torch.inf) & near
+        hit = matched.view(count, kv_heads, group).all(-1)
+        hit_head = hit.repeat_interleave(group, 1)
         added = Partial(torch.empty_like(old.out), torch.empty_like(old.lse))
         lag = window - found
         for amend in amends:
             amend.run(i, lag, added)
         new = merge(old, added)
-        out = merge(new, Partial(parts.rest.out[pair, head, i], parts.rest.lse[pair, head, i])).out
+        out = merge(new, rest).out
         wrong = (out - parts.exact[:, i]).norm(dim=-1) / size_of[:, i]
 
         error[:, :, i] = torch.where(hit_head, wrong, 0.0)
