@@ -19,7 +19,7 @@ SMALL = dict(window=32, band=16, min_context=64, threshold=0.45, mass_floor=None
 VARIANTS = {
     "anchored": SMALL,
     "chained": SMALL | dict(reuse="chained", sink=4, lag_weight=1.0),
-    "weighed": SMALL | dict(threshold=0.6, mass_floor=0.1, sink=2),
+    "weighed": SMALL | dict(threshold=0.5, mass_floor=0.1, sink=2),
     "capped": SMALL | dict(max_chain=3, threshold=0.5, sink=20),
     "layered": SMALL
     | dict(distance="relative", ring_dtype="float8_e4m3fn", layers={"threshold": {"*": 0.5, "0": 0.1, "1": 1.0}}),
