@@ -5,8 +5,11 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -353,13 +356,15 @@ def options(tmp_path, **changes):
     return run.Options(**{"model": "m", "out": tmp_path / "out", "mac": {"one": {"threshold": 0.5}}} | changes)
 
 
-def fake_engine(monkeypatch, dies="False"):
-    """An engine whose replies are always the request's number; `dies`: when, in terms of `name` and `count`."""
+def fake_engine(monkeypatch, dies="False", first=""):
+    """An engine whose replies are always the request's number; `dies`: when, in terms of `name` and `count`.
+    first: what it does before."""
     code = f"""
 import json, os, sys
 from pathlib import Path
 spec, fd = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
 folder = Path(spec["folder"]); name = folder.name; file = folder / "samples.jsonl"
+{first}
 done = {{json.loads(line)["id"] for line in file.read_text().splitlines()}} if file.exists() else set()
 count = 0
 for line in open(spec["requests"]):
@@ -414,9 +419,10 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path):
     assert len({row["by"] for row in rows[:2]}) == 1 and rows[0]["by"] != rows[2]["by"]
 
 
-def test_a_configuration_that_fails_leaves_the_others(monkeypatch, tmp_path):
+@pytest.mark.parametrize("gpus", [(), ("0",), ("0", "1")])
+def test_a_configuration_that_fails_leaves_the_others(gpus, monkeypatch, tmp_path):
     fake_engine(monkeypatch, "name == 'two'")
-    opts = options(tmp_path, mac={"two": {}, "one": {}})
+    opts = options(tmp_path, mac={"two": {}, "one": {}}, gpus=gpus)
     found = run.run(opts, made(), ENVIRONMENT, lambda *_: None)
     assert [row["configuration"] for row in found["totals"]] == ["exact", "one"]
     assert "out of luck" in found["errors"]["two"] and (opts.out / "two" / "engine.log").exists()
@@ -424,6 +430,125 @@ def test_a_configuration_that_fails_leaves_the_others(monkeypatch, tmp_path):
     fake_engine(monkeypatch)
     found = run.run(options(tmp_path, mac={"two": {}, "one": {}}, resume=True), made(), ENVIRONMENT, lambda *_: None)
     assert [row["configuration"] for row in found["totals"]] == ["exact", "two", "one"] and not found["errors"]
+
+
+def meeting(notes, count):
+    """Notes when an engine begins and ends, and its GPUs; no engine but exact's goes on until `count` others have begun."""
+    return f"""
+import atexit, time
+def note(what):
+    with open({str(notes)!r}, "a") as sink:
+        sink.write(f"{{what}} {{name}} {{os.environ['CUDA_VISIBLE_DEVICES']}}\\n")
+note("begin")
+atexit.register(note, "end")
+late = time.monotonic() + 30
+while name != "exact" and open({str(notes)!r}).read().count("begin") <= {count}:
+    time.sleep(0.01)
+    if time.monotonic() > late:
+        os._exit(7)
+time.sleep(0.3)  # for others to begin, if they may
+"""
+
+
+@pytest.mark.parametrize("gpus", [(), ("5", "GPU-0c"), ("0", "0"), ("1", "0", "1")])
+def test_engines_run_side_by_side(gpus, monkeypatch, tmp_path):
+    """As many as there are entries, each of which serves one at a time; before them exact attention, alone."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    entries, names, told, telling = gpus or ("7",), [f"c{i}" for i in range(5)], [], []
+    fake_engine(monkeypatch, first=meeting(tmp_path / "notes", len(entries)))
+
+    def tell(*said):
+        assert not telling
+        telling.append(said)
+        time.sleep(0.05)
+        told.append(telling.pop())
+
+    opts = options(tmp_path, mac=dict.fromkeys(names, {}), gpus=gpus)
+    found = run.run(opts, made(), ENVIRONMENT, tell)
+    assert not found["errors"] and [row["configuration"] for row in found["totals"]] == ["exact", *names]
+    assert sorted(told) == sorted((f"{name}: all", 5) for name in ("exact", *names))
+    notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+    assert notes[:2] == [["begin", "exact", entries[0]], ["end", "exact", entries[0]]]
+    running, most = Counter(), Counter()
+    for what, _, gpu in notes[2:]:
+        running[gpu] += 1 if what == "begin" else -1
+        most[gpu] = max(most[gpu], running[gpu])
+    assert most == Counter(entries) and not any(running.values())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7" and "gpus" not in json.loads((opts.out / "run.json").read_text())["configuration"]
+
+
+def ended(pid):
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def hanging(folder, names):
+    """Engines of these names write their process and GPU into a file, and go no further until there is one named `go`."""
+    return f"""
+import time
+def hang(folder=Path({str(folder)!r})):
+    if not (folder / "go").exists():
+        (folder / f"{{name}}.part").write_text(f"{{os.getpid()}} {{os.environ['CUDA_VISIBLE_DEVICES']}}")
+        (folder / f"{{name}}.part").rename(folder / f"{{name}}.pid")
+        time.sleep(60); os._exit(8)
+hangs = name in {tuple(names)!r}
+"""
+
+
+def test_what_is_raised_beside_other_engines_ends_them(monkeypatch, tmp_path):
+    fake_engine(monkeypatch, "hangs and hang()", hanging(tmp_path, ["one"]))
+    note = tmp_path / "one.pid"
+
+    def follow(command, *args, **rest):
+        if Path(command[-1]).stem == "two":
+            while not note.exists():
+                time.sleep(0.01)
+            raise OSError("no space left")
+        return runs.follow(command, *args, **rest)
+
+    monkeypatch.setattr(run, "follow", follow)
+    opts, begin = options(tmp_path, mac={"one": {}, "two": {}, "three": {}}, gpus=("0", "1")), time.monotonic()
+    with pytest.raises(OSError, match="^no space left$"):
+        run.run(opts, made(), ENVIRONMENT, lambda *_: None)
+    assert ended(note.read_text().split()[0]) and time.monotonic() < begin + 50  # it would have slept for 60 s
+    assert len(results.read_samples(opts.out / "exact")) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_all_engines(number, tmp_path):
+    """What is finished is kept, and the run goes on with other GPUs."""
+    pytest.importorskip("matplotlib", reason="plots need the extra 'bench'")
+    script, out = tmp_path / "run.py", tmp_path / "out"
+    script.write_text(
+        "import signal, sys, pytest\nsys.path.insert(0, sys.argv.pop(1))\nimport test_eval, vllm_mac.cli\n"
+        # A shell starts what it runs in the background with this signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "test_eval.run.prompts = lambda options: test_eval.made()\n"
+        f"first = {hanging(tmp_path, ['two', 'three'])!r}\n"
+        "test_eval.fake_engine(pytest.MonkeyPatch(), 'hangs and count == 2 and hang()', first)\nvllm_mac.cli.main()\n"
+    )
+    configurations = [part for name in ("one", "two", "three", "four") for part in ("--mac", f"{name}=paper")]
+    command = [sys.executable, str(script), str(ROOT / "tests"), "eval", "--model", "m", "--out", str(out), *configurations]
+    output = {"cwd": ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*command, "--kl", "0", "--gpus", "4,5"], env=environment, **output)
+    notes, deadline = [tmp_path / "two.pid", tmp_path / "three.pid"], time.monotonic() + 120
+    while not all(note.exists() for note in notes) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and f"--resume --out {out} goes on" in err and "Traceback" not in err, err
+    pids, gpus = zip(*(note.read_text().split() for note in notes), strict=True)
+    assert all(map(ended, pids)) and sorted(gpus) == ["4", "5"] and not (out / "four").exists()
+    found = json.loads((out / "results.json").read_text())
+    assert [row["configuration"] for row in found["totals"]] == ["exact", "one"]
+    assert found["errors"] == dict.fromkeys(["two", "three", "four"], run.INTERRUPTED)
+    assert [len(results.read_samples(out / name)) for name in ("two", "three")] == [2, 2]
+    (tmp_path / "go").touch()
+    done = subprocess.run([*command, "--kl", "0", "--gpus", "6", "--resume"], env=environment, timeout=120, check=False, **output)
+    assert done.returncode == 0, done.stderr
+    assert "two: 2 were done before" in done.stderr
+    assert len(json.loads((out / "results.json").read_text())["totals"]) == 5
 
 
 @pytest.mark.parametrize("name, counted", [("exact", 0), ("two", 2)])
@@ -534,6 +659,12 @@ def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
         (["--mac", "exact={}"], "received 'exact={}'; choose NAME=JSON"),
         (["--mac", 'a={"bandd": 1}'], "bandd: unknown key"),
         (["--engine", "[]"], "--engine: received '[]'; choose a JSON object"),
+        (["--gpus", "0,,1"], "--gpus: received '0,,1'; choose GPUs as CUDA_VISIBLE_DEVICES takes them, separated by commas"),
+        (["--gpus", ""], "--gpus: received ''; choose GPUs"),
+        *(
+            (["--gpus", "0", "--engine", json.dumps({key: 2})], f"--engine: {key}: received 2; choose 1, for with --gpus")
+            for key in run.PARALLEL
+        ),
         (["--resume"], "holds no run"),
     ],
 )
@@ -542,6 +673,10 @@ def test_a_wrong_argument_is_named(args, said, tmp_path):
     code, output = invoke("--model", tmp_path, "--out", tmp_path / "out", *args)
     assert code == 2 and said in output and "Traceback" not in output
     assert not (tmp_path / "out").exists()
+
+
+def test_gpus_are_taken_as_they_are():
+    assert run.gpus("1, GPU-0c,1", {"tensor_parallel_size": 1, "max_num_seqs": 2}) == ("1", "GPU-0c", "1")
 
 
 def test_models_that_cannot_be_read(tmp_path):

@@ -240,6 +240,14 @@ def evaluate(
     kl: Annotated[int, typer.Option(min=0, help="Prompts whose last 256 tokens are decoded under teacher forcing; 0 for none.")] = 8,
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Compute hits exactly too, to count their error.")] = True,
     engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs as CUDA_VISIBLE_DEVICES takes them, separated by commas: exact attention runs on the first, then the "
+            "configurations side by side, one at a time on each. A GPU named twice serves two at a time: then lower "
+            "gpu_memory_utilization with --engine."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for the run; named by model and time unless given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
@@ -271,10 +279,12 @@ def evaluate(
 
         environment = report.environment()
         named = tasks if tasks is not None else None if prompts or longbench else "ruler"
+        arguments = _parse("--engine", _mapping, engine)
         options = run.Options(
             model, out, requests.names(named) if named is not None else (), _parse("--lengths", _numbers(int, 1, math.inf), lengths),
             samples, seed, prompts, longbench, _configurations(mac or ["default"], audit),
-            exact or ("FLASHINFER" if environment["gpu"] else run.OWN), _parse("--engine", _mapping, engine), kl, resume, verbose,
+            exact or ("FLASHINFER" if environment["gpu"] else run.OWN), arguments, kl, resume, verbose,
+            run.gpus(gpus, arguments) if gpus is not None else (),
         )  # fmt: skip
         run.check_folder(out, resume)
         with Console(stderr=True).status("making the prompts") if progress else nullcontext():

@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,27 +41,37 @@ def differences(there: dict, now: dict) -> list[str]:
 
 
 def follow(
-    command: list[str], log: Path, tell: Callable[[dict], None], timeout: float = math.inf, verbose: bool = False
+    command: list[str],
+    log: Path,
+    tell: Callable[[dict], None],
+    timeout: float = math.inf,
+    verbose: bool = False,
+    env: dict[str, str] | None = None,
+    stop: threading.Event | None = None,
 ) -> str | None:
     """Run a process to its end. Why it did not finish its work, or None where it said that it did.
 
     command: gets the number of the file descriptor for its messages as a last argument. A message is
     one JSON object on a line: {"done": true} is the last, and `tell` gets those before it. What has a
     key "stage" says what the process does from now on. log: where its output goes, unless `verbose`
-    shows it. timeout: seconds that one stage may take.
+    shows it. timeout: seconds that one stage may take. env: the process's environment, this one's unless
+    given. stop: what ends the process in a thread, where no Ctrl-C arrives: KeyboardInterrupt is raised once
+    it is set.
     """
     read, write = os.pipe()
     with open(log, "wb") as sink:
         # A process group of its own: a stop reaches the engine's processes too, and Ctrl-C only this one.
         process = subprocess.Popen(
             [*command, str(write)], stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno() if verbose else sink,
-            stderr=subprocess.STDOUT, pass_fds=(write,), process_group=0,
+            stderr=subprocess.STDOUT, pass_fds=(write,), process_group=0, env=env,
         )  # fmt: skip
     os.close(write)
     done, late, stage, begin = False, False, "", time.monotonic()
     since = begin
     try:
         for message in _messages(process, read):
+            if stop is not None and stop.is_set():
+                raise KeyboardInterrupt
             if message is None:
                 late = time.monotonic() > since + timeout
                 if late:

@@ -1,4 +1,4 @@
-"""`vllm-mac eval`: one engine after another on the same prompts, exact attention first.
+"""`vllm-mac eval`: one engine after another, or side by side, on the same prompts, exact attention first.
 
     FOLDER/run.json               configuration and environment
     FOLDER/CONFIGURATION/...      what its engine wrote, see `engine`; samples.jsonl is for reading too
@@ -8,9 +8,12 @@ This side makes the prompts, starts the engines and follows them.
 """
 
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,12 +27,14 @@ OWN = "default"  # the platform's own choice of backend
 REQUESTS = "requests.jsonl"
 SEQUENCES = 16  # decoded together unless --engine says otherwise
 INTERRUPTED = "interrupted"  # in place of a configuration's figures
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")  # engines on several GPUs
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """mac: resolved configurations by name. exact: the backend compared with, or `default`. engine:
-    further arguments of `vllm.LLM`. kl: texts decoded under teacher forcing. out: the run's folder."""
+    further arguments of `vllm.LLM`. kl: texts decoded under teacher forcing. out: the run's folder.
+    gpus: one for each engine at a time, see `gpus`; without them engines see all, one after another."""
 
     model: str
     out: Path
@@ -45,6 +50,7 @@ class Options:
     kl: int = 0
     resume: bool = False
     verbose: bool = False
+    gpus: tuple[str, ...] = ()
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -53,6 +59,20 @@ def check_folder(out: Path, resume: bool) -> None:
         raise EvalError(f"--resume: {out} holds no run; leave --resume out, or name a run's folder with --out")
     if not resume and out.exists():
         raise EvalError(f"--out: {out} exists; choose another folder, or --resume to go on with the run there")
+
+
+def gpus(text: str, engine: dict) -> tuple[str, ...]:
+    """The entries of a list such as `0,1`. Raises EvalError for empty ones, and for engines on several GPUs.
+
+    engine: arguments of `vllm.LLM`.
+    """
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise EvalError(f"--gpus: received {text!r}; choose GPUs as CUDA_VISIBLE_DEVICES takes them, separated by commas, such as 0,1")
+    for key in PARALLEL:
+        if (size := engine.get(key, 1)) != 1:
+            raise EvalError(f"--engine: {key}: received {size!r}; choose 1, for with --gpus each engine gets one GPU, or leave out --gpus")
+    return found
 
 
 def prompts(options: Options) -> list[requests.Request]:
@@ -68,31 +88,68 @@ def steps(options: Options, made: list[requests.Request]) -> int:
 def run(options: Options, made: list[requests.Request], environment: dict, tell: Callable[[str, int], None]) -> dict:
     """The results, see `results.collect`; written to the run's folder too.
 
-    tell(what, advance): what goes on, and how many of `steps` are done. An engine that fails leaves an
-    error in place of its figures; that of exact attention ends the run. After Ctrl-C the results are those of the
-    configurations that were finished, and `INTERRUPTED` is the error of the others; raises
-    KeyboardInterrupt where exact attention's were not.
+    tell(what, advance): what goes on, and how many of `steps` are done; called by several threads, never by two
+    at once. An engine that fails leaves an error in place of its figures; that of exact attention ends the run.
+    After Ctrl-C the results are those of the configurations that were finished, and `INTERRUPTED` is the error
+    of the others; raises KeyboardInterrupt where exact attention's were not.
     """
     check_folder(options.out, options.resume)
     configuration = _configuration(options, made)
     _open(options, configuration, environment)
     if options.resume and (stored := results.load(options.out)):
         return stored
-    errors = {}
+    errors: dict[str, str] = {}
+    telling = threading.Lock()
+
+    def say(what: str, advance: int) -> None:
+        with telling:
+            tell(what, advance)
+
     with tempfile.TemporaryDirectory(prefix="vllm-mac-eval-") as work:
         requests.save(made, Path(work) / REQUESTS)
+
+        def one(name: str, gpu: str | None = None, stop: threading.Event | None = None) -> None:
+            if error := _engine(options, name, made, Path(work), say, gpu, stop):
+                if name == EXACT:
+                    raise EvalError(f"{EXACT}: {error}")
+                errors[name] = error
+
         try:
-            for name in (EXACT, *options.mac):
-                if error := _engine(options, name, made, Path(work), tell):
-                    if name == EXACT:
-                        raise EvalError(f"{EXACT}: {error}")
-                    errors[name] = error
+            one(EXACT, *options.gpus[:1])
+            if options.gpus:
+                _side_by_side(options.mac, options.gpus, one)
+            else:
+                for name in options.mac:
+                    one(name)
         except KeyboardInterrupt:
             unfinished = [name for name in (EXACT, *options.mac) if any(results.left(options.out / name, made, options.kl))]
             if EXACT in unfinished:
                 raise
             errors |= {name: INTERRUPTED for name in unfinished if name not in errors}
-    return results.collect(options.out, configuration, environment, made, errors)
+    ordered = {name: errors[name] for name in options.mac if name in errors}
+    return results.collect(options.out, configuration, environment, made, ordered)
+
+
+def _side_by_side(names: Iterable[str], gpus: tuple[str, ...], one: Callable[[str, str, threading.Event], None]) -> None:
+    """one(name, gpu, stop) for each name, in a thread for each entry of `gpus`.
+
+    What one of them raises, or Ctrl-C here, sets `stop`, and is raised when all have ended.
+    """
+    left, stop = iter(names), threading.Event()
+
+    def serve(gpu: str) -> None:
+        for name in left:  # of all threads: each takes the next
+            if stop.is_set():
+                return
+            one(name, gpu, stop)
+
+    pool = ThreadPoolExecutor(len(gpus))
+    try:
+        for served in as_completed([pool.submit(serve, gpu) for gpu in gpus]):
+            served.result()
+    finally:
+        stop.set()
+        pool.shutdown()
 
 
 def _requests(options: Options, encoder) -> list[requests.Request]:
@@ -144,8 +201,13 @@ def _open(options: Options, configuration: dict, environment: dict) -> None:
         raise EvalError("--resume: {} holds another run:\n  {}".format(options.out, "\n  ".join(differ)))
 
 
-def _engine(options: Options, name: str, made: list[requests.Request], work: Path, tell) -> str | None:
-    """Run what is left to do for one configuration. The error that ended it, or None."""
+def _engine(
+    options: Options, name: str, made: list[requests.Request], work: Path, tell, gpu: str | None, stop: threading.Event | None
+) -> str | None:
+    """Run what is left to do for one configuration. The error that ended it, or None.
+
+    gpu: the only one that the engine sees, or None for all that this process does. stop: see `follow`.
+    """
     folder = options.out / name
     folder.mkdir(exist_ok=True)
     left, forced = results.left(folder, made, options.kl)
@@ -161,10 +223,11 @@ def _engine(options: Options, name: str, made: list[requests.Request], work: Pat
         llm["attention_backend"] = options.exact
     files = {"requests": work / REQUESTS, "folder": folder, "exact": options.out / EXACT}
     spec = {"llm": llm, "kl": options.kl} | {key: str(path) for key, path in files.items()}
-    (work / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-    log = folder / "engine.log"
-    command = [*COMMAND, str(work / "spec.json")]
-    error = follow(command, log, lambda said: tell(f"{name}: {said['stage']}", said["advance"]), verbose=options.verbose)
+    file, log = work / f"{name}.json", folder / "engine.log"
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    env = None if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+    heard = lambda said: tell(f"{name}: {said['stage']}", said["advance"])
+    error = follow([*COMMAND, str(file)], log, heard, verbose=options.verbose, env=env, stop=stop)
     if error is None:
         log.unlink()
     return error
