@@ -33,7 +33,7 @@ COUNTERS = (
 def _hit_kernel(
     p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
     p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
-    p_out, p_source, p_hit, p_counters, p_key, p_band_acc, p_band_sum, p_part_out, p_part_lse,
+    p_out, p_source, p_hit, p_counters, p_key, p_key_lse, p_band_acc, p_band_sum, p_part_out, p_part_lse,
     p_arrived, p_paused,
     s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
     log2_scale, bound, lag_weight, mass_floor,
@@ -126,14 +126,15 @@ def _hit_kernel(
         i_h = i_k * G + i_scan // S
         i_s = i_scan % S
         o_ring = (ring * H + i_h) * W
-        key = scan(
+        key, lse = scan(
             p_group_query + (i_scan // S) * s_query_head, p_cos_sin,
-            p_ring_query + o_ring * D, p_ring_chain + o_ring, m, first,
+            p_ring_query + o_ring * D, p_ring_chain + o_ring, p_ring_lse + o_ring, m, first,
             i_s * SPAN, tl.minimum((i_s + 1) * SPAN, W), bound, lag_weight,
             D, DP, ROTARY, NEOX, W, BAND, SINK, MAX_CHAIN, LAGGED, RELATIVE, WEIGHED,
             BW, SPAN, HALVES, SCAN_STAGES,
         )  # fmt: skip
         tl.store(p_key + (i_row * H + i_h) * S + i_s, key)
+        tl.store(p_key_lse + (i_row * H + i_h) * S + i_s, lse)
 
     # Everything above must be visible before this program counts as arrived.
     tl.debug_barrier()
@@ -167,28 +168,16 @@ def _hit_kernel(
     if matching:
         o_s = tl.arange(0, SP)
         o_key = ((i_row * H + o_h) * S)[:, None] + o_s[None, :]
-        keys = tl.load(
-            p_key + o_key,
-            mask=m_g[:, None] & (o_s < S)[None, :],
-            other=NO_KEY,
-            cache_modifier=".cg",
-        )
+        m_key = m_g[:, None] & (o_s < S)[None, :]
+        keys = tl.load(p_key + o_key, mask=m_key, other=NO_KEY, cache_modifier=".cg")
+        lses = tl.load(p_key_lse + o_key, mask=m_key, other=float("-inf"), cache_modifier=".cg")
         key = tl.min(keys, 1)
+        ring_lse = tl.max(tl.where((keys == key[:, None]) & (keys < NO_KEY), lses, float("-inf")), 1)
         source = tl.where(key < NO_KEY, -(key & LAST).to(tl.int32) + LAST, -1)
     else:
         key = tl.full((M,), NO_KEY, tl.int64)
+        ring_lse = tl.full((M,), float("-inf"), tl.float32)
         source = tl.full((M,), -1, tl.int32)
-
-    # What is reused, asked for at once: whether it will be may depend on its own mass.
-    o_match = (ring * H + o_h) * W + source % W
-    o_match_d = o_match[:, None] * D + o_d[None, :]
-    m_match = m_g & (source >= 0)
-    m_match_d = m_match[:, None] & m_d[None, :]
-    ring_lse = tl.load(p_ring_lse + o_match, mask=m_match, other=float("-inf"))
-    ring_out = tl.load(p_ring_out + o_match_d, mask=m_match_d, other=0.0)
-    chain = tl.load(p_ring_chain + o_match, mask=m_match, other=0) + 1
-    if ANCHORED:
-        kept = tl.load(p_ring_query + o_match_d, mask=m_match_d, other=0.0)
     if WEIGHED:
         # `scan` let in what a summary without mass may be off by, and gave the part of it that it is.
         part = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -203,6 +192,7 @@ def _hit_kernel(
     tl.store(p_hit + i_row * K + i_k, hit.to(tl.int32))
 
     # On a hit each head amends from its own match on; on a miss all read to the first whole page.
+    m_reuse = o_g < tl.where(hit, G, 0)
     lo = tl.minimum((SINK + PAGE - 1) // PAGE * PAGE, band_start)
     begin = tl.where(hit, source + 1 - BAND, sink_end)
     stop = tl.where(hit, band_start, lo)
@@ -212,6 +202,15 @@ def _hit_kernel(
         if not hit:
             page = sink_end // PAGE
             pages = tl.load(p_row_table + page + tl.zeros((TP,), tl.int32))
+
+    # Loads that the amendment need not wait for.
+    o_match = (ring * H + o_h) * W + source % W
+    o_match_d = o_match[:, None] * D + o_d[None, :]
+    m_reuse_d = m_reuse[:, None] & m_d[None, :]
+    ring_out = tl.load(p_ring_out + o_match_d, mask=m_reuse_d, other=0.0)
+    chain = tl.load(p_ring_chain + o_match, mask=m_reuse, other=0) + 1
+    if ANCHORED:
+        kept = tl.load(p_ring_query + o_match_d, mask=m_reuse_d, other=0.0)
 
     near = tl.full((MP,), float("-inf"), tl.float32)
     near_total = tl.zeros((MP,), tl.float32)
@@ -284,7 +283,7 @@ class Workspace:
     and sink together.
     whole: whether the engine for misses reads the bands of rows without a ring too, as
     `exact.TritonExact` does when it completes; what is left of such a row is its sink.
-    key, band_acc, band_sum: partial results of the programs of a group. arrived: `[B, K]` int32,
+    key, key_lse, band_acc, band_sum: partial results of the programs of a group. arrived: `[B, K]` int32,
     programs of a group that are done; all 0 between steps.
     slots: programs that the device runs at once. pdl: launch the kernels before their predecessors
     end (programmatic dependent launch); they wait before they read. tune: overrides `_tune`.
@@ -295,6 +294,7 @@ class Workspace:
     part_out: torch.Tensor
     part_lse: torch.Tensor
     key: torch.Tensor
+    key_lse: torch.Tensor
     band_acc: torch.Tensor
     band_sum: torch.Tensor
     arrived: torch.Tensor
@@ -323,6 +323,7 @@ class Workspace:
             part_out=empty(rows, heads, 2, head_size),
             part_lse=empty(rows, heads, 2),
             key=empty(rows, heads, cls.MAX_SPLITS, dtype=torch.int64),
+            key_lse=empty(rows, heads, cls.MAX_SPLITS),
             band_acc=empty(rows, heads, cls.MAX_BANDS, head_size),
             band_sum=empty(rows, heads, cls.MAX_BANDS, 2),
             arrived=torch.zeros(rows, kv_heads, dtype=torch.int32, device=on),
@@ -389,7 +390,7 @@ def decode_hits(
     _hit_kernel[(bands + group * splits, kv_heads, rows)](
         query, cos_sin, position, ring, first, block_table, kv,
         store.query, store.out, store.lse, store.chain,
-        out, work.source, work.hit, counters, work.key, work.band_acc, work.band_sum,
+        out, work.source, work.hit, counters, work.key, work.key_lse, work.band_acc, work.band_sum,
         work.part_out, work.part_lse, work.arrived, paused,
         query.stride(0), query.stride(1), block_table.stride(0),
         kv.stride(0), kv.stride(1), kv.stride(2), out.stride(0), out.stride(1),

@@ -73,8 +73,10 @@ def _square(pre, p_x, m_row, o_d, D: tl.constexpr):
 def _keep(
     best,
     best_back,
+    best_lse,
     distance,
     back,
+    lse,
     usable,
     bound,
     lag_weight,
@@ -86,20 +88,21 @@ def _keep(
     if LAGGED:
         score += tl.div_rn(lag_weight * (back + 1).to(tl.float32), W * 1.0) * bound
     better = usable & (distance < bound) & (score < best)
-    return tl.where(better, score, best), tl.where(better, back, best_back)
+    return tl.where(better, score, best), tl.where(better, back, best_back), tl.where(better, lse, best_lse)
 
 
 @triton.jit
 def scan(
-    p_query, p_cos_sin, p_entry, p_chain, m, first, begin, end, bound, lag_weight,
+    p_query, p_cos_sin, p_entry, p_chain, p_lse, m, first, begin, end, bound, lag_weight,
     D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
     W: tl.constexpr, BAND: tl.constexpr, SINK: tl.constexpr, MAX_CHAIN: tl.constexpr,
     LAGGED: tl.constexpr, RELATIVE: tl.constexpr, SHARE: tl.constexpr,
     BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Key of the best candidate of one head among the positions `m-1-lag`, `lag` in `[begin, end)`.
+    """Key of the best candidate of one head among the positions `m-1-lag`, `lag` in `[begin, end)`, and the
+    LSE of its summary, of no meaning without one.
 
-    p_query: the head's query after RoPE. p_entry: its ring's `[W, D]` queries. p_chain: `[W]`.
+    p_query: the head's query after RoPE. p_entry: its ring's `[W, D]` queries. p_chain, p_lse: `[W]`.
     RELATIVE: whether `bound` is in units of the query's squared norm. SHARE: whether the key's score is
     to be in units of the bound. SPAN: the most lags there
     are. LAGGED: whether `lag_weight` is not 0. HALVES: whether to read an entry's second half only
@@ -128,6 +131,7 @@ def scan(
     end = tl.minimum(end, m - tl.maximum(first, BAND + SINK))
     best = tl.full((BW,), float("inf"), tl.float32)
     best_back = tl.zeros((BW,), tl.int32)
+    best_lse = tl.zeros((BW,), tl.float32)
     cutoff = bound
     for i in tl.range(0, SPAN, BW, num_stages=STAGES):
         back = begin + i + tl.arange(0, BW)
@@ -149,8 +153,9 @@ def scan(
                 else:
                     square = _square(q_1, p_x, usable, DC + o_d, D)
                 distance += tl.sum(square, 1)
-                best, best_back = _keep(
-                    best, best_back, distance, back, usable, bound, lag_weight, W, LAGGED
+                lse = tl.load(p_lse + slot, mask=usable, other=0.0)
+                best, best_back, best_lse = _keep(
+                    best, best_back, best_lse, distance, back, lse, usable, bound, lag_weight, W, LAGGED
                 )
                 cutoff = tl.minimum(bound, tl.min(best, 0))  # a score is no less than its distance
         else:
@@ -160,11 +165,14 @@ def scan(
                 square += _square(q_2, p_x, usable, 2 * DC + o_d, D)
                 square += _square(q_3, p_x, usable, 3 * DC + o_d, D)
             distance = tl.sum(square, 1)
-            best, best_back = _keep(
-                best, best_back, distance, back, usable, bound, lag_weight, W, LAGGED
+            lse = tl.load(p_lse + slot, mask=usable, other=0.0)
+            best, best_back, best_lse = _keep(
+                best, best_back, best_lse, distance, back, lse, usable, bound, lag_weight, W, LAGGED
             )
     if SHARE:
         best = tl.where(best < float("inf"), best / bound, best)
     order = best_back - (m - 1) + LAST  # LAST - position
     key = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | order.to(tl.int64)
-    return tl.min(tl.where(best < float("inf"), key, NO_KEY), 0)
+    key = tl.where(best < float("inf"), key, NO_KEY)
+    least = tl.min(key, 0)
+    return least, tl.max(tl.where(key == least, best_lse, float("-inf")), 0)

@@ -23,8 +23,8 @@ from scenarios import SCENARIOS
 
 pytestmark = pytest.mark.gpu
 
-WIDE = {"threshold": 0.5, "miss_engine": "flashinfer", "sink": 20}  # default window, band and min_context
-SMALL = {"window": 32, "band": 16, "min_context": 64, "threshold": 0.45}
+WIDE = {"threshold": 0.5, "mass_floor": None, "miss_engine": "flashinfer", "sink": 20}  # default window, band and min_context
+SMALL = {"window": 32, "band": 16, "min_context": 64, "threshold": 0.5, "mass_floor": 0.2}
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 # backend, dtype, MAC's configuration, batch sizes captured (none: eager)
 ENGINES = {

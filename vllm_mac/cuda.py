@@ -81,6 +81,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         self.group = Group(layer_names, kv_cache_spec.block_size, vllm_config, device)
         self.served = [layer for layer in self.group.layers if layer.exact is None]
         self.decoder, self.all_served = None, False
+        self._planned = torch.cuda.Event()
         if not self.served:
             return
         self.config = self.served[0].config
@@ -112,6 +113,10 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
 
     def _build(self, common: CommonAttentionMetadata, fast_build: bool, capture: bool) -> MacCUDAMetadata:
         decoding = self.all_served and common.max_query_len <= 1
+        if not decoding:
+            # FlashInfer plans into one page-locked buffer a wrapper, which the device copies when it gets there: a plan
+            # made before that would be read half old and half new. Hardly ever waits: the last step's copies come first.
+            self._planned.synchronize()
         metadata = self._of_decodes(common) if decoding else MacCUDAMetadata(**vars(super().build(0, common, fast_build)))
         if not capture:
             self.group.tally_host(common)
@@ -141,6 +146,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
                 for mine, all_rows in zip((decoder.position, decoder.ring, decoder.first), outputs, strict=True):
                     mine[:decodes].copy_(all_rows[:decodes])
                 metadata.seeds = self._seeds(common, decodes)
+        if not decoding:
+            self._planned.record()
         context = self.vllm_config.compilation_config.static_forward_context
         cache = context[self.served[0].name].kv_cache
         if decodes and cache.dim() == 4:  # vLLM builds for its estimates before there is a cache
