@@ -192,12 +192,17 @@ def by_layer(results: dict):
         for j, (name, rows) in enumerate(layers.items()):
             for key, style in (("error_p50", "o-"), ("error_p95", "s--"), ("error_p99", "^:")):
                 at = [i for i, row in enumerate(rows) if row.get(key) is not None]
-                errors.plot(at, [rows[i][key] for i in at], style, color=f"C{j}", ms=4, label=f"{name}, {key[6:]}")
+                # Colours are those of the other panel, and styles are named once.
+                label = None if j else key[6:]
+                errors.plot(at, [rows[i][key] for i in at], style, color=f"C{j}", ms=4, label=label)
         errors.set(xlabel="layer", ylabel="relative error of heads that hit", yscale="log")
     for axes in figure.axes:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.2, which="both")
         axes.legend(fontsize=8)
+    if audited:
+        for line in errors.get_legend().get_lines():
+            line.set_color("black")
     return figure
 
 
