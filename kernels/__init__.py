@@ -1,9 +1,9 @@
 """Triton kernels of a decode step on GPUs; they also run under Triton's interpreter on CPUs.
 
 `hit.decode_hits` matches every head, decodes the KV groups that hit from start to finish, and
-leaves for the groups that missed what does not depend on their prefix. `complete.complete_misses`
-finishes those once their prefix is known. `match` and `amend` hold the device code of the two
-stages whose names they bear.
+leaves for the groups that missed what does not depend on their prefix. `exact.TritonExact` reads the
+prefix of those and finishes them (`complete.complete_group`); after FlashInfer `complete.complete_misses`
+finishes them. `match` and `amend` hold device code of the two stages whose names they bear.
 
 Letters: `B` rows, `H` query heads, `K` KV heads, `G = H / K`, `D` head size, `W` window, `R`
 rings, `BS` page size. Kernel variables: `i_` index of a program, `o_` offsets of a block, `m_`

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac.kernels.amend import combine, finish, unfinish
+from vllm_mac.kernels.amend import LN_2, combine, finish, unfinish
 from vllm_mac.kernels.match import narrow, unrotate
 
 
@@ -63,7 +63,7 @@ def _complete_kernel(
     s_query_row, s_query_head, s_out_row, s_out_head,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     ROTARY: tl.constexpr, NEOX: tl.constexpr,
-    LSE_UNIT: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i_k, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PDL:
@@ -81,7 +81,7 @@ def _complete_kernel(
     m_gd = m_g[:, None] & (o_d < D)[None, :]
     o_head = i_row * H + i_k * G + o_g  # [M]
     near_out, near_lse, rest_out, rest_lse = load_parts(p_part_out, p_part_lse, o_head, o_d, m_g, m_gd, D)
-    lse = tl.load(p_prefix_lse + o_head, mask=m_g, other=float("-inf")) * LSE_UNIT
+    lse = tl.load(p_prefix_lse + o_head, mask=m_g, other=float("-inf")) * LN_2
     far = tl.load(p_prefix_out + o_head[:, None] * D + o_d[None, :], mask=m_gd, other=0.0)
     peak, total, acc = unfinish(far, lse)
     complete_group(
@@ -103,7 +103,6 @@ def complete_misses(
     out,
     cos_sin=None,
     is_neox=True,
-    prefix_lse_base2=False,
 ):
     """Finish the KV groups that `decode_hits` left open; to be called after it, in the same step.
 
@@ -119,8 +118,7 @@ def complete_misses(
         store: the layer's rings (`ring.RingStore`).
         prefix_out: `[B, H, D]` contiguous, any float dtype: attention over `[lo, m+1-band)`,
             where `lo` is `sink` rounded up to a whole page.
-        prefix_lse: `[B, H]` float32 contiguous, natural log, or base 2 with `prefix_lse_base2`;
-            `-inf` where the interval is empty (`prefix_out` is then ignored).
+        prefix_lse: `[B, H]` float32 contiguous, **base 2**, as FlashInfer gives it; `-inf` where the interval is empty (`prefix_out` is then ignored).
         work: the `Workspace` that `decode_hits` used, with `whole` false.
         out: `[B, H, D]` in query's dtype, last dimension contiguous; written for missed groups.
         cos_sin, is_neox: as for `decode_hits`.
@@ -135,7 +133,6 @@ def complete_misses(
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         K=kv_heads, G=group, D=d, W=store.query.shape[2],
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
-        LSE_UNIT=0.6931471805599453 if prefix_lse_base2 else 1.0,
         M=triton.next_power_of_2(group), DP=triton.next_power_of_2(d), PDL=work.pdl,
         num_warps=2, **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip

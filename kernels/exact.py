@@ -1,8 +1,8 @@
 """Exact attention over the prefix of the missed (row, KV head) groups, in one launch.
 
-One of two engines for misses; `flashinfer_exact.FlashInferExact` is the other and has the same
-methods, arguments and results. The oracle of both is `paged.attend` over `[lo, m+1-band)`. This one
-can also complete the groups (`complete.complete_group`), so that no other launch need follow.
+One of two engines for misses; `flashinfer_exact.FlashInferExact` is the other. Both attend alike, and the
+oracle of both is `paged.attend` over `[lo, m+1-band)`. This one can also complete the groups
+(`complete.complete_group`), so that no other launch need follow.
 
 The work of all missed groups is one line of units of `BN` tokens, cut into as many equal
 pieces as there are programs: whatever the number of misses and the lengths of their
@@ -208,7 +208,15 @@ def _prefix_kernel(
         group_start = group_end - tl.sum(tl.where(o_r == i_r, b_units, 0), 0)
         segment_end = tl.minimum(stop, group_end)
         row, i_k = (i_r // K).to(tl.int64), i_r % K
-        m = tl.sum(tl.where(o_r == i_r, b_m, 0), 0)
+        if BR <= 1024:  # later to come from memory than from registers, of which large batches have none left
+            m = tl.sum(tl.where(o_r == i_r, b_m, 0), 0)
+            if COMPLETE:
+                i_ring = tl.sum(tl.where(o_r == i_r, b_ring, 0), 0).to(tl.int64)
+        else:
+            m = tl.load(position + row).to(tl.int32)
+            if COMPLETE:
+                i_ring = tl.load(ring + row).to(tl.int64)
+                m += tl.where(i_ring < 0, band, 0)
         token_end = m + 1 - band
         begin = first_token + (unit - group_start) * BN
         end = tl.minimum(first_token + (segment_end - group_start) * BN, token_end)
@@ -266,9 +274,7 @@ def _prefix_kernel(
                 low, high, blocks = first, last, blocks * 0 + 1
             if high > low:
                 counter = arrived + 2 * low + (low == first).to(tl.int32)
-                ready = (tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == high - low).to(
-                    tl.int32
-                )
+                ready = (tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == high - low).to(tl.int32)
                 if ready != 0:
                     tl.debug_barrier()
                     tl.store(counter, 0)  # for the next launch
@@ -281,9 +287,7 @@ def _prefix_kernel(
                         tl.debug_barrier()
             if (blocks > 1) & (ready != 0):
                 counter2 = arrived + 2 * programs + 2 * first + 1
-                ready = (tl.atomic_add(counter2, 1, sem="acq_rel", scope="gpu") == blocks - 1).to(
-                    tl.int32
-                )
+                ready = (tl.atomic_add(counter2, 1, sem="acq_rel", scope="gpu") == blocks - 1).to(tl.int32)
                 if ready != 0:
                     tl.debug_barrier()
                     tl.store(counter2, 0)
@@ -293,7 +297,6 @@ def _prefix_kernel(
                     )  # fmt: skip
         if ready != 0:
             if COMPLETE:
-                i_ring = tl.sum(tl.where(o_r == i_r, b_ring, 0), 0).to(tl.int64)
                 _complete(
                     b_rl, b_r, row, i_k, m, i_ring, query, cos_sin, near_out, near_lse, out,
                     ring_query, ring_out, ring_lse, ring_chain,
@@ -363,7 +366,6 @@ class TritonExact:
     captured in a CUDA graph. Calls that share an object must not overlap.
     """
 
-    lse_base = 2
 
     def __init__(
         self,
@@ -376,7 +378,6 @@ class TritonExact:
         """programs: how many share the work; by default as many as the device holds at once.
         of_hits: attend for the groups that hit instead of those that missed."""
         self.problem, self.of_hits = problem, of_hits
-        self.out_dtype = problem.dtype  # what callers may allocate for either engine
         limits, sms, self.pdl = {}, 4, False
         if torch.device(device).type == "cuda":
             properties = torch.cuda.get_device_properties(device)

@@ -36,7 +36,7 @@ def _hit_kernel(
     p_out, p_source, p_hit, p_counters, p_key, p_key_lse, p_band_acc, p_band_sum, p_part_out, p_part_lse,
     p_arrived, p_paused,
     s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
-    log2_scale, bound, lag_weight, mass_floor,
+    log2_scale, bound, strict, lag_weight, mass_floor,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, SINK: tl.constexpr, WHOLE: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
     LAGGED: tl.constexpr, RELATIVE: tl.constexpr, ANCHORED: tl.constexpr, WEIGHED: tl.constexpr,
@@ -129,7 +129,7 @@ def _hit_kernel(
         key, lse = scan(
             p_group_query + (i_scan // S) * s_query_head, p_cos_sin,
             p_ring_query + o_ring * D, p_ring_chain + o_ring, p_ring_lse + o_ring, m, first,
-            i_s * SPAN, tl.minimum((i_s + 1) * SPAN, W), bound, lag_weight,
+            i_s * SPAN, tl.minimum((i_s + 1) * SPAN, W), bound, strict, lag_weight,
             D, DP, ROTARY, NEOX, W, BAND, SINK, MAX_CHAIN, LAGGED, RELATIVE, WEIGHED,
             BW, SPAN, HALVES, SCAN_STAGES,
         )  # fmt: skip
@@ -181,8 +181,8 @@ def _hit_kernel(
     if WEIGHED:
         # `scan` let in what a summary without mass may be off by, and gave the part of it that it is.
         part = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        if LAGGED:
-            part -= tl.div_rn(lag_weight * (m - source).to(tl.float32), W * 1.0)
+        if LAGGED:  # those under the strict limit come out as less than they are, and are accepted in any case
+            part -= lag_weight
         mass = 1.0 / (1.0 + tl.exp2(rest + tl.log2(rest_total) - ring_lse * LOG2_E))
         allowed = mass_floor / (mass + mass_floor)
         source = tl.where(part < allowed * allowed, source, -1)
@@ -279,8 +279,8 @@ class Workspace:
     source: `[B, H]` int32, position matched by each head or -1. hit: `[B, K]` int32, 1 where all
     heads of the group matched. Rows whose position is -1 are not written.
     part_out: `[B, H, 2, D]` float32, part_lse: `[B, H, 2]` float32 natural log, of missed groups
-    only (of none of a row that is read whole and has no sink): attention over `[sink, lo)`, `lo` being `sink` rounded up to a whole page, and over band
-    and sink together.
+    only: attention over `[sink, lo)`, `lo` being `sink` rounded up to a whole page, and over band
+    and sink together. Not written for a row that is read whole and has no sink.
     whole: whether the engine for misses reads the bands of rows without a ring too, as
     `exact.TritonExact` does when it completes; what is left of such a row is its sink.
     key, key_lse, band_acc, band_sum: partial results of the programs of a group. arrived: `[B, K]` int32,
@@ -359,9 +359,8 @@ def decode_hits(
         block_table: `[B, *]` int32, last dimension contiguous.
         kv: `[blocks, K, BS, 2 D]` in query's dtype, any strides but 1 in the last dimension.
         store: the layer's rings (`ring.RingStore`), contiguous.
-        config: window, band, sink, threshold, distance, min_context, lag_weight, reuse,
-            max_chain, mass_floor.
-            The threshold is not compiled in: layers may differ in it.
+        config: window, band, sink, threshold, distance, min_context, lag_weight, reuse, max_chain,
+            mass_floor. The threshold is not compiled in: layers may differ in it.
         scale: factor of the scores.
         work: room for `B` rows. Its `hit` and `source` are written, and
             `part_out` and `part_lse` of missed groups, for what completes them.
@@ -394,7 +393,7 @@ def decode_hits(
         work.part_out, work.part_lse, work.arrived, paused,
         query.stride(0), query.stride(1), block_table.stride(0),
         kv.stride(0), kv.stride(1), kv.stride(2), out.stride(0), out.stride(1),
-        scale * 1.4426950408889634, bound * loosest, config.lag_weight / loosest, config.mass_floor or 0.0,
+        scale * 1.4426950408889634, bound * loosest, 1.0 / loosest, config.lag_weight / loosest, config.mass_floor or 0.0,
         K=kv_heads, G=group, D=d, W=window, PAGE=page,
         BAND=config.band, SINK=config.sink, WHOLE=work.whole, MIN_CONTEXT=config.min_context,
         MAX_CHAIN=config.max_chain or 0,

@@ -1,6 +1,6 @@
 """Match: undo the rotary embedding and find the recorded query nearest to a head's own.
 
-Device code, called by the kernels of `hit` and `complete`. `reference.match` and `paged.match`
+Device code, called by the kernels of `hit` and, through `complete`, `exact`. `reference.match` and `paged.match`
 are its oracles.
 """
 
@@ -79,6 +79,7 @@ def _keep(
     lse,
     usable,
     bound,
+    strict,
     lag_weight,
     W: tl.constexpr,
     LAGGED: tl.constexpr,
@@ -86,14 +87,15 @@ def _keep(
     """The better of each lane's and a new candidate; of equals the former, a later position."""
     score = distance
     if LAGGED:
-        score += tl.div_rn(lag_weight * (back + 1).to(tl.float32), W * 1.0) * bound
+        age = tl.where(distance < strict * bound, (back + 1).to(tl.float32), W * 1.0)
+        score += tl.div_rn(lag_weight * age, W * 1.0) * bound
     better = usable & (distance < bound) & (score < best)
     return tl.where(better, score, best), tl.where(better, back, best_back), tl.where(better, lse, best_lse)
 
 
 @triton.jit
 def scan(
-    p_query, p_cos_sin, p_entry, p_chain, p_lse, m, first, begin, end, bound, lag_weight,
+    p_query, p_cos_sin, p_entry, p_chain, p_lse, m, first, begin, end, bound, strict, lag_weight,
     D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
     W: tl.constexpr, BAND: tl.constexpr, SINK: tl.constexpr, MAX_CHAIN: tl.constexpr,
     LAGGED: tl.constexpr, RELATIVE: tl.constexpr, SHARE: tl.constexpr,
@@ -103,6 +105,7 @@ def scan(
     LSE of its summary, of no meaning without one.
 
     p_query: the head's query after RoPE. p_entry: its ring's `[W, D]` queries. p_chain, p_lse: `[W]`.
+    strict: the part of the bound from which on a candidate counts as `W` old.
     RELATIVE: whether `bound` is in units of the query's squared norm. SHARE: whether the key's score is
     to be in units of the bound. SPAN: the most lags there
     are. LAGGED: whether `lag_weight` is not 0. HALVES: whether to read an entry's second half only
@@ -155,7 +158,7 @@ def scan(
                 distance += tl.sum(square, 1)
                 lse = tl.load(p_lse + slot, mask=usable, other=0.0)
                 best, best_back, best_lse = _keep(
-                    best, best_back, best_lse, distance, back, lse, usable, bound, lag_weight, W, LAGGED
+                    best, best_back, best_lse, distance, back, lse, usable, bound, strict, lag_weight, W, LAGGED
                 )
                 cutoff = tl.minimum(bound, tl.min(best, 0))  # a score is no less than its distance
         else:
@@ -167,7 +170,7 @@ def scan(
             distance = tl.sum(square, 1)
             lse = tl.load(p_lse + slot, mask=usable, other=0.0)
             best, best_back, best_lse = _keep(
-                best, best_back, best_lse, distance, back, lse, usable, bound, lag_weight, W, LAGGED
+                best, best_back, best_lse, distance, back, lse, usable, bound, strict, lag_weight, W, LAGGED
             )
     if SHARE:
         best = tl.where(best < float("inf"), best / bound, best)

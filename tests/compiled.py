@@ -75,7 +75,7 @@ def main(arch: int) -> None:
         query = torch.empty(2, shape["heads"], shape["d"], dtype=shape["dtype"])
         complete.complete_misses(
             query, decoder.position, decoder.ring, layers[0].store, query, decoder._work.part_lse, decoder._work, query,
-            **rotation(layers[0].rotary), prefix_lse_base2=True,
+            **rotation(layers[0].rotary),
         )  # fmt: skip
 
 

@@ -403,9 +403,9 @@ def test_an_engine_reads_what_the_simulation_says(models):
     from vllm_mac.metrics import HEADS, KV_TOKENS
 
     first, tokens, prompt = "model.layers.0.self_attn.attn", 60, list(b"a keeper writes down ships and winds; " * 6)
-    setting = Setting(32, 4, "anchored", 1.0, 4, "absolute", None)
-    keys = {"window": 64, "min_context": 200, "threshold": 0.5, **setting._asdict()}
-    grid = Grid(64, 200, tokens - 1, (0.5,), (32,), (4,), (1.0,), ("anchored",), (4,), ("absolute",), (None,))
+    setting = Setting(32, 4, "anchored", 1.0, 4, "absolute", 0.2)
+    keys = {"window": 64, "min_context": 200, "threshold": 0.6, **setting._asdict()}
+    grid = Grid(64, 200, tokens - 1, (0.6,), (32,), (4,), (1.0,), ("anchored",), (4,), ("absolute",), (0.2,))
     options = {"worker_extension_cls": "vllm_mac.calibrate.capture.CalibrateWorker", "additional_config": {"mac": keys}}
     with harness.engine(models("qwen3"), backend="MAC", chunk=100, max_num_seqs=1, **options) as llm:
         generate = lambda ids, n: llm.generate(

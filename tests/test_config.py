@@ -149,7 +149,7 @@ BOUNDS = [
     ("miss_engine", ["flashinfer", "triton"], ["flash", 1], "one of flashinfer, triton"),
     ("reuse", ["anchored", "chained"], ["nearest", "Anchored", 1], "one of anchored, chained"),
     ("distance", ["absolute", "relative"], ["cosine", 0], "one of absolute, relative"),
-    ("mass_floor", [None, 0.01, 3], [0, -0.1, "0.2"], "a finite number greater than 0 or null"),
+    ("mass_floor", [None, 0.001, 3], [0, 0.0009, -0.1, "0.2"], "a finite number of at least 0.001 or null"),
     ("max_chain", [None, 1, 99], [0, -1], "an integer of at least 1 or null"),
     (
         "ring_dtype",

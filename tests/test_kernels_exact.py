@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_mac import paged
-from vllm_mac.kernels.exact import PrefixProblem, TritonExact
+from vllm_mac.kernels.exact import PrefixProblem, TritonExact, Tuning
 from vllm_mac.kernels.plan import Plan, capacity, write_pages, write_plan
 
 INTERPRETED = not torch.cuda.is_available()
@@ -189,6 +189,24 @@ def test_any_number_of_programs_shares_the_work(programs):
     made = TritonExact(batch.problem(), DEVICE, programs=programs)
     for _ in range(2):  # the second finds the counters that the first left
         run(made, batch)
+
+
+def two_stages(problem: PrefixProblem) -> TritonExact:
+    """An engine whose one long group is merged in blocks of programs, and then the blocks."""
+    made = TritonExact(problem, DEVICE, programs=16, tuning=Tuning(block=16, warps=4, stages=3, per_sm=1))
+    assert made._block == 4  # a group in more than 8 pieces
+    return made
+
+
+def test_many_pieces_are_merged_in_two_stages():
+    batch = Batch(Case(lengths=(0, 700), missed="all", group=4, kv_heads=1))
+    made = two_stages(batch.problem())
+    for _ in range(2):  # the second finds the counters that the first left
+        made._part_lse.fill_(math.nan), made._part_out.fill_(math.nan)
+        run(made, batch)
+        assert not made._arrived.any()
+    # Pieces of 4 blocks of 16 tokens: 11 programs have put theirs, two of them their block's as well.
+    assert made._part_lse.view(16, 2, 4)[:11].isfinite().any(1).all() and made._part_lse.view(16, 2, 4)[11:].isnan().all()
 
 
 @pytest.mark.gpu

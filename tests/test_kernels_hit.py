@@ -14,7 +14,7 @@ from vllm_mac import reference
 from vllm_mac.fused import Decoder
 from vllm_mac.kernels import hit
 from vllm_mac.kernels.complete import complete_misses
-from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact
+from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact, Tuning
 from vllm_mac.kernels.hit import COUNTERS, Workspace, decode_hits
 from vllm_mac.reference import Entry, Partial
 from vllm_mac.ring import RingStore, narrow
@@ -218,7 +218,7 @@ class Batch:
                 steps[i, k], entries[i, k] = step, [ring[m] for ring in rings]
         return steps, entries
 
-    def prefix(self, steps, base2):
+    def prefix(self, steps):
         """What a miss engine gives: attention over `[lo, m+1-band)`, NaN where the group hit."""
         case, page = self.case, self.case.page
         out = torch.full(self.query.shape, torch.nan, dtype=torch.float32)
@@ -232,7 +232,7 @@ class Batch:
                     q = self.query[i, h].cpu().double()
                     part = reference.attend(q, key, value, lo, band_start, self.scale)
                     out[i, h] = part.out if lo < band_start else torch.nan
-                    lse[i, h] = part.lse / (torch.log(torch.tensor(2.0)) if base2 else 1)
+                    lse[i, h] = part.lse / torch.log(torch.tensor(2.0))
         return out.to(self.device), lse.to(self.device)
 
     def launch(self):
@@ -242,10 +242,10 @@ class Batch:
             self.cos_sin, self.case.neox, paused=self.paused,
         )  # fmt: skip
 
-    def finish(self, prefix, base2):
+    def finish(self, prefix):
         complete_misses(
             self.query, self.position, self.ring, self.store, *prefix, self.work, self.out,
-            self.cos_sin, self.case.neox, base2,
+            self.cos_sin, self.case.neox,
         )  # fmt: skip
 
     def engine(self):
@@ -266,14 +266,14 @@ class Batch:
         hit = self.work.hit[: len(self.query)]
         self.engine().run(self.query, self.kv, self.table, self.position, hit, self.out, None, completion)
 
-    def check(self, base2=False):
+    def check(self):
         """Run one step, its misses completed in either way, and compare everything it may write with the
         oracle. Returns its steps."""
         steps, entries = self.oracle()
         rough, rough_entries = self.oracle(self.case.dtype)
-        prefix = self.prefix(steps, base2)
+        prefix = self.prefix(steps)
         before = {name: getattr(self.store, name).clone() for name in ("query", "out", "lse", "chain")}
-        for finish in (lambda: self.finish(prefix, base2), self.finish_at_once):
+        for finish in (lambda: self.finish(prefix), self.finish_at_once):
             for name, content in before.items():
                 getattr(self.store, name).copy_(content)
             self.out.fill_(torch.nan)
@@ -381,7 +381,7 @@ def test_groups(group, pattern, device):
 @pytest.mark.parametrize("page, head_major", [(16, False), (48, True), (128, False)])
 def test_shapes(d, page, head_major, device):
     case = Case(d=d, page=page, head_major=head_major, lengths=(150, 97), group=2)
-    assert observed(Batch(case, config(sink=5), device).check(base2=True)) == "mixed"
+    assert observed(Batch(case, config(sink=5), device).check()) == "mixed"
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 24, 63, 64, 65, 255, 256, 257, 511])
@@ -573,18 +573,31 @@ def test_choice(max_chain, lag_weight, device):
 
 @pytest.mark.parametrize("lag_weight, distance", [(0.0, "absolute"), (1.5, "absolute"), (1.0, "relative")])
 @pytest.mark.parametrize("sink, reuse", [(0, "anchored"), (5, "chained")])
-def test_mass(lag_weight, distance, sink, reuse, device):
+@pytest.mark.parametrize("splits, halves, ring_dtype, max_chain", [(1, True, None, None), (3, False, FP8, 2)])
+def test_mass(lag_weight, distance, sink, reuse, splits, halves, ring_dtype, max_chain, device):
     """Planted entries lie 0.2 d^0.5 off, which is too far with all the mass, and near enough with half of it."""
-    case = Case(lengths=(140, 100, 170, 190), group=2, pattern="all", seed=3)
-    keys = dict(threshold=0.9, lag_weight=lag_weight, distance=distance, sink=sink, reuse=reuse)
+    case = Case(lengths=(140, 100, 170, 190), group=2, pattern="all", seed=3, ring_dtype=ring_dtype)
+    keys = dict(threshold=0.9, lag_weight=lag_weight, distance=distance, sink=sink, reuse=reuse, max_chain=max_chain)
     matched = {}
     for floor in (None, 0.2):
         batch = Batch(case, config(mass_floor=floor, **keys), device)
+        batch.work.tune = tune(splits, 1, 16, halves)
         # From all the mass to none.
         batch.store.lse.add_(torch.linspace(-6, 6, batch.store.lse.shape[1], device=device)[:, None])
         steps = batch.check()
         matched[floor] = [p >= 0 for step in steps.values() for p in step.source]
     assert not any(matched[None]) and 0.3 < sum(matched[0.2]) / len(matched[0.2]) < 0.9
+
+
+def test_a_group_in_many_pieces_is_completed_once(device):
+    """Its pieces are merged in two stages, and only then is it complete; see `two_stages` of test_kernels_exact."""
+    fresh = {1: 31}  # without the entry whose slot the first step overwrites
+    batch = Batch(Case(lengths=(0, 720), pattern="none", kv_heads=1, fresh=fresh), config(), device)
+    batch.engine()
+    batch._engine = TritonExact(batch._engine.problem, device, programs=16, tuning=Tuning(16, warps=4, stages=3, per_sm=1))
+    assert batch._engine._block == 4
+    for _ in range(2):
+        assert observed(batch.check()) == "none"
 
 
 def test_ties_go_to_the_later_position(device):
@@ -634,7 +647,7 @@ def test_a_paused_layer_misses_and_records(device):
             continue
         prefix = torch.zeros_like(batch.out), torch.full(batch.out.shape[:2], -torch.inf, device=device)
         batch.launch()
-        batch.finish(prefix, False)
+        batch.finish(prefix)
         ended.append((batch, dict(zip(COUNTERS, batch.counters.tolist(), strict=True))))
     (got, counted), (wanted, plain) = ended
     assert got.work.hit[:2].eq(0).all() and got.work.hit[3].eq(0).all()
@@ -756,7 +769,7 @@ def test_graph_replay(rows, at_once, device):
 
     def step():
         batch.launch()
-        batch.finish_at_once() if at_once else batch.finish(prefix, False)
+        batch.finish_at_once() if at_once else batch.finish(prefix)
 
     def state():
         torch.cuda.synchronize()

@@ -226,7 +226,11 @@ def test_a_summary_of_little_mass_may_be_farther_off():
     ring = ring_of({17: 1.1 * least, 18: 1.2 * least}, lses={17: 40.0, 18: -40.0})
     assert pick(20, 0.0, ring, threshold=0.5, mass_floor=0.25) == -1
     assert pick(20, 0.0, ring_of({18: 1.2 * least}, lses={18: -40.0}), threshold=0.5, mass_floor=0.25) == 18
-    # A lag weight counts in the limit of mass 1.
+    # A lag weight counts in the limit of mass 1, and what is beyond that comes last, however recent.
+    ring = ring_of({13: 0.9 * least, 19: 1.1 * least}, lses={13: 40.0, 19: -40.0})
+    assert pick(20, 0.0, ring, threshold=0.5, mass_floor=0.25, lag_weight=9.0) == 13
+    ring = ring_of({13: 1.1 * least, 19: 1.2 * least}, lses={13: -40.0, 19: -40.0})
+    assert pick(20, 0.0, ring, threshold=0.5, mass_floor=0.25, lag_weight=9.0) == 13
     ring = ring_of({13: 0.0, 19: 0.5})
     assert pick(20, 0.0, ring, threshold=0.5, mass_floor=0.25, lag_weight=0.6) == 13
     assert pick(20, 0.0, ring, threshold=0.5, mass_floor=0.25, lag_weight=0.7) == 19
@@ -265,7 +269,7 @@ def test_match_is_what_the_definition_says(m, query, ring, keys):
         squared = d * (query - q) ** 2
         seen = m - c.window <= p < m and m + 1 >= c.min_context
         if seen and p + 1 - c.band > c.sink and squared < loosest * bound and chain < (c.max_chain or inf):
-            scores[p] = squared + c.lag_weight * (m - p) / c.window * bound
+            scores[p] = squared + c.lag_weight * ((m - p) / c.window if squared < bound else 1) * bound
     best = max((p for p in scores if scores[p] == min(scores.values())), default=-1)
     if best >= 0 and c.mass_floor is not None:
         mass = 1 / (1 + exp(0.5 - ring[best][2]))
@@ -274,6 +278,9 @@ def test_match_is_what_the_definition_says(m, query, ring, keys):
     parts = [{p: entry[i] for p, entry in ring.items()} for i in range(3)]
     entries = ring_of(parts[0], parts[1], lses=parts[2])
     assert match(m, torch.full((d,), query), entries, c, torch.tensor(0.5)) == best
+    # A floor only adds matches.
+    strict = match(m, torch.full((d,), query), entries, c.model_copy(update={"mass_floor": None}), torch.tensor(0.5))
+    assert strict < 0 or best >= 0
 
 
 # --- decode and seed ----------------------------------------------------------------------------

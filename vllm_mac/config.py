@@ -158,7 +158,7 @@ class MacConfig(_Section):
     )
     mass_floor: float | None = Field(
         0.2,
-        gt=0,
+        ge=1e-3,
         description="Lets a match of little weight be farther off: the limit on |q-q'| is multiplied by "
         "(1+mass_floor)/(mass+mass_floor), mass being the share of the softmax that the reused part has beside "
         "band and sink. null: the limit is the same for all, as in the paper.",

@@ -118,6 +118,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             # made before that would be read half old and half new. Hardly ever waits: the last step's copies come first.
             self._planned.synchronize()
         metadata = self._of_decodes(common) if decoding else MacCUDAMetadata(**vars(super().build(0, common, fast_build)))
+        if not decoding:
+            self._planned.record()
         if not capture:
             self.group.tally_host(common)
         if self.decoder is None:
@@ -146,8 +148,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
                 for mine, all_rows in zip((decoder.position, decoder.ring, decoder.first), outputs, strict=True):
                     mine[:decodes].copy_(all_rows[:decodes])
                 metadata.seeds = self._seeds(common, decodes)
-        if not decoding:
-            self._planned.record()
+                self._planned.record()
         context = self.vllm_config.compilation_config.static_forward_context
         cache = context[self.served[0].name].kv_cache
         if decodes and cache.dim() == 4:  # vLLM builds for its estimates before there is a cache

@@ -1,6 +1,7 @@
 """Exact prefix attention of missed groups by FlashInfer's tensor-core decode.
 
-The same methods, arguments and results as `kernels.exact.TritonExact`. FlashInfer is given one
+`kernels.exact.TritonExact` does the same, and can complete what it has read; after this one
+`kernels.complete.complete_misses` does. FlashInfer is given one
 virtual request per (row, KV head), so that hit or miss can differ per KV head, and in CUDA-graph
 mode it reads its list of work from device memory. `kernels.plan` writes that list: no planning on
 the host, no synchronisation, and misses cost what their bytes cost.
@@ -38,7 +39,6 @@ class FlashInferExact:
     in a CUDA graph; `begin_step` writes persistent buffers and may be called outside the graph.
     """
 
-    lse_base = 2
 
     def __init__(self, problem: PrefixProblem, device, check: bool = True):
         """check: try the device-written plan, and keep to the public interface where it fails."""
@@ -51,7 +51,6 @@ class FlashInferExact:
                 f"dtype: {problem.dtype}, FlashInfer decodes torch.bfloat16 and torch.float16"
             )
         self.problem, self.device = problem, torch.device(device)
-        self.out_dtype = problem.dtype
         self._wrapper_class = flashinfer.BatchDecodeWithPagedKVCacheWrapper
         groups, group = problem.max_rows * problem.kv_heads, problem.group
         # FlashInfer keeps two thread blocks on a multiprocessor.

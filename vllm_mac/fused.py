@@ -84,7 +84,7 @@ class Decoder:
             prefix = self._prefix_out[:rows], self._prefix_lse[:rows]
             self._exact.run(query, kv, block_table, position, hit, *prefix)
             complete_misses(
-                query, position, ring, store, *prefix, self._work, out, **rope, prefix_lse_base2=self._exact.lse_base == 2
+                query, position, ring, store, *prefix, self._work, out, **rope
             )
         if self._auditor is not None:
             self._auditor.run(query, kv, block_table, ring, self._work, store, out, audited)

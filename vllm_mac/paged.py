@@ -89,8 +89,8 @@ def match(
     usable = usable[:, None] & (distance < bound * relief(0.0, config))
     if config.max_chain is not None:
         usable &= store.chain[index] < config.max_chain
-    lag = (position[:, None] - p).float()[:, None]
-    score = torch.where(usable, distance + config.lag_weight * lag / window * bound, torch.inf)
+    age = torch.where(distance < bound, (position[:, None] - p).float()[:, None] / window, 1.0)
+    score = torch.where(usable, distance + config.lag_weight * age * bound, torch.inf)
     best = score.amin(-1, keepdim=True)
     source = torch.where(usable & (score == best), p[:, None], -1).amax(-1)  # the later of equals
     at = (torch.clamp(source, min=0) % window)[..., None]

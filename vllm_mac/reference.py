@@ -122,8 +122,10 @@ def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Te
     pre_query: `[d]`, before RoPE. rest_lse: LSE over what is read anyway, band and sink. Candidates
     are entries of `[m-window, m)` with a non-empty prefix, at most `max_chain - 1` hits deep, under the
     distance limit of a summary without mass. Among them the smallest
-    `distance^2 / limit + lag_weight * lag / window` wins, and the later of equals; it is reused when
-    its distance is under the limit of its own mass, its share of the softmax beside the rest.
+    `distance^2 / limit + lag_weight * lag / window` wins, and the later of equals, with `limit` that of a
+    summary that has all the mass; one that is not under it counts as `window` old, so that it never wins
+    over one that is. It is reused when its distance is under the limit of its own mass, its share of
+    the softmax beside the rest.
     """
     if m + 1 < config.min_context:
         return -1
@@ -140,7 +142,8 @@ def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Te
         if distance >= bound * relief(0.0, config):
             continue
         # Both terms multiplied by the limit, which may be 0.
-        score = distance + config.lag_weight * (m - p) / config.window * bound
+        age = (m - p) / config.window if distance < bound else 1.0
+        score = distance + config.lag_weight * age * bound
         if score < best_score:
             best, best_score, best_distance = p, score, distance
     if best < 0:

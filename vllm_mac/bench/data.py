@@ -195,7 +195,7 @@ def check_planting(step: Step) -> None:
         if wrong:
             raise BenchError(
                 f"{step.shape}: {wrong} of {found.numel()} heads of layer {i} match another entry than the planted one; "
-                "the data do not suit this threshold or head size"
+                "the data do not suit this threshold, mass_floor or head size"
             )
 
 

@@ -131,11 +131,9 @@ def calibrate(
     whole = lambda option, text, low: options.parse(option, options.numbers(int, low, math.inf), text)
     chains = tuple(None if part == "none" else whole("--max-chain", part, 1)[0] for part in options.names(values["--max-chain"]))
     floors = tuple(
-        None if part == "none" else options.parse("--mass-floor", options.numbers(float, 0, math.inf), part)[0]
+        None if part == "none" else options.parse("--mass-floor", options.numbers(float, 1e-3, math.inf), part)[0]
         for part in options.names(values["--mass-floor"])
     )
-    if 0 in floors:
-        raise typer.BadParameter("received 0; choose numbers above 0, or none", param_hint="--mass-floor")
     tried = {
         "--bands": whole("--bands", values["--bands"], 1), "--sinks": whole("--sinks", values["--sinks"], 0),
         "--thresholds": options.parse("--thresholds", options.numbers(float, 0, 1), values["--thresholds"]),

@@ -165,7 +165,7 @@ def simulate(
     relative = per((s.distance == "relative" for s in settings), torch.bool)[:, None]
     slot = torch.arange(window, device=device)
     lag_share = (window - slot).to(dtype) / window
-    lag_cost = per((s.lag_weight for s in settings), dtype)[:, None, None] * lag_share
+    lag_weight = per((s.lag_weight for s in settings), dtype)[:, None, None]
     norm = (pre[window:] ** 2).sum(-1)  # [S, H]
     floor = per((torch.nan if s.mass_floor is None else s.mass_floor for s in settings), dtype)[:, None]
     relief = lambda mass: torch.nan_to_num(((1 + floor) / (mass + floor)) ** 2, nan=1.0)  # as `reference.relief`
@@ -197,7 +197,8 @@ def simulate(
         apart = torch.gather(distance[:, i].expand(count, heads, n), 2, origin[:, :, entries])
         limit = (strict * torch.where(relative, norm[i], float(d)))[..., None]
         usable = (apart < limit * loosest) & (chain[:, :, entries] < cap)
-        score = torch.where(usable, apart + lag_cost * limit, torch.inf)
+        age = torch.where(apart < limit, lag_share, 1.0)
+        score = torch.where(usable, apart + lag_weight * age * limit, torch.inf)
         best = score.amin(-1, keepdim=True)
         found = torch.where(score == best, slot, -1).amax(-1)  # the later of equals
         at = found + i  # of no use where nothing matched, but within bounds
