@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTBED = Path(__file__).resolve().parent.parent / "examples" / "testbed"
-# Nats per byte over the texts below, where 0.000037 was measured.
+# Nats per byte over the texts below, where 0.000052 was measured.
 KL_MEAN = 0.0003
 POINT = 0.01
 
