@@ -271,7 +271,7 @@ def _prefix_kernel(
             high = tl.minimum(last, i_p // P * P + P - 1)
             blocks = last // P - first // P + 1
             if last - first < 2 * P:
-                low, high, blocks = first, last, blocks * 0 + 1
+                low, high, blocks = first, last, tl.minimum(blocks, 1)
             if high > low:
                 counter = arrived + 2 * low + (low == first).to(tl.int32)
                 ready = (tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == high - low).to(tl.int32)
@@ -365,7 +365,6 @@ class TritonExact:
     Buffers are allocated here; `run` allocates nothing and waits for nothing, so it may be
     captured in a CUDA graph. Calls that share an object must not overlap.
     """
-
 
     def __init__(
         self,
