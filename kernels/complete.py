@@ -14,28 +14,27 @@ from vllm_mac.kernels.match import narrow, unrotate
 
 
 @triton.jit
-def load_parts(p_part_out, p_part_lse, o_head, o_d, m_g, m_gd, D: tl.constexpr):
-    """What `hit` left of a group's heads `o_head` `[M]`: `(near_out, near_lse, rest_out, rest_lse)`."""
-    o_part = o_head * 2
-    near_lse = tl.load(p_part_lse + o_part, mask=m_g, other=float("-inf"))
-    rest_lse = tl.load(p_part_lse + o_part + 1, mask=m_g, other=float("-inf"))
-    near_out = tl.load(p_part_out + o_part[:, None] * D + o_d[None, :], mask=m_gd, other=0.0)
-    rest_out = tl.load(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], mask=m_gd, other=0.0)
-    return near_out, near_lse, rest_out, rest_lse
-
-
-@triton.jit
 def complete_group(
-    peak, total, acc, near_out, near_lse, rest_out, rest_lse,
+    peak, total, acc, held, p_part_out, p_part_lse,
     p_query, p_cos_sin, p_out, p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
     i_row, i_k, m, ring, s_query_row, s_query_head, s_out_row, s_out_head, o_g, o_d,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     ROTARY: tl.constexpr, NEOX: tl.constexpr,
 ):  # fmt: skip
-    """Finish a group that missed, whose prefix is the partial result `(peak, total, acc)` (see `amend`)."""
+    """Finish a group that missed, whose prefix is the partial result `(peak, total, acc)` (see `amend`).
+
+    held: whether `hit` left anything else of it.
+    """
     m_g, m_d = o_g < G, o_d < D
     m_gd = m_g[:, None] & m_d[None, :]
     o_h = i_k * G + o_g
+    m_p = o_g < tl.where(held, G, 0)
+    m_pd = m_p[:, None] & m_d[None, :]
+    o_part = (i_row * H + o_h) * 2
+    near_lse = tl.load(p_part_lse + o_part, mask=m_p, other=float("-inf"))
+    rest_lse = tl.load(p_part_lse + o_part + 1, mask=m_p, other=float("-inf"))
+    near_out = tl.load(p_part_out + o_part[:, None] * D + o_d[None, :], mask=m_pd, other=0.0)
+    rest_out = tl.load(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], mask=m_pd, other=0.0)
     peak_b, total_b, acc_b = unfinish(near_out, near_lse)
     peak, total, acc = combine(peak_b, total_b, acc_b, peak, total, acc)
     near_out, near_lse = finish(peak, total, acc)
@@ -80,12 +79,11 @@ def _complete_kernel(
     m_g = o_g < G
     m_gd = m_g[:, None] & (o_d < D)[None, :]
     o_head = i_row * H + i_k * G + o_g  # [M]
-    near_out, near_lse, rest_out, rest_lse = load_parts(p_part_out, p_part_lse, o_head, o_d, m_g, m_gd, D)
     lse = tl.load(p_prefix_lse + o_head, mask=m_g, other=float("-inf")) * LN_2
     far = tl.load(p_prefix_out + o_head[:, None] * D + o_d[None, :], mask=m_gd, other=0.0)
     peak, total, acc = unfinish(far, lse)
     complete_group(
-        peak, total, acc, near_out, near_lse, rest_out, rest_lse,
+        peak, total, acc, True, p_part_out, p_part_lse,
         p_query, p_cos_sin, p_out, p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
         i_row, i_k, m, ring, s_query_row, s_query_head, s_out_row, s_out_head, o_g, o_d,
         H, G, D, W, ROTARY, NEOX,
@@ -118,7 +116,8 @@ def complete_misses(
         store: the layer's rings (`ring.RingStore`).
         prefix_out: `[B, H, D]` contiguous, any float dtype: attention over `[lo, m+1-band)`,
             where `lo` is `sink` rounded up to a whole page.
-        prefix_lse: `[B, H]` float32 contiguous, **base 2**, as FlashInfer gives it; `-inf` where the interval is empty (`prefix_out` is then ignored).
+        prefix_lse: `[B, H]` float32 contiguous, **base 2**, as FlashInfer gives it; `-inf` where the
+            interval is empty (`prefix_out` is then ignored).
         work: the `Workspace` that `decode_hits` used, with `whole` false.
         out: `[B, H, D]` in query's dtype, last dimension contiguous; written for missed groups.
         cos_sin, is_neox: as for `decode_hits`.

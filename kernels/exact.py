@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac.kernels.complete import complete_group, load_parts
+from vllm_mac.kernels.complete import complete_group
 from vllm_mac.kernels.hit import Workspace
 
 LOG2E = 1.4426950408889634
@@ -113,7 +113,7 @@ def _merge(
 
 @triton.jit
 def _complete(
-    b_l, b_o, row, i_k, m, i_ring, query, cos_sin, near_out, near_lse, out,
+    b_l, b_o, row, i_k, m, i_ring, query, cos_sin, left_out, left_lse, out,
     ring_query, ring_out, ring_lse, ring_chain,
     stride_qb, stride_qh, stride_ob, stride_oh, o_g, o_d,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
@@ -121,14 +121,11 @@ def _complete(
 ):  # fmt: skip
     """Complete a group whose prefix is `b_o` `[BM, BD]`, normalised, with base-2 LSE `b_l` `[BM]`."""
     H: tl.constexpr = K * G
-    m_g = o_g < G
+    held = True
     if not SINK:
-        m_g = o_g < tl.where(i_ring >= 0, G, 0)  # of rows without a ring `hit` left nothing
-    m_gd = m_g[:, None] & (o_d < D)[None, :]
-    o_head = row * H + i_k * G + o_g
-    b_no, b_nl, b_ro, b_rl = load_parts(near_out, near_lse, o_head, o_d, m_g, m_gd, D)
+        held = i_ring >= 0  # else the row was read whole, and `hit` left nothing
     complete_group(
-        b_l, tl.where(b_l > float("-inf"), 1.0, 0.0), b_o, b_no, b_nl, b_ro, b_rl,
+        b_l, tl.where(b_l > float("-inf"), 1.0, 0.0), b_o, held, left_out, left_lse,
         query, cos_sin, out, ring_query, ring_out, ring_lse, ring_chain,
         row, i_k, m, i_ring, stride_qb, stride_qh, stride_ob, stride_oh, o_g, o_d, H, G, D, W, ROTARY, NEOX,
     )  # fmt: skip
@@ -145,7 +142,7 @@ def _prefix_kernel(
     BN: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     P: tl.constexpr, UNROLL: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, OF_HITS: tl.constexpr,
-    ring=None, cos_sin=None, near_out=None, near_lse=None,
+    ring=None, cos_sin=None, left_out=None, left_lse=None,
     ring_query=None, ring_out=None, ring_lse=None, ring_chain=None,
     W: tl.constexpr = 0, SINK: tl.constexpr = 0, ROTARY: tl.constexpr = 0, NEOX: tl.constexpr = True,
 ):  # fmt: skip
@@ -190,7 +187,7 @@ def _prefix_kernel(
                 i_ring = tl.load(ring + row).to(tl.int64)
                 if wanted & (m + 1 - tl.where(i_ring < 0, 0, band) <= first_token):
                     _complete(
-                        b_empty, b_zero, row, i_k, m, i_ring, query, cos_sin, near_out, near_lse, out,
+                        b_empty, b_zero, row, i_k, m, i_ring, query, cos_sin, left_out, left_lse, out,
                         ring_query, ring_out, ring_lse, ring_chain,
                         stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, SINK, ROTARY, NEOX,
                     )  # fmt: skip
@@ -298,7 +295,7 @@ def _prefix_kernel(
         if ready != 0:
             if COMPLETE:
                 _complete(
-                    b_rl, b_r, row, i_k, m, i_ring, query, cos_sin, near_out, near_lse, out,
+                    b_rl, b_r, row, i_k, m, i_ring, query, cos_sin, left_out, left_lse, out,
                     ring_query, ring_out, ring_lse, ring_chain,
                     stride_qb, stride_qh, stride_ob, stride_oh, o_m, o_d, K, G, D, W, SINK, ROTARY, NEOX,
                 )  # fmt: skip
@@ -325,7 +322,7 @@ class Completion:
     def arguments(self) -> dict:
         store, work = self.store, self.work
         return dict(
-            ring=self.ring, cos_sin=self.cos_sin, near_out=work.part_out, near_lse=work.part_lse,
+            ring=self.ring, cos_sin=self.cos_sin, left_out=work.part_out, left_lse=work.part_lse,
             ring_query=store.query, ring_out=store.out, ring_lse=store.lse, ring_chain=store.chain,
             W=store.query.shape[2], ROTARY=0 if self.cos_sin is None else self.cos_sin.shape[-1], NEOX=self.is_neox,
         )  # fmt: skip

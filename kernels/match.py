@@ -1,7 +1,7 @@
 """Match: undo the rotary embedding and find the recorded query nearest to a head's own.
 
-Device code, called by the kernels of `hit` and, through `complete`, `exact`. `reference.match` and `paged.match`
-are its oracles.
+Device code, called by the kernels of `hit` and, through `complete`, `exact`. `reference.match` and
+`paged.match` are its oracles.
 """
 
 import os

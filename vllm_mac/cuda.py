@@ -113,12 +113,13 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
 
     def _build(self, common: CommonAttentionMetadata, fast_build: bool, capture: bool) -> MacCUDAMetadata:
         decoding = self.all_served and common.max_query_len <= 1
-        if not decoding:
+        if decoding:
+            metadata = self._of_decodes(common)
+        else:
             # FlashInfer plans into one page-locked buffer a wrapper, which the device copies when it gets there: a plan
             # made before that would be read half old and half new. Hardly ever waits: the last step's copies come first.
             self._planned.synchronize()
-        metadata = self._of_decodes(common) if decoding else MacCUDAMetadata(**vars(super().build(0, common, fast_build)))
-        if not decoding:
+            metadata = MacCUDAMetadata(**vars(super().build(0, common, fast_build)))
             self._planned.record()
         if not capture:
             self.group.tally_host(common)

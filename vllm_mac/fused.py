@@ -83,9 +83,7 @@ class Decoder:
         else:
             prefix = self._prefix_out[:rows], self._prefix_lse[:rows]
             self._exact.run(query, kv, block_table, position, hit, *prefix)
-            complete_misses(
-                query, position, ring, store, *prefix, self._work, out, **rope
-            )
+            complete_misses(query, position, ring, store, *prefix, self._work, out, **rope)
         if self._auditor is not None:
             self._auditor.run(query, kv, block_table, ring, self._work, store, out, audited)
 
