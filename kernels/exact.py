@@ -131,36 +131,46 @@ def _complete(
     )  # fmt: skip
 
 
-# Rows change from step to step, and what depends on them must not compile it anew.
-@triton.jit(do_not_specialize=("groups", "stride_table"))
-def _prefix_kernel(
-    query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived,
+@triton.jit
+def prefix_program(
+    i_p, programs,
+    query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived, mail,
     groups, first_token, band, scale_log2,
     stride_qb, stride_qh, stride_page, stride_head, stride_token, stride_table,
     stride_ob, stride_oh, stride_lb,
+    ring, cos_sin, left_out, left_lse, ring_query, ring_out, ring_lse, ring_chain,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BN: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    P: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, OF_HITS: tl.constexpr,
-    ring=None, cos_sin=None, left_out=None, left_lse=None,
-    ring_query=None, ring_out=None, ring_lse=None, ring_chain=None,
-    W: tl.constexpr = 0, SINK: tl.constexpr = 0, ROTARY: tl.constexpr = 0, NEOX: tl.constexpr = True,
+    P: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, OF_HITS: tl.constexpr,
+    W: tl.constexpr, SINK: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
 ):  # fmt: skip
-    # With rings `out` is what the layer gives, and `lse` nothing.
+    """The share of program `i_p` of `programs`.
+
+    With rings `out` is what the layer gives, and `lse` nothing. mail: None, or in place of `hit` the words
+    that the programs of `hit.hit_program` write meanwhile, of which this one waits for its own.
+    """
     COMPLETE: tl.constexpr = ring_query is not None
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    i_p, programs = tl.program_id(0), tl.num_programs(0)
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
     o_g, o_m, o_p = tl.arange(0, BG), tl.arange(0, BM), tl.arange(0, 2 * P)
 
     # Every program lays out the whole line of work by itself: no other launch, no waiting.
     o_r = tl.arange(0, BR)
-    b_hit = tl.load(hit + o_r, mask=o_r < groups, other=0) != 0  # [BR]
     b_m = tl.load(position + o_r // K, mask=o_r < groups, other=-1).to(tl.int32)  # [BR]
-    if COMPLETE:  # the band of a row without a ring is read like its prefix
+    if COMPLETE:
         b_ring = tl.load(ring + o_r // K, mask=o_r < groups, other=-1)  # [BR]
+    if mail is None:
+        b_hit = tl.load(hit + o_r, mask=o_r < groups, other=0) != 0  # [BR]
+    else:
+        decided = tl.sum(((b_m >= 0) & ((b_ring >= 0) | (SINK > 0))).to(tl.int64), 0)
+        known = tl.zeros((), tl.int64)
+        while known < decided:
+            known = tl.load(mail + i_p, volatile=True) >> 32
+        # All that was written before is seen from here on. 0 is for the next launch; nobody else reads the word.
+        # (Read again: of what comes out of a loop the compiler knows too little to pipeline what depends on it.)
+        word = tl.atomic_xchg(mail + i_p, tl.zeros((), tl.int64), mask=decided > 0, sem="acquire", scope="gpu")
+        word = tl.where(decided > 0, word, 0)
+        b_hit = ((word >> o_r) & 1) != 0  # [BR]
+    if COMPLETE:  # the band of a row without a ring is read like its prefix
         b_m += tl.where((b_ring < 0) & (b_m >= 0), band, 0)
     b_tokens = tl.where(b_hit == OF_HITS, tl.maximum(b_m + 1 - band - first_token, 0), 0)
     b_units = (b_tokens + BN - 1) // BN  # [BR]
@@ -179,7 +189,7 @@ def _prefix_kernel(
         i_r = i_p
         while i_r < groups:
             m = tl.load(position + i_r // K).to(tl.int32)
-            wanted = ((tl.load(hit + i_r) != 0) == OF_HITS) & (m >= 0)
+            wanted = (tl.sum(tl.where(o_r == i_r, b_hit.to(tl.int32), 0), 0) == OF_HITS) & (m >= 0)
             row, i_k = (i_r // K).to(tl.int64), i_r % K
             b_empty = tl.full([BM], float("-inf"), tl.float32)
             b_zero = tl.zeros([BM, BD], tl.float32)
@@ -305,6 +315,34 @@ def _prefix_kernel(
         unit = segment_end
 
 
+# Rows change from step to step, and what depends on them must not compile it anew.
+@triton.jit(do_not_specialize=("groups", "stride_table"))
+def _prefix_kernel(
+    query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived,
+    groups, first_token, band, scale_log2,
+    stride_qb, stride_qh, stride_page, stride_head, stride_token, stride_table,
+    stride_ob, stride_oh, stride_lb,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    BN: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    P: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, OF_HITS: tl.constexpr,
+    ring=None, cos_sin=None, left_out=None, left_lse=None,
+    ring_query=None, ring_out=None, ring_lse=None, ring_chain=None,
+    W: tl.constexpr = 0, SINK: tl.constexpr = 0, ROTARY: tl.constexpr = 0, NEOX: tl.constexpr = True,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    prefix_program(
+        tl.program_id(0), tl.num_programs(0),
+        query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived, None,
+        groups, first_token, band, scale_log2,
+        stride_qb, stride_qh, stride_page, stride_head, stride_token, stride_table, stride_ob, stride_oh, stride_lb,
+        ring, cos_sin, left_out, left_lse, ring_query, ring_out, ring_lse, ring_chain,
+        K, G, D, PAGE, BN, BG, BM, BD, BR, P, UNROLL, STAGES, DOT, OF_HITS, W, SINK, ROTARY, NEOX,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What `TritonExact.run` needs to complete the groups that `hit.decode_hits` left open.
@@ -394,6 +432,7 @@ class TritonExact:
         self._part_out = torch.empty(slots, problem.head_size, dtype=torch.float32, device=device)
         self._part_lse = torch.empty(slots, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(4 * programs, dtype=torch.int32, device=device)
+        self.mail = torch.zeros(programs, dtype=torch.int64, device=device)  # for `step`; all 0 between launches
 
     def begin_step(self, block_table: Tensor, position: Tensor, kv: Tensor) -> None:
         """Once a step, before the layers. This engine has nothing to prepare."""
@@ -420,24 +459,29 @@ class TritonExact:
         With a completion, out is the layer's output in query's dtype, written for missed groups only
         (as `complete.complete_misses` does, which is then not to be called), and lse is not written.
         """
-        p, t = self.problem, self.tuning
-        rows = query.shape[0]
-        if rows > p.max_rows:
-            raise ValueError(f"query: {rows} rows, choose at most max_rows ({p.max_rows})")
-        groups = rows * p.kv_heads
-        finish = {} if completion is None else {**completion.arguments(), "SINK": p.sink}
-        heads, width = triton.next_power_of_2(p.group), triton.next_power_of_2(p.head_size)
+        rows = len(query)
+        if rows > self.problem.max_rows:
+            raise ValueError(f"query: {rows} rows, choose at most max_rows ({self.problem.max_rows})")
         _prefix_kernel[(self.programs,)](
-            query, kv, block_table, position, hit, out, lse,
-            self._part_out, self._part_lse, self._arrived,
-            groups, p.first, p.band, p.scale * LOG2E,
-            query.stride(0), query.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
-            block_table.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
+            query=query, kv=kv, block_table=block_table, position=position, out=out,
+            stride_qb=query.stride(0), stride_qh=query.stride(1),
+            stride_page=kv.stride(0), stride_head=kv.stride(1), stride_token=kv.stride(2),
+            stride_table=block_table.stride(0), stride_ob=out.stride(0), stride_oh=out.stride(1),
+            hit=hit, lse=lse, stride_lb=0 if lse is None else lse.stride(0),
+            **self.arguments(rows), **({} if completion is None else {**completion.arguments(), "SINK": self.problem.sink}),
+            PDL=self.pdl, **({"launch_pdl": True} if self.pdl else {}),
+        )  # fmt: skip
+
+    def arguments(self, rows: int) -> dict:
+        """What `prefix_program` takes by name for a batch of so many rows, beside tensors that others own."""
+        p, t = self.problem, self.tuning
+        groups = rows * p.kv_heads
+        heads, width = triton.next_power_of_2(p.group), triton.next_power_of_2(p.head_size)
+        return dict(
+            part_out=self._part_out, part_lse=self._part_lse, arrived=self._arrived,
+            groups=groups, first_token=p.first, band=p.band, scale_log2=p.scale * LOG2E,
             K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
-            BN=t.block, BG=max(16, heads), BM=heads,
-            BD=width, BR=max(16, triton.next_power_of_2(groups)),
+            BN=t.block, BG=max(16, heads), BM=heads, BD=width, BR=max(16, triton.next_power_of_2(groups)),
             P=self._block, UNROLL=max(1, min(8, 8192 // (heads * width))),
-            STAGES=t.stages, DOT=self._dot, PDL=self.pdl, OF_HITS=self.of_hits,
-            num_warps=t.warps, num_stages=t.stages, **finish,
-            **({"launch_pdl": True} if self.pdl else {}),
+            STAGES=t.stages, DOT=self._dot, OF_HITS=self.of_hits, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip

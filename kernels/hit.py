@@ -29,12 +29,13 @@ COUNTERS = (
 )
 
 
-@triton.jit(do_not_specialize=("s_table",))  # as wide as the longest sequence may be
-def _hit_kernel(
+@triton.jit
+def hit_program(
+    i_part, i_k, i_row,
     p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
     p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
     p_out, p_source, p_hit, p_counters, p_key, p_key_lse, p_band_acc, p_band_sum, p_part_out, p_part_lse,
-    p_arrived, p_paused,
+    p_arrived, p_paused, p_mail, readers,
     s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
     log2_scale, bound, strict, lag_weight, mass_floor,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
@@ -43,15 +44,16 @@ def _hit_kernel(
     ROTARY: tl.constexpr, NEOX: tl.constexpr,
     S: tl.constexpr, BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr,
     SCAN_STAGES: tl.constexpr,
-    NB: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
+    NB: tl.constexpr, BB: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
     MP: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
-    TP: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    TP: tl.constexpr, BAND_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr, MAILS: tl.constexpr,
 ):  # fmt: skip
-    i_part, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    """The part `i_part` of `NB + G * S` of one KV group, `i_k` of row `i_row` (int64).
+
+    p_mail: `[readers]` int64, or None. Each group that has a ring, or left something of a sink, adds
+    1 to the upper half of every word once it is decided, and on a hit the bit of its number,
+    `i_row * K + i_k`, to the lower; on a miss what is left of it has been written by then.
+    """
     H: tl.constexpr = K * G
     m = tl.load(p_position + i_row).to(tl.int32)
     ring = tl.load(p_ring + i_row).to(tl.int64)
@@ -107,8 +109,8 @@ def _hit_kernel(
         peak = tl.full((MP,), float("-inf"), tl.float32)
         total = tl.zeros((MP,), tl.float32)
         acc = tl.zeros((MP, DP), tl.float32)
-        for i in tl.range(i_part * CHUNK, stop, BN, num_stages=STAGES):
-            o_i = i + tl.arange(0, BN)
+        for i in tl.range(i_part * CHUNK, stop, BB, num_stages=BAND_STAGES):
+            o_i = i + tl.arange(0, BB)
             m_i = o_i < stop
             token = tl.where(o_i < band, band_start + o_i, o_i - band)
             block = tl.load(p_row_table + token // PAGE, mask=m_i, other=0)
@@ -190,6 +192,12 @@ def _hit_kernel(
     o_head = i_row * H + o_h
     tl.store(p_source + o_head, source, mask=m_g)
     tl.store(p_hit + i_row * K + i_k, hit.to(tl.int32))
+    if p_mail is not None:
+        o_mail = tl.arange(0, MAILS)
+        decided = tl.full((MAILS,), 1 << 32, tl.int64)
+        if hit:  # of which the reader needs nothing else, so that this waits for nothing
+            bit = tl.full((), 1, tl.int64) << (i_row * K + i_k)
+            tl.atomic_add(p_mail + o_mail, decided + bit, mask=o_mail < readers, sem="relaxed")
 
     # On a hit each head amends from its own match on; on a miss all read to the first whole page.
     m_reuse = o_g < tl.where(hit, G, 0)
@@ -262,6 +270,9 @@ def _hit_kernel(
         tl.store(p_part_lse + o_part + 1, rest_lse, mask=m_g)
         tl.store(p_part_out + o_part[:, None] * D + o_d[None, :], near_out, mask=m_gd)
         tl.store(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], rest_out, mask=m_gd)
+        if p_mail is not None:
+            tl.debug_barrier()  # all threads' stores precede each thread's release
+            tl.atomic_add(p_mail + o_mail, decided, mask=o_mail < readers, sem="release", scope="gpu")
 
     kind = tl.where(hit, 0, tl.where(matching, 1, tl.where(m + 1 < MIN_CONTEXT, 2, 3)))
     if p_paused is not None:
@@ -270,6 +281,41 @@ def _hit_kernel(
     tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64), sem="relaxed")
     tl.atomic_add(p_counters + 5, read.to(tl.int64), sem="relaxed")
     tl.atomic_add(p_counters + 6, (m + 1 - read).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=("s_table",))  # as wide as the longest sequence may be
+def _hit_kernel(
+    p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
+    p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
+    p_out, p_source, p_hit, p_counters, p_key, p_key_lse, p_band_acc, p_band_sum, p_part_out, p_part_lse,
+    p_arrived, p_paused,
+    s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
+    log2_scale, bound, strict, lag_weight, mass_floor,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
+    BAND: tl.constexpr, SINK: tl.constexpr, WHOLE: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
+    LAGGED: tl.constexpr, RELATIVE: tl.constexpr, ANCHORED: tl.constexpr, WEIGHED: tl.constexpr,
+    ROTARY: tl.constexpr, NEOX: tl.constexpr,
+    S: tl.constexpr, BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr,
+    SCAN_STAGES: tl.constexpr,
+    NB: tl.constexpr, BB: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
+    MP: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
+    TP: tl.constexpr, BAND_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    hit_program(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64),
+        p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
+        p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
+        p_out, p_source, p_hit, p_counters, p_key, p_key_lse, p_band_acc, p_band_sum, p_part_out, p_part_lse,
+        p_arrived, p_paused, None, 0,
+        s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
+        log2_scale, bound, strict, lag_weight, mass_floor,
+        K, G, D, W, PAGE, BAND, SINK, WHOLE, MIN_CONTEXT, MAX_CHAIN, LAGGED, RELATIVE, ANCHORED, WEIGHED,
+        ROTARY, NEOX, S, BW, SPAN, HALVES, SCAN_STAGES, NB, BB, CHUNK, BT, MP, M, DP, SP,
+        TP, BAND_STAGES, NEAR_STAGES, 1,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -370,12 +416,28 @@ def decode_hits(
         is_neox: whether RoPE pairs `j` with `j + rotary_dim/2`, else `2j` with `2j + 1`.
         paused: `[1]` int32, nonzero while the layer is to be exact; None where it never is.
     """
+    parts, arguments = program_arguments(
+        query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin, is_neox,
+        paused, work.slots,
+    )  # fmt: skip
+    tune = arguments.pop("tune")
+    _hit_kernel[(parts, kv.shape[1], len(query))](
+        **arguments, PDL=work.pdl, num_warps=tune["warps"], maxnreg=tune["registers"],
+        **({"launch_pdl": True} if work.pdl else {}),
+    )  # fmt: skip
+
+
+def program_arguments(
+    query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin, is_neox, paused, slots
+) -> tuple[int, dict]:  # fmt: skip
+    """`(parts, arguments)`: programs of a KV group, and what `hit_program` takes by name, beside the `tune` it follows.
+
+    slots: programs that the device runs at once. All else is as for `decode_hits`.
+    """
     rows, heads, d = query.shape
     kv_heads, page = kv.shape[1], kv.shape[2]
     group, window = heads // kv_heads, store.query.shape[2]
-    tune = work.tune or _tune(
-        rows, heads, kv_heads, work.slots, d, window, store.query.dtype.itemsize
-    )
+    tune = work.tune or _tune(rows, heads, kv_heads, slots, d, window, store.query.dtype.itemsize)
     splits = max(1, min(tune["splits"], work.MAX_SPLITS, triton.cdiv(window, 16)))
     bn = tune["bn"]
     tail = triton.cdiv(config.band + config.sink, bn)
@@ -386,14 +448,16 @@ def decode_hits(
     # The limit of a summary without mass is so much looser, see `reference.relief`.
     loosest = 1.0 if config.mass_floor is None else (1.0 + 1.0 / config.mass_floor) ** 2
     near_pages = triton.next_power_of_2(window // page + 2)
-    _hit_kernel[(bands + group * splits, kv_heads, rows)](
-        query, cos_sin, position, ring, first, block_table, kv,
-        store.query, store.out, store.lse, store.chain,
-        out, work.source, work.hit, counters, work.key, work.key_lse, work.band_acc, work.band_sum,
-        work.part_out, work.part_lse, work.arrived, paused,
-        query.stride(0), query.stride(1), block_table.stride(0),
-        kv.stride(0), kv.stride(1), kv.stride(2), out.stride(0), out.stride(1),
-        scale * 1.4426950408889634, bound * loosest, 1.0 / loosest, config.lag_weight / loosest, config.mass_floor or 0.0,
+    return bands + group * splits, dict(
+        p_query=query, p_cos_sin=cos_sin, p_position=position, p_ring=ring, p_first=first, p_table=block_table, p_kv=kv,
+        p_ring_query=store.query, p_ring_out=store.out, p_ring_lse=store.lse, p_ring_chain=store.chain,
+        p_out=out, p_source=work.source, p_hit=work.hit, p_counters=counters, p_key=work.key, p_key_lse=work.key_lse,
+        p_band_acc=work.band_acc, p_band_sum=work.band_sum, p_part_out=work.part_out, p_part_lse=work.part_lse,
+        p_arrived=work.arrived, p_paused=paused,
+        s_query_row=query.stride(0), s_query_head=query.stride(1), s_table=block_table.stride(0),
+        s_block=kv.stride(0), s_head=kv.stride(1), s_token=kv.stride(2), s_out_row=out.stride(0), s_out_head=out.stride(1),
+        log2_scale=scale * 1.4426950408889634, bound=bound * loosest, strict=1.0 / loosest,
+        lag_weight=config.lag_weight / loosest, mass_floor=config.mass_floor or 0.0,
         K=kv_heads, G=group, D=d, W=window, PAGE=page,
         BAND=config.band, SINK=config.sink, WHOLE=work.whole, MIN_CONTEXT=config.min_context,
         MAX_CHAIN=config.max_chain or 0,
@@ -402,13 +466,11 @@ def decode_hits(
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
         S=splits, BW=min(tune["bw"], triton.next_power_of_2(span)), SPAN=span,
         HALVES=tune["halves"], SCAN_STAGES=tune["scan_stages"],
-        NB=bands, BN=bn, CHUNK=triton.cdiv(tail, bands) * bn, BT=tune["bt"],
+        NB=bands, BB=bn, CHUNK=triton.cdiv(tail, bands) * bn, BT=tune["bt"],
         MP=max(16, triton.next_power_of_2(group)), M=triton.next_power_of_2(group),
         DP=triton.next_power_of_2(d), SP=triton.next_power_of_2(splits),
         TP=near_pages if near_pages <= 256 and tune["ahead"] else 0,
-        STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"], PDL=work.pdl,
-        num_warps=tune["warps"], maxnreg=tune["registers"],
-        **({"launch_pdl": True} if work.pdl else {}),
+        BAND_STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"], tune=tune,
     )  # fmt: skip
 
 

@@ -62,17 +62,18 @@ def main(arch: int) -> None:
     Workspace.allocate = classmethod(lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=3 * sms, pdl=pdl))
     Tuning.default = classmethod(lambda cls, size, dtype: default(cls, size, dtype, shared))
 
-    def exact(self, *args, **more):
-        init(self, *args, **more)
+    def exact(self, problem, device, **more):
+        tuning = Tuning.default(problem.head_size, problem.dtype)
+        init(self, problem, device, programs=sms * tuning.per_sm, tuning=tuning, **more)
         self.pdl = pdl
 
     TritonExact.__init__ = exact
     for shape in SHAPES:
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch >= 89 and shape["dtype"] == torch.float16 else {}
-        decoder, layers, table = make(rows=2, window=512, band=256, min_context=2048, **shape, **float8)
+        decoder, layers, table = make(rows=3, window=512, band=256, min_context=2048, **shape, **float8)
         warmup.warm_up(decoder, layers[:1], table, True)
         # What follows FlashInfer, which is not asked to plan without a GPU.
-        query = torch.empty(2, shape["heads"], shape["d"], dtype=shape["dtype"])
+        query = torch.empty(3, shape["heads"], shape["d"], dtype=shape["dtype"])
         complete.complete_misses(
             query, decoder.position, decoder.ring, layers[0].store, query, decoder._work.part_lse, decoder._work, query,
             **rotation(layers[0].rotary),

@@ -10,7 +10,9 @@ import pytest
 from compiled import GPUS
 
 HERE = Path(__file__).resolve().parent
-KERNELS = {"_hit_kernel", "_prefix_kernel", "_complete_kernel", "_tally_kernel", "_record_kernel", "_assign_kernel"}
+KERNELS = {
+    "_hit_kernel", "_prefix_kernel", "_step_kernel", "_complete_kernel", "_tally_kernel", "_record_kernel", "_assign_kernel",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", GPUS)

@@ -16,6 +16,7 @@ from vllm_mac.kernels import hit
 from vllm_mac.kernels.complete import complete_misses
 from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact, Tuning
 from vllm_mac.kernels.hit import COUNTERS, Workspace, decode_hits
+from vllm_mac.kernels.step import MAX_GROUPS, decode_step
 from vllm_mac.reference import Entry, Partial
 from vllm_mac.ring import RingStore, narrow
 from vllm_mac.rope import Rotary
@@ -266,21 +267,32 @@ class Batch:
         hit = self.work.hit[: len(self.query)]
         self.engine().run(self.query, self.kv, self.table, self.position, hit, self.out, None, completion)
 
+    def step_at_once(self):
+        """Hits and misses in one launch."""
+        decode_step(
+            self.query, self.position, self.ring, self.first, self.table, self.kv,
+            self.store, self.config, self.scale, self.work, self.out, self.counters, self.engine(),
+            self.cos_sin, self.case.neox, paused=self.paused,
+        )  # fmt: skip
+
     def check(self):
-        """Run one step, its misses completed in either way, and compare everything it may write with the
+        """Run one step, its misses completed in every way, and compare everything it may write with the
         oracle. Returns its steps."""
         steps, entries = self.oracle()
         rough, rough_entries = self.oracle(self.case.dtype)
         prefix = self.prefix(steps)
         before = {name: getattr(self.store, name).clone() for name in ("query", "out", "lse", "chain")}
-        for finish in (lambda: self.finish(prefix), self.finish_at_once):
+        ways = {"apart": (self.launch, lambda: self.finish(prefix)), "two launches": (self.launch, self.finish_at_once)}
+        if self.work.hit[: len(self.query)].numel() <= MAX_GROUPS:
+            ways["one launch"] = (self.step_at_once,)
+        for way, launches in ways.items():
             for name, content in before.items():
                 getattr(self.store, name).copy_(content)
             self.out.fill_(torch.nan)
             self.counters.zero_()
-            self.work.whole = finish == self.finish_at_once
-            self.launch()
-            finish()
+            self.work.whole = way != "apart"
+            for launch in launches:
+                launch()
             self.compare(steps, entries, rough, rough_entries, RingStore(**{k: x.clone() for k, x in before.items()}))
         return steps
 
@@ -474,17 +486,16 @@ def test_every_threshold_runs_the_same_kernel(device):
 
     class Kernel:
         def __getitem__(self, _grid):
-            return lambda *args, **constants: launched.append((args, constants))
+            return lambda **arguments: launched.append(arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hit, "_hit_kernel", Kernel())
         for batch.config.threshold in (0.0, 0.45, 1.0):
             batch.launch()
     first, *others = launched
-    for args, constants in others:
-        assert constants == first[1]
-        differ = [i for i, (a, b) in enumerate(zip(first[0], args, strict=True)) if a is not b and not same(a, b)]
-        assert len(differ) == 1 and isinstance(args[differ[0]], float)
+    for arguments in others:
+        differ = [name for name, was in first.items() if arguments[name] is not was and not same(arguments[name], was)]
+        assert differ == ["bound"] and arguments.keys() == first.keys()
 
 
 def test_a_decoder_takes_each_layer_s_own_threshold(device):

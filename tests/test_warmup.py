@@ -19,7 +19,7 @@ from vllm_mac.config import resolve
 from vllm_mac.fused import Decoder, rotation
 from vllm_mac.kernels import assign as assign_kernels
 from vllm_mac.kernels import audit as audit_kernels
-from vllm_mac.kernels import exact, hit, plan, record
+from vllm_mac.kernels import exact, hit, plan, record, step
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.exact import PrefixProblem
 from vllm_mac.kernels.hit import Workspace
@@ -29,7 +29,7 @@ from vllm_mac.rope import Rotary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = CUDABackend(GPUTarget("cuda", 90, 32))
-DECODE = [(hit, "_hit_kernel"), (exact, "_prefix_kernel"), (audit_kernels, "_tally_kernel")]
+DECODE = [(hit, "_hit_kernel"), (exact, "_prefix_kernel"), (step, "_step_kernel"), (audit_kernels, "_tally_kernel")]
 OTHERS = [(record, "_record_kernel"), (assign_kernels, "_assign_kernel")]
 
 
