@@ -1,6 +1,6 @@
 """Amend: partial attention of the heads of a KV group over a short range of the paged cache.
 
-Device code, called by the kernels of `hit` and, through `complete`, `exact`. `paged.attend` is its
+Device code, called by `group` and, through `complete`, by `prefix`. `paged.attend` is its
 oracle. Partial results here are `(peak, total, acc)`: `peak` the largest score times `log2 e`, `total`
 and `acc` the sums of `2^(score - peak)`, alone and times the value. `lse = (peak + log2 total) / log2 e`.
 """

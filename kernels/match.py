@@ -1,6 +1,6 @@
 """Match: undo the rotary embedding and find the recorded query nearest to a head's own.
 
-Device code, called by the kernels of `hit` and, through `complete`, `exact`. `reference.match` and
+Device code, called by `group` and, through `complete`, by `prefix`. `reference.match` and
 `paged.match` are its oracles.
 """
 

@@ -3,7 +3,7 @@
 The first programs of the grid are those of `hit`, the others those of `exact`: these wait until
 every group is decided, then read the prefixes of the missed ones and complete them, while the last hits are
 still being amended. Each of them waits for a word of its own, to which every group adds its decision
-(see `hit.hit_program`), so that nothing has to be reset by agreement between programs.
+(see `group.hit_program`), so that nothing has to be reset by agreement between programs.
 
 A program waits only for programs of lower numbers, and those a GPU starts first. (As Triton's interpreter
 does, which runs them one after the other.) So they never hold the place of one that they wait for.
@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac.kernels.exact import TritonExact, prefix_program
-from vllm_mac.kernels.hit import hit_program, program_arguments
+from vllm_mac.kernels.exact import TritonExact
+from vllm_mac.kernels.group import hit_program
+from vllm_mac.kernels.hit import program_arguments
+from vllm_mac.kernels.prefix import prefix_program
 
 MAX_GROUPS = 32  # bits of the lower half of a word
 
@@ -75,9 +77,11 @@ def _step_kernel(
 
 
 def fits(rows: int, heads: int, kv_heads: int, engine: TritonExact) -> bool:
-    """Whether `decode_step` is for a batch of so many rows: the programs of `hit` are to run all at once
-    beside what the engine's take of a multiprocessor, else two launches are faster."""
-    return rows * kv_heads <= MAX_GROUPS and rows * heads <= engine.programs // 2
+    """Whether one launch is faster than two for a batch of so many rows.
+
+    It is as long as the engine's programs are enough to scan each head's ring by four, as measured on an H200.
+    """
+    return rows * kv_heads <= MAX_GROUPS and 4 * rows * heads <= engine.programs
 
 
 def decode_step(
@@ -97,6 +101,9 @@ def decode_step(
         paused, engine.programs,
     )  # fmt: skip
     del arguments["tune"]  # what is left of it, warps and registers, goes by the engine here
+    # The engine's blocks of 32 KB of KV leave room for twice that after the match.
+    block = 2 * arguments["DP"] * query.dtype.itemsize
+    arguments["BT"] = min(2 * arguments["BT"], max((64 << 10) // block, 16))
     _step_kernel[(parts * groups + engine.programs,)](
         **{**engine.arguments(rows), **arguments}, mail=engine.mail,
         PARTS=parts, READERS=engine.programs, MAILS=triton.next_power_of_2(engine.programs),

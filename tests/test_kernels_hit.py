@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rounding import FLOAT32, largest_score
+
 from vllm_mac import reference
 from vllm_mac.fused import Decoder
 from vllm_mac.kernels import hit
@@ -304,7 +306,8 @@ class Batch:
             m, at = case.lengths[i] - 1, slice(k * case.group, (k + 1) * case.group)
             assert self.work.source[i, at].tolist() == step.source, (i, k)
             assert bool(self.work.hit[i, k]) == step.hit
-            close(self.out[i, at], step.out, rough[i, k].out, torch.finfo(case.dtype).eps)
+            sigma = largest_score(self.query[i, at].cpu(), self.tokens[i][k].chunk(2, -1)[0], self.scale)
+            close(self.out[i, at], step.out, rough[i, k].out, torch.finfo(case.dtype).eps, sigma)
             short, ringless = m + 1 < config.min_context, int(self.ring[i]) < 0
             kind = (
                 "hit"
@@ -326,7 +329,7 @@ class Batch:
             ):
                 at_slot = r, h, slot
                 close_query(self.store.query[at_slot].cpu(), entry.query)
-                close(self.store.out[at_slot], entry.summary.out, rough_entry.summary.out, ring_eps)
+                close(self.store.out[at_slot], entry.summary.out, rough_entry.summary.out, ring_eps, sigma)
                 if entry.summary.lse == -torch.inf:
                     assert self.store.lse[at_slot] == -torch.inf
                 else:
@@ -352,18 +355,22 @@ class Batch:
                 equal_nan=True,
             )
         assert dict(zip(COUNTERS, self.counters.tolist(), strict=True)) == expected
-        assert not self.work.arrived.any()
+        assert not self.work.arrived.any() and not self.engine().mail.any()
         for i, n in enumerate(case.lengths):
             if n == 0:
                 assert self.out[i].isnan().all() and (self.work.hit[i] == -9).all()
 
 
-def close(got, exact, rough, eps):
-    """`got` misses `exact` by little more than `rough`, a low-precision evaluation, does."""
+def close(got, exact, rough, eps, sigma=0.0):
+    """`got` misses `exact` by little more than `rough`, a low-precision evaluation, does.
+
+    sigma: largest score. Scaling a score and shifting it by another round it, and weights take that over.
+    """
     got, exact, rough = got.double().cpu(), exact.double(), rough.double()
     norm = exact.norm() if exact.norm() > 0 else 1.0
     error, eager = (got - exact).norm() / norm, (rough - exact).norm() / norm
-    assert error <= 2 * eager + 4 * eps, f"error {error:.2e}, eager {eager:.2e}"  # NaN fails
+    bound = 2 * eager + 4 * eps + 2 * FLOAT32 * sigma
+    assert error <= bound, f"error {error:.2e}, eager {eager:.2e}, bound {bound:.2e}"  # NaN fails
 
 
 def close_query(got, exact):
@@ -760,9 +767,8 @@ def test_full_size_options(distance, ring_dtype, lag_weight, reuse, d, like_rows
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("at_once", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 64])
-def test_graph_replay(rows, at_once, device):
+@pytest.mark.parametrize("rows, way", [(r, w) for r in (1, 3, 64) for w in ("apart", "two launches", "one launch") if r < 64 or w != "one launch"])
+def test_graph_replay(rows, way, device):
     """A captured step, replayed on restored rings, gives the same, and follows changed inputs."""
     lengths = tuple(2100 + 37 * i for i in range(rows))
     settings = config(window=512, band=256, min_context=1024)
@@ -776,11 +782,13 @@ def test_graph_replay(rows, at_once, device):
         torch.full(batch.query.shape[:2], -torch.inf, device=device),
     )
 
-    batch.work.whole = at_once
+    batch.work.whole = way != "apart"
 
     def step():
+        if way == "one launch":
+            return batch.step_at_once()
         batch.launch()
-        batch.finish_at_once() if at_once else batch.finish(prefix)
+        batch.finish_at_once() if batch.work.whole else batch.finish(prefix)
 
     def state():
         torch.cuda.synchronize()
