@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from rounding import FLOAT32, largest_score
 
 from vllm_mac import reference
