@@ -230,15 +230,13 @@ def _tune(
     splits, bands: programs per head's ring, and for band and sink. bw: ring entries at a time.
     bn, bt: tokens at a time, of band and sink and after the match. halves: see `match.scan`.
     scan_stages, stages, near_stages: depth of the software pipelines of the three loops.
-    ahead: look pages up before the match. registers: most per thread, or None; few where not all
-    programs run at once otherwise.
+    ahead: look pages up before the match. registers: most per thread, or None.
     """
     dp = triton.next_power_of_2(d)
     # Up to `slots` programs run at once; a few more than that would cost as much as twice as many.
     splits = max(1, min(8, slots * 3 // 4 // (rows * heads)))
     splits = 1 << splits.bit_length() - 1
     bands = max(1, min(4, (slots - rows * heads * splits) // (rows * kv_heads)))
-    crowded = rows * (heads * splits + kv_heads * bands) > slots
     large = rows * heads >= 1024
     tokens = 32 if dp > 128 else 64
     return {
@@ -253,5 +251,5 @@ def _tune(
         "near_stages": 3 if large else 2,
         "warps": 4,
         "ahead": not large,
-        "registers": None if dp > 128 else 96 if crowded else 168,
+        "registers": None if dp > 128 else 96 if large else 168,
     }

@@ -90,10 +90,12 @@ def decode_step(
 ) -> None:  # fmt: skip
     """What `hit.decode_hits` and `engine.run` with a `Completion` do, in one launch.
 
-    Arguments are as for `decode_hits`; `work.whole` is true. Raises `ValueError` for more than
-    `MAX_GROUPS` KV groups.
+    Arguments are as for `decode_hits`. Raises `ValueError` for more than `MAX_GROUPS` KV groups, or
+    where `work.whole` is false: the two kinds of programs would not expect the same decisions.
     """
     rows, groups = len(query), len(query) * kv.shape[1]
+    if not work.whole:
+        raise ValueError("work: whole is False, choose True, as for an engine that completes")
     if groups > MAX_GROUPS:
         raise ValueError(f"query: {rows} rows of {kv.shape[1]} KV heads, choose at most {MAX_GROUPS} groups in all")
     parts, arguments = program_arguments(

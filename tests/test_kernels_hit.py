@@ -641,6 +641,17 @@ def test_the_entry_that_leaves_the_window_can_be_matched(device):
     assert all(step.source == [(199, 229)[i] - 32] * 4 for (i, _), step in steps.items())
 
 
+def test_one_launch_refuses_what_it_cannot_wait_for(device):
+    """More groups than a word has bits, and programs that would count differently, are errors, not endless waits."""
+    batch = Batch(Case(lengths=(100,) * 17), config(), device)
+    batch.work.whole = True
+    with pytest.raises(ValueError, match="17 rows of 2 KV heads, choose at most 32 groups"):
+        batch.step_at_once()
+    batch = Batch(Case(lengths=(100, 100)), config(), device)
+    with pytest.raises(ValueError, match="whole is False, choose True"):
+        batch.step_at_once()
+
+
 def test_rows_of_all_kinds(device):
     """Short, without a ring, padded, just begun, and plain rows in one batch."""
     case = Case(lengths=(30, 200, 0, 170, 180, 64, 300), ringless=(1,), fresh={3: 0, 4: 5})
