@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.hit import Workspace
 from vllm_mac.kernels.prefix import prefix_program
 
-LOG2E = 1.4426950408889634
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -225,7 +225,7 @@ class TritonExact:
         heads, width = triton.next_power_of_2(p.group), triton.next_power_of_2(p.head_size)
         return dict(
             part_out=self._part_out, part_lse=self._part_lse, arrived=self._arrived,
-            groups=groups, first_token=p.first, band=p.band, scale_log2=p.scale * LOG2E,
+            groups=groups, first_token=p.first, band=p.band, scale_log2=p.scale * LOG2_E.value,
             K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
             BN=t.block, BG=max(16, heads), BM=heads, BD=width, BR=max(16, triton.next_power_of_2(groups)),
             P=self._block, UNROLL=max(1, min(8, 8192 // (heads * width))),

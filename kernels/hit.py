@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.group import hit_program
 
 COUNTERS = (
@@ -161,11 +162,10 @@ def decode_hits(
         is_neox: whether RoPE pairs `j` with `j + rotary_dim/2`, else `2j` with `2j + 1`.
         paused: `[1]` int32, nonzero while the layer is to be exact; None where it never is.
     """
-    parts, arguments = program_arguments(
+    parts, arguments, tune = program_arguments(
         query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin, is_neox,
         paused, work.slots,
     )  # fmt: skip
-    tune = arguments.pop("tune")
     _hit_kernel[(parts, kv.shape[1], len(query))](
         **arguments, PDL=work.pdl, num_warps=tune["warps"], maxnreg=tune["registers"],
         **({"launch_pdl": True} if work.pdl else {}),
@@ -174,8 +174,8 @@ def decode_hits(
 
 def program_arguments(
     query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin, is_neox, paused, slots
-) -> tuple[int, dict]:  # fmt: skip
-    """`(parts, arguments)`: programs of a KV group, and what `hit_program` takes by name, beside the `tune` it follows.
+) -> tuple[int, dict, dict]:  # fmt: skip
+    """`(parts, arguments, tune)`: programs of a KV group, what `hit_program` takes by name, and what that follows.
 
     slots: programs that the device runs at once. All else is as for `decode_hits`.
     """
@@ -201,7 +201,7 @@ def program_arguments(
         p_arrived=work.arrived, p_paused=paused,
         s_query_row=query.stride(0), s_query_head=query.stride(1), s_table=block_table.stride(0),
         s_block=kv.stride(0), s_head=kv.stride(1), s_token=kv.stride(2), s_out_row=out.stride(0), s_out_head=out.stride(1),
-        log2_scale=scale * 1.4426950408889634, bound=bound * loosest, strict=1.0 / loosest,
+        log2_scale=scale * LOG2_E.value, bound=bound * loosest, strict=1.0 / loosest,
         lag_weight=config.lag_weight / loosest, mass_floor=config.mass_floor or 0.0,
         K=kv_heads, G=group, D=d, W=window, PAGE=page,
         BAND=config.band, SINK=config.sink, WHOLE=work.whole, MIN_CONTEXT=config.min_context,
@@ -215,8 +215,8 @@ def program_arguments(
         MP=max(16, triton.next_power_of_2(group)), M=triton.next_power_of_2(group),
         DP=triton.next_power_of_2(d), SP=triton.next_power_of_2(splits),
         TP=near_pages if near_pages <= 256 and tune["ahead"] else 0,
-        BAND_STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"], tune=tune,
-    )  # fmt: skip
+        BAND_STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"],
+    ), tune  # fmt: skip
 
 
 def _tune(

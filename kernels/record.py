@@ -9,9 +9,8 @@ the entries. The recording of `paged.prefill` is the oracle.
 import triton
 import triton.language as tl
 
+from vllm_mac.kernels.amend import LN_2, LOG2_E
 from vllm_mac.kernels.match import narrow, unrotate
-
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(
@@ -127,7 +126,7 @@ def record_prefill(
         query, cos_sin, token, row, position, ring, block_table, kv, prefix_out, prefix_lse,
         store.query, store.out, store.lse, store.chain,
         query.stride(0), query.stride(1), block_table.stride(0),
-        kv.stride(0), kv.stride(1), kv.stride(2), scale * 1.4426950408889634,
+        kv.stride(0), kv.stride(1), kv.stride(2), scale * LOG2_E.value,
         K=kv_heads, G=group, D=d, W=store.query.shape[2], PAGE=page,
         BAND=config.band, SINK=config.sink,
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,

@@ -76,12 +76,12 @@ def _step_kernel(
     )  # fmt: skip
 
 
-def fits(rows: int, heads: int, kv_heads: int, engine: TritonExact) -> bool:
+def fits(rows: int, engine: TritonExact) -> bool:
     """Whether one launch is faster than two for a batch of so many rows.
 
     It is as long as the engine's programs are enough to scan each head's ring by four, as measured on an H200.
     """
-    return rows * kv_heads <= MAX_GROUPS and 4 * rows * heads <= engine.programs
+    return rows * engine.problem.kv_heads <= MAX_GROUPS and 4 * rows * engine.problem.heads <= engine.programs
 
 
 def decode_step(
@@ -98,14 +98,12 @@ def decode_step(
         raise ValueError("work: whole is False, choose True, as for an engine that completes")
     if groups > MAX_GROUPS:
         raise ValueError(f"query: {rows} rows of {kv.shape[1]} KV heads, choose at most {MAX_GROUPS} groups in all")
-    parts, arguments = program_arguments(
+    parts, arguments, _ = program_arguments(  # warps and registers go by the engine here
         query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin, is_neox,
         paused, engine.programs,
     )  # fmt: skip
-    del arguments["tune"]  # what is left of it, warps and registers, goes by the engine here
-    # The engine's blocks of 32 KB of KV leave room for twice that after the match.
-    block = 2 * arguments["DP"] * query.dtype.itemsize
-    arguments["BT"] = min(2 * arguments["BT"], max((64 << 10) // block, 16))
+    # The engine's pipeline leaves room for two of its blocks after the match.
+    arguments["BT"] = 2 * min(arguments["BT"], engine.tuning.block)
     _step_kernel[(parts * groups + engine.programs,)](
         **{**engine.arguments(rows), **arguments}, mail=engine.mail,
         PARTS=parts, READERS=engine.programs, MAILS=triton.next_power_of_2(engine.programs),

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rounding import FLOAT32, largest_score
+from test_kernels_exact import two_stages
 
 from vllm_mac import reference
 from vllm_mac.fused import Decoder
 from vllm_mac.kernels import hit
 from vllm_mac.kernels.complete import complete_misses
-from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact, Tuning
+from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact
 from vllm_mac.kernels.hit import COUNTERS, Workspace, decode_hits
 from vllm_mac.kernels.step import MAX_GROUPS, decode_step
 from vllm_mac.reference import Entry, Partial
@@ -610,9 +611,7 @@ def test_a_group_in_many_pieces_is_completed_once(device):
     """Its pieces are merged in two stages, and only then is it complete; see `two_stages` of test_kernels_exact."""
     fresh = {1: 31}  # without the entry whose slot the first step overwrites
     batch = Batch(Case(lengths=(0, 720), pattern="none", kv_heads=1, fresh=fresh), config(), device)
-    batch.engine()
-    batch._engine = TritonExact(batch._engine.problem, device, programs=16, tuning=Tuning(16, warps=4, stages=3, per_sm=1))
-    assert batch._engine._block == 4
+    batch._engine = two_stages(batch.engine().problem)
     for _ in range(2):
         assert observed(batch.check()) == "none"
 

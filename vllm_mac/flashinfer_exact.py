@@ -39,7 +39,6 @@ class FlashInferExact:
     in a CUDA graph; `begin_step` writes persistent buffers and may be called outside the graph.
     """
 
-
     def __init__(self, problem: PrefixProblem, device, check: bool = True):
         """check: try the device-written plan, and keep to the public interface where it fails."""
         import flashinfer

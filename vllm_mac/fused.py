@@ -76,7 +76,7 @@ class Decoder:
         step = (
             query, position, ring, self.first[:rows], block_table, kv, store, config, self.problem.scale, self._work, out, counts,
         )  # fmt: skip
-        if self._completes and fits(rows, self.problem.heads, self.problem.kv_heads, self._exact):
+        if self._completes and fits(rows, self._exact):
             decode_step(*step, self._exact, **rope, paused=paused)
         else:
             decode_hits(*step, **rope, paused=paused)
