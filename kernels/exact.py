@@ -123,13 +123,16 @@ class Tuning:
     per_sm: int
 
     @classmethod
-    def default(cls, head_size: int, dtype: torch.dtype, shared: int = 227 << 10) -> "Tuning":
+    def default(cls, head_size: int, dtype: torch.dtype, group: int, shared: int = 227 << 10) -> "Tuning":
         """shared: bytes of shared memory that a program, or several together, may have.
 
         Page numbers and KV are loaded one after the other, so that `stages` hold `stages - 2`
         blocks of KV. Blocks of 32 KB measured best: 64 tokens of head size 128.
         """
-        token = 2 * triton.next_power_of_2(head_size) * dtype.itemsize
+        width = triton.next_power_of_2(head_size)
+        # The outputs of larger groups leave four warps too few registers for the rest.
+        warps = 4 if triton.next_power_of_2(group) * width <= 2048 else 8
+        token = 2 * width * dtype.itemsize
         block, stages = max((32 << 10) // token, 16), 5
 
         def needed() -> int:
@@ -137,7 +140,7 @@ class Tuning:
 
         while needed() > shared and (block > 16 or stages > 3):
             stages, block = (stages - 1, block) if stages > 3 else (5, block // 2)
-        return cls(block, warps=4, stages=stages, per_sm=2 if 2 * needed() <= shared else 1)
+        return cls(block, warps, stages, per_sm=2 if 2 * needed() <= shared and warps == 4 else 1)
 
 
 class TritonExact:
@@ -165,7 +168,7 @@ class TritonExact:
             limits = {"shared": properties.shared_memory_per_block_optin}
             # Programmatic dependent launch, as in `hit` and `complete`.
             self.pdl = properties.major >= 9
-        self.tuning = tuning or Tuning.default(problem.head_size, problem.dtype, **limits)
+        self.tuning = tuning or Tuning.default(problem.head_size, problem.dtype, problem.group, **limits)
         self.programs = programs = programs or sms * self.tuning.per_sm
         # Triton's interpreter multiplies the bits of bf16 numbers; GPUs take KV's own type.
         self._dot = tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[problem.dtype]
@@ -228,6 +231,6 @@ class TritonExact:
             groups=groups, first_token=p.first, band=p.band, scale_log2=p.scale * LOG2_E.value,
             K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
             BN=t.block, BG=max(16, heads), BM=heads, BD=width, BR=max(16, triton.next_power_of_2(groups)),
-            P=self._block, UNROLL=max(1, min(8, 8192 // (heads * width))),
+            P=self._block, UNROLL=max(1, min(8, 4096 // (heads * width))),
             STAGES=t.stages, DOT=self._dot, OF_HITS=self.of_hits, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip

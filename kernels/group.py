@@ -76,11 +76,10 @@ def hit_program(
     p_row_table = p_table + i_row * s_table
     p_head_kv = p_kv + i_k.to(tl.int64) * s_head
 
-    if TP > 0:
-        # The pages before the band, wherever the match will be: one trip to memory less after it.
-        page = tl.maximum(m + 1 - BAND - W, 0) // PAGE
-        o_p = page + tl.arange(0, TP)
-        pages = tl.load(p_row_table + o_p, mask=o_p <= m // PAGE, other=0)  # [TP]
+    # The pages before the band, wherever the match will be: one trip to memory less after it.
+    page = tl.maximum(m + 1 - BAND - W, 0) // PAGE
+    o_p = page + tl.arange(0, TP)
+    pages = tl.load(p_row_table + o_p, mask=o_p <= m // PAGE, other=0)  # [TP]
 
     if i_part < NB:
         # Band and sink, one after the other: token i of them is band_start+i, or else a sink token.
@@ -187,10 +186,9 @@ def hit_program(
     stop = tl.where(hit, band_start, lo)
     least = tl.min(tl.where(m_g, begin, stop), 0)
 
-    if TP > 0:  # noqa: SIM102 - known when compiling, unlike the other
-        if not hit:
-            page = sink_end // PAGE
-            pages = tl.load(p_row_table + page + tl.zeros((TP,), tl.int32))
+    if not hit:
+        page = sink_end // PAGE
+        pages = tl.load(p_row_table + page + tl.zeros((TP,), tl.int32))
 
     # Loads that the amendment need not wait for.
     o_match = (ring * H + o_h) * W + source % W
@@ -208,10 +206,7 @@ def hit_program(
     for i in tl.range(least, stop, BT, num_stages=NEAR_STAGES):
         token = i + tl.arange(0, BT)
         m_i = token < stop
-        if TP > 0:
-            block = tl.gather(pages, tl.where(m_i, token // PAGE - page, 0), 0)
-        else:
-            block = tl.load(p_row_table + token // PAGE, mask=m_i, other=0)
+        block = tl.gather(pages, tl.where(m_i, token // PAGE - page, 0), 0)
         seen = m_r[:, None] & m_i[None, :] & (token[None, :] >= begin[:, None])
         near, near_total, near_acc = attend(
             q, near, near_total, near_acc, token, block, m_i, seen, p_head_kv, s_block, s_token,

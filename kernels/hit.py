@@ -8,7 +8,7 @@ step is one launch, and the last part of one group overlaps the first parts of t
 `paged.decode` is the oracle.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -17,6 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.group import hit_program
+
+MOST = 255  # registers that a thread can have
 
 COUNTERS = (
     "heads_hit",
@@ -79,6 +81,7 @@ class Workspace:
     programs of a group that are done; all 0 between steps.
     slots: programs that the device runs at once. pdl: launch the kernels before their predecessors
     end (programmatic dependent launch); they wait before they read. tune: overrides `_tune`.
+    registers: how many per thread each variant of the kernel was found to need.
     """
 
     source: torch.Tensor
@@ -94,6 +97,7 @@ class Workspace:
     slots: int = 396
     pdl: bool = False
     tune: dict | None = None
+    registers: dict = field(default_factory=dict)
 
     MAX_SPLITS = 16
     MAX_BANDS = 8
@@ -166,10 +170,36 @@ def decode_hits(
         query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin, is_neox,
         paused, work.slots,
     )  # fmt: skip
-    _hit_kernel[(parts, kv.shape[1], len(query))](
-        **arguments, PDL=work.pdl, num_warps=tune["warps"], maxnreg=tune["registers"],
-        **({"launch_pdl": True} if work.pdl else {}),
+    grid = (parts, kv.shape[1], len(query))
+    launch = dict(**arguments, PDL=work.pdl, num_warps=tune["warps"], **({"launch_pdl": True} if work.pdl else {}))
+    # All that may make another variant of it, among steps that share a workspace.
+    kind = (
+        len(query), store.query.dtype, None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1]), is_neox, paused is None,
     )  # fmt: skip
+    if kind not in work.registers:
+        work.registers[kind] = _enough(tune["registers"], launch, grid)
+    _hit_kernel[grid](**launch, maxnreg=work.registers[kind])
+
+
+def _enough(wanted: int | None, launch: dict, grid: tuple) -> int | None:
+    """Registers per thread: as many as wanted, or more where a thread would have to keep others in memory.
+
+    It could, but for ptxas 12.8 and 12.9: in `@P0 IADD3 R10, P0, ...; @P0 STL [R1+0x4], R10` the carry takes the place
+    of the condition, and what is later loaded from there is garbage, here an address.
+    """
+    limits = [wanted] if wanted is None else [wanted, *(more for more in (168, MOST) if more > wanted)]
+    for limit in limits[:-1]:
+        if not _spills(_hit_kernel.warmup(**launch, grid=grid, maxnreg=limit)):
+            return limit
+    return limits[-1]
+
+
+def _spills(variant) -> int:
+    """Registers of a thread that a compiled kernel keeps in memory."""
+    if variant is None:  # Triton's interpreter compiles nothing
+        return 0
+    variant._init_handles()  # only the driver tells
+    return variant.n_spills
 
 
 def program_arguments(
@@ -192,7 +222,6 @@ def program_arguments(
     bound = 2.0 * (1 if relative else d) * (1.0 - config.threshold) ** 2
     # The limit of a summary without mass is so much looser, see `reference.relief`.
     loosest = 1.0 if config.mass_floor is None else (1.0 + 1.0 / config.mass_floor) ** 2
-    near_pages = triton.next_power_of_2(window // page + 2)
     return bands + group * splits, dict(
         p_query=query, p_cos_sin=cos_sin, p_position=position, p_ring=ring, p_first=first, p_table=block_table, p_kv=kv,
         p_ring_query=store.query, p_ring_out=store.out, p_ring_lse=store.lse, p_ring_chain=store.chain,
@@ -214,7 +243,7 @@ def program_arguments(
         NB=bands, BB=bn, CHUNK=triton.cdiv(tail, bands) * bn, BT=tune["bt"],
         MP=max(16, triton.next_power_of_2(group)), M=triton.next_power_of_2(group),
         DP=triton.next_power_of_2(d), SP=triton.next_power_of_2(splits),
-        TP=near_pages if near_pages <= 256 and tune["ahead"] else 0,
+        TP=triton.next_power_of_2(window // page + 2),
         BAND_STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"],
     ), tune  # fmt: skip
 
@@ -230,26 +259,27 @@ def _tune(
     splits, bands: programs per head's ring, and for band and sink. bw: ring entries at a time.
     bn, bt: tokens at a time, of band and sink and after the match. halves: see `match.scan`.
     scan_stages, stages, near_stages: depth of the software pipelines of the three loops.
-    ahead: look pages up before the match. registers: most per thread, or None.
+    registers: per thread, if they are enough; None for what the compiler takes.
     """
     dp = triton.next_power_of_2(d)
     # Up to `slots` programs run at once; a few more than that would cost as much as twice as many.
     splits = max(1, min(8, slots * 3 // 4 // (rows * heads)))
     splits = 1 << splits.bit_length() - 1
     bands = max(1, min(4, (slots - rows * heads * splits) // (rows * kv_heads)))
-    large = rows * heads >= 1024
+    group = heads // kv_heads
+    # Where programs queue, a multiprocessor should hold a fourth one.
+    tight = group > 8 or rows * (heads * splits + kv_heads * bands) > slots and group & (group - 1) == 0
     tokens = 32 if dp > 128 else 64
     return {
         "splits": splits,
         "bands": bands,
         "bw": max(16, min(128, 16384 // (dp * entry_bytes))),
         "bn": tokens,
-        "bt": 32 if large else tokens,
+        "bt": tokens // 2,
         "halves": splits == 1 and dp >= 64,
         "scan_stages": 3 if window >= 256 * splits else 1,
         "stages": 2 if splits == 1 else 1,
-        "near_stages": 3 if large else 2,
-        "warps": 4,
-        "ahead": not large,
-        "registers": None if dp > 128 else 96 if large else 168,
+        "near_stages": 3,
+        "warps": 4 if group <= 8 else 8,
+        "registers": MOST if dp > 128 else 128 if tight else 168,
     }

@@ -9,7 +9,7 @@ the entries. The recording of `paged.prefill` is the oracle.
 import triton
 import triton.language as tl
 
-from vllm_mac.kernels.amend import LN_2, LOG2_E
+from vllm_mac.kernels.amend import LN_2, LOG2_E, UPCAST
 from vllm_mac.kernels.match import narrow, unrotate
 
 
@@ -58,22 +58,29 @@ def _record_kernel(
         near = tl.minimum(stop, LO)
         block = tl.load(p_table + row * s_table + SINK // PAGE, mask=near > SINK, other=0)
         p_page = p_kv + block.to(tl.int64) * s_block + i_k.to(tl.int64) * s_head
-        q = tl.load(p_q + o_d[None, :], mask=m_gd, other=0.0).to(tl.float32)  # [M, DP]
+        q = tl.load(p_q + o_d[None, :], mask=m_gd, other=0.0)  # [M, DP]
+        if UPCAST:
+            q = q.to(tl.float32)
         for i in range(SINK, near, BN):
             token = i + tl.arange(0, BN)
             m_n = token < near
             m_nd = m_n[:, None] & m_d[None, :]
             p_key = p_page + ((token % PAGE) * s_token)[:, None] + o_d[None, :]
-            key = tl.load(p_key, mask=m_nd, other=0.0).to(tl.float32)  # [BN, DP]
-            value = tl.load(p_key + D, mask=m_nd, other=0.0).to(tl.float32)  # [BN, DP]
-            # Float32 throughout: weights would lose to a narrower type, and this is one page.
+            key = tl.load(p_key, mask=m_nd, other=0.0)  # [BN, DP]
+            value = tl.load(p_key + D, mask=m_nd, other=0.0)  # [BN, DP]
+            # Weights would lose to a narrower type. Three products of TF32 are as good as one of float32, and take
+            # the matrix unit, while that one would take more registers than there are.
+            EXACT: tl.constexpr = "ieee" if value.dtype == tl.float32 else "tf32x3"
+            value = value.to(tl.float32)
+            if UPCAST:
+                key = key.to(tl.float32)
             score = tl.dot(q, tl.trans(key), input_precision="ieee") * log2_scale  # [M, BN]
             score = tl.where(m_n[None, :], score, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(score, 1))
             weight = tl.exp2(score - new_peak[:, None])
             shrink = tl.exp2(peak - new_peak)
             total = total * shrink + tl.sum(weight, 1)
-            acc = tl.dot(weight, value, acc * shrink[:, None], input_precision="ieee")
+            acc = tl.dot(weight, value, acc * shrink[:, None], input_precision=EXACT)
             peak = new_peak
 
     some = total > 0
@@ -130,5 +137,5 @@ def record_prefill(
         K=kv_heads, G=group, D=d, W=store.query.shape[2], PAGE=page,
         BAND=config.band, SINK=config.sink,
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
-        M=m, DP=dp, BN=16, num_warps=4,
+        M=m, DP=dp, BN=16, num_warps=4 if m * dp <= 2048 else 8,
     )  # fmt: skip

@@ -456,11 +456,11 @@ def test_distance(distance, size, threshold, pattern, found, d, device):
     assert observed(Batch(case, settings, device).check()) == found
 
 
-def tune(splits, bands, small, flag):
-    """A `Workspace.tune`: small: how much at a time. flag: `halves`, and not `ahead`."""
+def tune(splits, bands, small, halves):
+    """A `Workspace.tune`: small: how much at a time. halves: as there."""
     return {
         "splits": splits, "bands": bands, "bw": small, "bn": small, "bt": 16,
-        "stages": 1, "near_stages": 1, "scan_stages": 1, "warps": 4, "halves": flag, "ahead": not flag,
+        "stages": 1, "near_stages": 1, "scan_stages": 1, "warps": 4, "halves": halves,
         "registers": None,
     }  # fmt: skip
 
@@ -492,6 +492,8 @@ def test_every_threshold_runs_the_same_kernel(device):
     launched = []
 
     class Kernel:
+        warmup = staticmethod(lambda **arguments: None)
+
         def __getitem__(self, _grid):
             return lambda **arguments: launched.append(arguments)
 
@@ -503,6 +505,31 @@ def test_every_threshold_runs_the_same_kernel(device):
     for arguments in others:
         differ = [name for name, was in first.items() if arguments[name] is not was and not same(arguments[name], was)]
         assert differ == ["bound"] and arguments.keys() == first.keys()
+
+
+def test_threads_get_the_registers_that_they_need(device, monkeypatch):
+    """The fewest of those to choose from under which none is kept in memory; found once for each variant."""
+    asked, launched = [], []
+
+    class Kernel:
+        @staticmethod
+        def warmup(grid, maxnreg, **arguments):
+            asked.append((grid, maxnreg))
+            return SimpleNamespace(_init_handles=lambda: None, n_spills=needed > maxnreg)
+
+        def __getitem__(self, grid):
+            return lambda maxnreg, **arguments: launched.append((grid, maxnreg))
+
+    monkeypatch.setattr(hit, "_hit_kernel", Kernel())
+    for wanted, needed, tried, taken in (
+        (128, 120, [128], 128), (128, 160, [128, 168], 168), (128, 200, [128, 168], 255), (168, 400, [168], 255), (None, 99, [], None),
+    ):  # fmt: skip
+        batch = Batch(Case(lengths=(140, 140)), config(), device)
+        batch.work.tune = tune(1, 1, 16, True) | {"registers": wanted}
+        asked.clear(), launched.clear()
+        batch.launch(), batch.launch()
+        assert [limit for _, limit in asked] == tried and [limit for _, limit in launched] == [taken] * 2
+        assert {grid for grid, _ in [*asked, *launched]} == {(1 + batch.case.group, batch.case.kv_heads, 2)}
 
 
 def test_a_decoder_takes_each_layer_s_own_threshold(device):
@@ -716,7 +743,7 @@ def test_steps_in_a_row(device):
 def test_every_split_gives_the_same(device):
     """However the work of a group is split."""
     outs = []
-    for splits, bands, small, flag in (
+    for splits, bands, small, halves in (
         (1, 1, 16, True),
         (3, 2, 32, False),
         (8, 8, 16, False),
@@ -725,7 +752,7 @@ def test_every_split_gives_the_same(device):
         batch = Batch(
             Case(lengths=(200, 190)), config(window=50, band=70, sink=9, min_context=81), device
         )
-        batch.work.tune = tune(splits, bands, small, flag)
+        batch.work.tune = tune(splits, bands, small, halves)
         assert observed(batch.check()) == "mixed"
         outs.append(batch.out)
     for out in outs[1:]:

@@ -4,6 +4,7 @@ Triton's own binder tells the variant of every launch, on any machine: `Variants
 of sm90 and launches nothing. So a kernel that comes to depend on something else fails here.
 """
 
+import contextlib
 import dataclasses
 import random
 from types import SimpleNamespace
@@ -42,6 +43,9 @@ class Variants:
         function = JITFunction(kernel.fn, **{name: kept[name] for name in names})
         self.name, self.found = kernel.fn.__name__, found
         self.bind = create_function_from_signature(function.signature, function.params, BACKEND)
+
+    def warmup(self, *args, **kwargs):
+        """Compiles nothing, so that nobody can find fault with it."""
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
@@ -231,3 +235,24 @@ def test_compilations_are_counted_and_others_still_told():
         assert found == told == [True, False] and knobs.compilation.listener is own
     finally:
         knobs.compilation.listener = None
+
+
+def test_registers_kept_in_memory_are_told(monkeypatch, caplog):
+    """As Triton has it: variants by their key for each device, and numbers for those that were loaded."""
+    variant = lambda registers: SimpleNamespace(module=object(), n_spills=registers)
+    kernel = SimpleNamespace(
+        fn=SimpleNamespace(__name__="_hit_kernel"),
+        device_caches={0: ({"a": variant(0), "b": variant(22), "c": variant(5), "d": SimpleNamespace(module=None)},)},
+    )
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
+    monkeypatch.setattr(warmup.triton.runtime, "driver", driver)
+    assert warmup.spills(kernel) == 22
+    monkeypatch.setattr(warmup, "_hit_kernel", kernel)
+    monkeypatch.setattr(warmup, "compilations", lambda: contextlib.nullcontext([]))
+    for name in ("_assign", "_prefill", "_decode"):
+        monkeypatch.setattr(warmup, name, lambda *args: None)
+    decoder = make(rows=2)[0]
+    with caplog.at_level("WARNING", "vllm.mac"):
+        warmup.warm_up(decoder, [], None, False)
+    (record,) = caplog.records
+    assert "8/2 heads of size 64" in record.message and "22 a thread in _hit_kernel" in record.message

@@ -16,7 +16,10 @@ import triton
 
 from vllm_mac.fused import Decoder, rotation
 from vllm_mac.kernels.assign import assign
+from vllm_mac.kernels.exact import _prefix_kernel
+from vllm_mac.kernels.hit import _hit_kernel
 from vllm_mac.kernels.record import record_prefill
+from vllm_mac.kernels.step import _step_kernel
 from vllm_mac.ring import RingTable
 
 logger = logging.getLogger("vllm.mac")
@@ -48,6 +51,27 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bo
         "MAC compiled %d kernel variants for up to %d sequences at once in %.1f s; %d were in Triton's cache",
         len(compiled), decoder.problem.max_rows, time.perf_counter() - begin, sum(compiled),
     )  # fmt: skip
+    spilled = {kernel.fn.__name__: most for kernel in (_hit_kernel, _prefix_kernel, _step_kernel) if (most := spills(kernel))}
+    if spilled:
+        problem = decoder.problem
+        logger.warning(
+            "MAC's kernels for %d/%d heads of size %d keep registers in memory, up to %s. ptxas 12.8 and 12.9 have been "
+            "seen to lose some of those; compare a few replies with another attention backend's, and report it",
+            problem.heads, problem.kv_heads, problem.head_size,
+            ", ".join(f"{most} a thread in {name}" for name, most in spilled.items()),
+        )  # fmt: skip
+
+
+def spills(kernel) -> int:
+    """The most registers of a thread that a variant compiled for this GPU keeps in memory, for want of registers.
+
+    The compiler may do so, but there is one case that it gets wrong (see `hit._tune`), so ours are cut so as
+    to need none.
+    """
+    if not hasattr(kernel, "device_caches"):  # Triton's interpreter compiles nothing
+        return 0
+    variants = kernel.device_caches[triton.runtime.driver.active.get_current_device()][0].values()
+    return max((variant.n_spills for variant in variants if variant.module is not None), default=0)  # of those loaded
 
 
 @contextmanager
