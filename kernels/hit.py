@@ -176,22 +176,27 @@ def decode_hits(
     kind = (
         len(query), store.query.dtype, None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1]), is_neox, paused is None,
     )  # fmt: skip
-    if kind not in work.registers:
-        work.registers[kind] = _enough(tune["registers"], launch, grid)
-    _hit_kernel[grid](**launch, maxnreg=work.registers[kind])
+    registers = work.registers[kind] if kind in work.registers else _enough(tune["registers"], launch, grid, work, kind)
+    _hit_kernel[grid](**launch, maxnreg=registers)
 
 
-def _enough(wanted: int | None, launch: dict, grid: tuple) -> int | None:
+def _enough(wanted: int | None, launch: dict, grid: tuple, work: Workspace, kind: tuple) -> int | None:
     """Registers per thread: as many as wanted, or more where a thread would have to keep others in memory.
 
     It could, but for ptxas 12.8 and 12.9: in `@P0 IADD3 R10, P0, ...; @P0 STL [R1+0x4], R10` the carry takes the place
     of the condition, and what is later loaded from there is garbage, here an address.
     """
     limits = [wanted] if wanted is None else [wanted, *(more for more in (168, MOST) if more > wanted)]
+    enough = limits[-1]
     for limit in limits[:-1]:
-        if not _spills(_hit_kernel.warmup(**launch, grid=grid, maxnreg=limit)):
+        variant = _hit_kernel.warmup(**launch, grid=grid, maxnreg=limit)
+        if isinstance(variant, triton.FutureKernel):  # being compiled: see `warmup.compiling`
             return limit
-    return limits[-1]
+        if not _spills(variant):
+            enough = limit
+            break
+    work.registers[kind] = enough
+    return enough
 
 
 def _spills(variant) -> int:

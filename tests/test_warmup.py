@@ -4,9 +4,13 @@ Triton's own binder tells the variant of every launch, on any machine: `Variants
 of sm90 and launches nothing. So a kernel that comes to depend on something else fails here.
 """
 
-import contextlib
 import dataclasses
+import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +32,7 @@ from vllm_mac.kernels.record import record_prefill
 from vllm_mac.ring import RingStore, RingTable, ring_dtypes
 from vllm_mac.rope import Rotary
 
+HERE = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = CUDABackend(GPUTarget("cuda", 90, 32))
 DECODE = [(hit, "_hit_kernel"), (exact, "_prefix_kernel"), (step, "_step_kernel"), (audit_kernels, "_tally_kernel")]
@@ -240,19 +245,53 @@ def test_compilations_are_counted_and_others_still_told():
 def test_registers_kept_in_memory_are_told(monkeypatch, caplog):
     """As Triton has it: variants by their key for each device, and numbers for those that were loaded."""
     variant = lambda registers: SimpleNamespace(module=object(), n_spills=registers)
-    kernel = SimpleNamespace(
-        fn=SimpleNamespace(__name__="_hit_kernel"),
-        device_caches={0: ({"a": variant(0), "b": variant(22), "c": variant(5), "d": SimpleNamespace(module=None)},)},
-    )
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
-    monkeypatch.setattr(warmup.triton.runtime, "driver", driver)
+    kernel = JITFunction(hit._hit_kernel.fn)
+    kernel.device_caches = {0: ({"a": variant(0), "b": variant(22), "c": variant(5), "d": SimpleNamespace(module=None)},)}
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
+    monkeypatch.setattr(warmup.triton.runtime, "driver", SimpleNamespace(active=active))
     assert warmup.spills(kernel) == 22
-    monkeypatch.setattr(warmup, "_hit_kernel", kernel)
-    monkeypatch.setattr(warmup, "compilations", lambda: contextlib.nullcontext([]))
+    monkeypatch.setattr(hit, "_hit_kernel", kernel)
     for name in ("_assign", "_prefill", "_decode"):
         monkeypatch.setattr(warmup, name, lambda *args: None)
-    decoder = make(rows=2)[0]
+    monkeypatch.setattr(warmup, "KERNELS", ((hit, "_hit_kernel"),))
     with caplog.at_level("WARNING", "vllm.mac"):
-        warmup.warm_up(decoder, [], None, False)
+        warmup.warm_up(make(rows=2)[0], [], None, False)
     (record,) = caplog.records
     assert "8/2 heads of size 64" in record.message and "22 a thread in _hit_kernel" in record.message
+
+
+def test_threads_compile_before_anything_is_launched(tmp_path):
+    """Every variant of a small server's kernels, for a GPU that is not there: a launch would fail."""
+    path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent / "examples", HERE.parent))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert min(found["compiled"], os.cpu_count()) >= found["threads"] >= min(2, os.cpu_count())
+    # All of them, and each once.
+    assert found["compiled"] == found["variants"] > 3 and found["again"] == 0
+
+
+THREADS = """
+import json, threading
+import triton
+from compiled import Driver
+from test_warmup import make
+from triton.runtime import driver
+from vllm_mac import warmup
+from vllm_mac.kernels import hit
+
+driver.set_active(Driver(90))
+kernels = [getattr(module, name) for module, name in warmup.KERNELS]
+threads = set()
+triton.knobs.compilation.listener = lambda **facts: threads.add(threading.get_ident())
+decoder, layers, table = make(rows=9, d=32)
+with warmup.compilations() as compiled, warmup.compiling(kernels):
+    warmup._prefill(decoder, layers[:1]), warmup._decode(decoder, layers[:1])
+variants = sum(len(kernel.device_caches[0][0]) for kernel in kernels)
+hit._spills = lambda variant: 0  # only a GPU tells
+with warmup.compilations() as more, warmup.compiling(kernels):
+    warmup._prefill(decoder, layers[:1]), warmup._decode(decoder, layers[:1])
+print(json.dumps({"compiled": len(compiled), "variants": variants, "threads": len(threads), "again": len(more)}))
+"""

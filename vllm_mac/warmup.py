@@ -4,25 +4,32 @@ Triton compiles a kernel anew for each set of constants that a launcher gives it
 are 1 or multiples of 16. Both follow the number of rows of a step, in ways that only the launchers know.
 So there is no list of variants here: steps of every size are launched once, over rows that are all
 padding, and Triton compiles what it has not compiled yet. A launch without work takes microseconds.
+Before that, the same steps are gone through without launching, while threads compile.
 """
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 import triton
 
 from vllm_mac.fused import Decoder, rotation
+from vllm_mac.kernels import assign as assign_kernels
+from vllm_mac.kernels import audit, complete, exact, hit, plan, record, step
 from vllm_mac.kernels.assign import assign
-from vllm_mac.kernels.exact import _prefix_kernel
-from vllm_mac.kernels.hit import _hit_kernel
 from vllm_mac.kernels.record import record_prefill
-from vllm_mac.kernels.step import _step_kernel
 from vllm_mac.ring import RingTable
 
 logger = logging.getLogger("vllm.mac")
+KERNELS = (
+    (assign_kernels, "_assign_kernel"), (record, "_record_kernel"), (hit, "_hit_kernel"), (exact, "_prefix_kernel"),
+    (step, "_step_kernel"), (complete, "_complete_kernel"), (audit, "_tally_kernel"), (plan, "_pages_kernel"), (plan, "_plan_kernel"),
+)  # fmt: skip
 
 
 def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bool) -> None:
@@ -41,17 +48,26 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bo
         return
     decoder.warm = True
     begin = time.perf_counter()
-    with compilations() as compiled:
+    kinds = list({_kind(layer): layer for layer in layers}.values())
+
+    def launch():
         _assign(decoder, table, by_request)
-        kinds = list({_kind(layer): layer for layer in layers}.values())
         _prefill(decoder, kinds)
         if not decoder.plans_on_host:
             _decode(decoder, kinds)
+
+    # Triton's interpreter, for one, compiles nothing.
+    kernels = [kernel for module, name in KERNELS if isinstance(kernel := getattr(module, name), triton.JITFunction)]
+    with compilations() as compiled:
+        if kernels:
+            with compiling(kernels):
+                launch()
+        launch()
     logger.info(
         "MAC compiled %d kernel variants for up to %d sequences at once in %.1f s; %d were in Triton's cache",
         len(compiled), decoder.problem.max_rows, time.perf_counter() - begin, sum(compiled),
     )  # fmt: skip
-    spilled = {kernel.fn.__name__: most for kernel in (_hit_kernel, _prefix_kernel, _step_kernel) if (most := spills(kernel))}
+    spilled = {kernel.fn.__name__: most for kernel in kernels if (most := spills(kernel))}
     if spilled:
         problem = decoder.problem
         logger.warning(
@@ -62,16 +78,31 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bo
         )  # fmt: skip
 
 
-def spills(kernel) -> int:
+def spills(kernel: triton.JITFunction) -> int:
     """The most registers of a thread that a variant compiled for this GPU keeps in memory, for want of registers.
 
-    The compiler may do so, but there is one case that it gets wrong (see `hit._tune`), so ours are cut so as
+    The compiler may do so, but there is one case that it gets wrong (see `hit._enough`), so ours are cut so as
     to need none.
     """
-    if not hasattr(kernel, "device_caches"):  # Triton's interpreter compiles nothing
-        return 0
     variants = kernel.device_caches[triton.runtime.driver.active.get_current_device()][0].values()
     return max((variant.n_spills for variant in variants if variant.module is not None), default=0)  # of those loaded
+
+
+@contextmanager
+def compiling(kernels: Sequence[triton.JITFunction]) -> Iterator[None]:
+    """Launches compile, in threads, and do nothing else meanwhile; at the end all is compiled."""
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))))
+        stack.enter_context(triton.AsyncCompileMode(pool))
+        for kernel in kernels:
+            # What `kernel[grid](...)` calls, and `kernel.warmup(...)` too, with `warmup` true.
+            kernel.run = partial(_compile, kernel)
+            stack.callback(delattr, kernel, "run")
+        yield
+
+
+def _compile(kernel, *args, warmup, **kwargs):
+    return type(kernel).run(kernel, *args, warmup=True, **kwargs)
 
 
 @contextmanager
