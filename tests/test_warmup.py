@@ -242,22 +242,33 @@ def test_compilations_are_counted_and_others_still_told():
         knobs.compilation.listener = None
 
 
+class Launched(JITFunction):
+    """A kernel of which a launch takes nothing but the registers that its variant keeps in memory."""
+
+    def run(self, *, grid, warmup, n):
+        return SimpleNamespace(n_spills=n)
+
+
 def test_registers_kept_in_memory_are_told(monkeypatch, caplog):
-    """As Triton has it: variants by their key for each device, and numbers for those that were loaded."""
-    variant = lambda registers: SimpleNamespace(module=object(), n_spills=registers)
-    kernel = JITFunction(hit._hit_kernel.fn)
-    kernel.device_caches = {0: ({"a": variant(0), "b": variant(22), "c": variant(5), "d": SimpleNamespace(module=None)},)}
-    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
-    monkeypatch.setattr(warmup.triton.runtime, "driver", SimpleNamespace(active=active))
-    assert warmup.spills(kernel) == 22
-    monkeypatch.setattr(hit, "_hit_kernel", kernel)
+    """Of what is launched: a variant that was found wanting and left is nobody's concern."""
+
+    def steps(*_):
+        for n in (0, 22, 5):
+            hit._hit_kernel[(1,)](n=n)
+        hit._hit_kernel.warmup(grid=(1,), n=99)
+        exact._prefix_kernel[(1,)](n=0)
+
+    monkeypatch.setattr(hit, "_hit_kernel", Launched(hit._hit_kernel.fn))
+    monkeypatch.setattr(exact, "_prefix_kernel", Launched(exact._prefix_kernel.fn))
+    monkeypatch.setattr(warmup, "KERNELS", ((hit, "_hit_kernel"), (exact, "_prefix_kernel")))
     for name in ("_assign", "_prefill", "_decode"):
-        monkeypatch.setattr(warmup, name, lambda *args: None)
-    monkeypatch.setattr(warmup, "KERNELS", ((hit, "_hit_kernel"),))
+        monkeypatch.setattr(warmup, name, steps if name == "_decode" else lambda *args: None)
+    monkeypatch.setattr(Decoder, "all_triton", False)  # no pass that only compiles
     with caplog.at_level("WARNING", "vllm.mac"):
         warmup.warm_up(make(rows=2)[0], [], None, False)
     (record,) = caplog.records
-    assert "8/2 heads of size 64" in record.message and "22 a thread in _hit_kernel" in record.message
+    assert "8/2 heads of size 64 keep registers in memory, up to 22 a thread in _hit_kernel." in record.message
+    assert "run" not in vars(hit._hit_kernel), "what watched is gone"
 
 
 def test_threads_compile_before_anything_is_launched(tmp_path):
@@ -268,13 +279,15 @@ def test_threads_compile_before_anything_is_launched(tmp_path):
     done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert min(found["compiled"], os.cpu_count()) >= found["threads"] >= min(2, os.cpu_count())
-    # All of them, and each once.
-    assert found["compiled"] == found["variants"] > 3 and found["again"] == 0
+    cores = len(os.sched_getaffinity(0))
+    assert min(found["ahead"], cores) >= found["threads"] >= min(2, cores)
+    # Each once: all but what follows from how many registers a variant turned out to need.
+    assert found["ahead"] > 3 and found["variants"] == found["ahead"] + found["more"]
+    assert found["registers"] == [[], [168]] and found["more"] > 0
 
 
 THREADS = """
-import json, threading
+import contextlib, json, threading
 import triton
 from compiled import Driver
 from test_warmup import make
@@ -283,15 +296,24 @@ from vllm_mac import warmup
 from vllm_mac.kernels import hit
 
 driver.set_active(Driver(90))
-kernels = [getattr(module, name) for module, name in warmup.KERNELS]
-threads = set()
-triton.knobs.compilation.listener = lambda **facts: threads.add(threading.get_ident())
+hit._spills = lambda variant: max(0, 160 - variant.metadata.maxnreg)  # only a GPU tells
+threads, registers = [], []
+triton.knobs.compilation.listener = lambda **facts: threads.append(threading.get_ident())
 decoder, layers, table = make(rows=9, d=32)
-with warmup.compilations() as compiled, warmup.compiling(kernels):
-    warmup._prefill(decoder, layers[:1]), warmup._decode(decoder, layers[:1])
-variants = sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-hit._spills = lambda variant: 0  # only a GPU tells
-with warmup.compilations() as more, warmup.compiling(kernels):
-    warmup._prefill(decoder, layers[:1]), warmup._decode(decoder, layers[:1])
-print(json.dumps({"compiled": len(compiled), "variants": variants, "threads": len(threads), "again": len(more)}))
+
+@contextlib.contextmanager
+def instead(kernels):
+    registers.append(sorted(set(decoder._work.registers.values())))
+    ahead.extend(threads)
+    with warmup._running(kernels, warmup._compile):  # in place of launches
+        yield {}
+    registers.append(sorted(set(decoder._work.registers.values())))
+
+ahead, warmup.watching = [], instead
+warmup.warm_up(decoder, layers[:1], table, True)
+variants = sum(len(getattr(module, name).device_caches[0][0]) for module, name in warmup.KERNELS)
+print(json.dumps({
+    "variants": variants, "ahead": len(ahead), "more": len(threads) - len(ahead), "threads": len(set(ahead)),
+    "registers": registers,
+}))
 """

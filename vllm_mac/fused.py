@@ -47,6 +47,11 @@ class Decoder:
         self._auditor = Auditor(problem, device) if config.audit else None
 
     @property
+    def all_triton(self) -> bool:
+        """Whether a step launches kernels of Triton's only."""
+        return self._completes
+
+    @property
     def plans_on_host(self) -> bool:
         """Whether the engine for misses makes a plan on the host in every step, one for each number of rows."""
         return isinstance(self._exact, FlashInferExact) and not self._exact.device_planned

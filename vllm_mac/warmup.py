@@ -59,15 +59,15 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bo
     # Triton's interpreter, for one, compiles nothing.
     kernels = [kernel for module, name in KERNELS if isinstance(kernel := getattr(module, name), triton.JITFunction)]
     with compilations() as compiled:
-        if kernels:
+        if kernels and decoder.all_triton:  # FlashInfer's kernels would run after a plan that nobody made
             with compiling(kernels):
                 launch()
-        launch()
+        with watching(kernels) as spilled:
+            launch()
     logger.info(
         "MAC compiled %d kernel variants for up to %d sequences at once in %.1f s; %d were in Triton's cache",
         len(compiled), decoder.problem.max_rows, time.perf_counter() - begin, sum(compiled),
     )  # fmt: skip
-    spilled = {kernel.fn.__name__: most for kernel in kernels if (most := spills(kernel))}
     if spilled:
         problem = decoder.problem
         logger.warning(
@@ -78,31 +78,47 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bo
         )  # fmt: skip
 
 
-def spills(kernel: triton.JITFunction) -> int:
-    """The most registers of a thread that a variant compiled for this GPU keeps in memory, for want of registers.
-
-    The compiler may do so, but there is one case that it gets wrong (see `hit._enough`), so ours are cut so as
-    to need none.
-    """
-    variants = kernel.device_caches[triton.runtime.driver.active.get_current_device()][0].values()
-    return max((variant.n_spills for variant in variants if variant.module is not None), default=0)  # of those loaded
+@contextmanager
+def compiling(kernels: Sequence[triton.JITFunction]) -> Iterator[None]:
+    """Launches compile, in threads, and do nothing else meanwhile; at the end all is compiled but what fails to."""
+    # On a machine with several GPUs each has a process that does the same.
+    threads = max(1, min(16, len(os.sched_getaffinity(0)) // max(1, torch.cuda.device_count())))
+    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True), _running(kernels, _compile):
+        yield
 
 
 @contextmanager
-def compiling(kernels: Sequence[triton.JITFunction]) -> Iterator[None]:
-    """Launches compile, in threads, and do nothing else meanwhile; at the end all is compiled."""
+def watching(kernels: Sequence[triton.JITFunction]) -> Iterator[dict[str, int]]:
+    """By the names of kernels the most registers that a thread of what is launched keeps in memory, for want of registers.
+
+    The compiler may do so, but there is one case that it gets wrong (see `hit._enough`), so ours are cut so as
+    to need none. Kernels that do need none are left out.
+    """
+    spilled: dict[str, int] = {}
+    with _running(kernels, partial(_note, spilled)):
+        yield spilled
+
+
+@contextmanager
+def _running(kernels: Sequence[triton.JITFunction], run) -> Iterator[None]:
+    """What `kernel[grid](...)` calls, and `kernel.warmup(...)` with `warmup` true, is `run(kernel, ...)` meanwhile."""
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))))
-        stack.enter_context(triton.AsyncCompileMode(pool))
         for kernel in kernels:
-            # What `kernel[grid](...)` calls, and `kernel.warmup(...)` too, with `warmup` true.
-            kernel.run = partial(_compile, kernel)
+            kernel.run = partial(run, kernel)
             stack.callback(delattr, kernel, "run")
         yield
 
 
 def _compile(kernel, *args, warmup, **kwargs):
     return type(kernel).run(kernel, *args, warmup=True, **kwargs)
+
+
+def _note(spilled: dict[str, int], kernel, *args, warmup, **kwargs):
+    variant = type(kernel).run(kernel, *args, warmup=warmup, **kwargs)
+    if not warmup and variant.n_spills:
+        name = kernel.fn.__name__
+        spilled[name] = max(variant.n_spills, spilled.get(name, 0))
+    return variant
 
 
 @contextmanager
