@@ -18,7 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.group import hit_program
 
-MOST = 255  # registers that a thread can have
+# Per thread: with so many, four, three and two programs of four warps run at once on a multiprocessor. No thread has more.
+REGISTERS = (128, 168, 255)
 
 COUNTERS = (
     "heads_hit",
@@ -186,7 +187,7 @@ def _enough(wanted: int | None, launch: dict, grid: tuple, work: Workspace, kind
     It could, but for ptxas 12.8 and 12.9: in `@P0 IADD3 R10, P0, ...; @P0 STL [R1+0x4], R10` the carry takes the place
     of the condition, and what is later loaded from there is garbage, here an address.
     """
-    limits = [wanted] if wanted is None else [wanted, *(more for more in (168, MOST) if more > wanted)]
+    limits = [wanted] if wanted is None else [limit for limit in REGISTERS if limit >= wanted]
     enough = limits[-1]
     for limit in limits[:-1]:
         variant = _hit_kernel.warmup(**launch, grid=grid, maxnreg=limit)
@@ -274,6 +275,7 @@ def _tune(
     group = heads // kv_heads
     # Where programs queue, a multiprocessor should hold a fourth one.
     tight = group > 8 or rows * (heads * splits + kv_heads * bands) > slots and group & (group - 1) == 0
+    few, usual, most = REGISTERS
     tokens = 32 if dp > 128 else 64
     return {
         "splits": splits,
@@ -286,5 +288,5 @@ def _tune(
         "stages": 2 if splits == 1 else 1,
         "near_stages": 3,
         "warps": 4 if group <= 8 else 8,
-        "registers": MOST if dp > 128 else 128 if tight else 168,
+        "registers": most if dp > 128 else few if tight else usual,
     }

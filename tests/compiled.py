@@ -12,14 +12,14 @@ import sys
 import tempfile
 
 import torch
-from test_warmup import DECODE, OTHERS, make
+from test_warmup import fill_plans, make
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from vllm_mac import warmup
 from vllm_mac.fused import rotation
-from vllm_mac.kernels import complete, hit, plan, step
+from vllm_mac.kernels import complete, hit, step
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.hit import Workspace
 
@@ -69,20 +69,10 @@ def stack(cubin: bytes) -> int:
     return int(found)
 
 
-def fill_plan(rows: int, kv_heads: int, slots: int, pdl: bool) -> None:
-    """What `FlashInferExact` launches to tell FlashInfer what to read."""
-    ints = lambda *size: torch.zeros(size, dtype=torch.int32)
-    tiles = plan.capacity(rows * kv_heads, slots)
-    made = plan.Plan.in_buffer(torch.zeros(64 * tiles + (1 << 16), dtype=torch.uint8), rows * kv_heads, tiles)
-    plan.write_pages(ints(rows, 37), ints(rows), ints(9), ints(rows + 1), ints(rows), kv_heads, 16, 0, 256, 9, 8, 1)
-    plan.write_plan(ints(rows), ints(rows, kv_heads), made, 0, 256, slots, pdl=pdl)
-
-
 def main(arch: int) -> None:
     driver.set_active(Driver(arch))
-    warmup.KERNELS = ()  # what is launched compiles, once
     (shared, sms), pdl, seen = GPUS[arch], arch >= 90, set()
-    for module, name in [*DECODE, *OTHERS, (complete, "_complete_kernel"), (plan, "_pages_kernel"), (plan, "_plan_kernel")]:
+    for module, name in warmup.KERNELS:
         setattr(module, name, Compiled(getattr(module, name), seen))
     hit._spills = lambda made: stack(made.asm["cubin"])
     allocate, default, init = Workspace.allocate.__func__, Tuning.default.__func__, TritonExact.__init__
@@ -106,7 +96,7 @@ def main(arch: int) -> None:
             layer.store, layer.config, 0.1, work, one, layer.counts, decoder._exact, **rotation(layer.rotary), paused=layer.paused,
         )  # fmt: skip
         # What goes before and after FlashInfer, which is not asked to plan without a GPU.
-        fill_plan(2, shape["kv_heads"], sms, pdl)
+        fill_plans(2, shape["kv_heads"], sms, pdl, columns=37, block_pages=8, head_pages=1)
         query = torch.empty(2, shape["heads"], shape["d"], dtype=shape["dtype"])
         complete.complete_misses(
             query, decoder.position, decoder.ring, layers[0].store, query, decoder._work.part_lse, decoder._work, query,

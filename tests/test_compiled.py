@@ -1,13 +1,10 @@
 """Every kernel compiles for the GPUs that are supported, and fits into their shared memory; no GPU is needed."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from compiled import GPUS
+from test_warmup import compiles
 
 HERE = Path(__file__).resolve().parent
 KERNELS = {
@@ -18,12 +15,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("arch", GPUS)
 def test_kernels_compile_and_fit(arch, tmp_path):
-    path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent / "examples", HERE.parent))
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, str(HERE / "compiled.py"), str(arch)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = compiles(tmp_path, str(HERE / "compiled.py"), str(arch))
     assert {row["kernel"] for row in found} == KERNELS and len(found) >= 10
     assert all(row["shared"] <= GPUS[arch][0] for row in found), found
     assert max(row["shared"] for row in found) > 0

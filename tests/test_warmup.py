@@ -22,9 +22,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from vllm_mac import audit, warmup
 from vllm_mac.config import resolve
 from vllm_mac.fused import Decoder, rotation
-from vllm_mac.kernels import assign as assign_kernels
-from vllm_mac.kernels import audit as audit_kernels
-from vllm_mac.kernels import exact, hit, plan, record, step
+from vllm_mac.kernels import exact, hit, plan
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.exact import PrefixProblem
 from vllm_mac.kernels.hit import Workspace
@@ -35,8 +33,6 @@ from vllm_mac.rope import Rotary
 HERE = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = CUDABackend(GPUTarget("cuda", 90, 32))
-DECODE = [(hit, "_hit_kernel"), (exact, "_prefix_kernel"), (step, "_step_kernel"), (audit_kernels, "_tally_kernel")]
-OTHERS = [(record, "_record_kernel"), (assign_kernels, "_assign_kernel")]
 
 
 class Variants:
@@ -66,7 +62,7 @@ def variants(monkeypatch):
     allocate = Workspace.allocate.__func__
     as_h200 = lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=396, pdl=True)
     monkeypatch.setattr(Workspace, "allocate", classmethod(as_h200))
-    for module, name in [*DECODE, *OTHERS, (plan, "_pages_kernel"), (plan, "_plan_kernel")]:
+    for module, name in warmup.KERNELS:
         monkeypatch.setattr(module, name, Variants(getattr(module, name), found))
     return found
 
@@ -163,21 +159,25 @@ def test_every_size_has_few_variants(variants):
     assert counts["_hit_kernel"] <= 10 and counts["_prefix_kernel"] <= 18 and len(variants) <= 31
 
 
+def fill_plans(most: int, kv_heads: int, slots: int, pdl: bool, columns: int, block_pages: int, head_pages: int) -> None:
+    """What `FlashInferExact` launches to tell FlashInfer what to read, for each number of rows up to `most`."""
+    ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=DEVICE)
+    tiles = plan.capacity(most * kv_heads, slots)
+    buffer = torch.zeros(64 * tiles + (1 << 16), dtype=torch.uint8, device=DEVICE)
+    made = plan.Plan.in_buffer(buffer, most * kv_heads, tiles)
+    for n in range(1, most + 1):
+        plan.write_pages(
+            ints(most, columns)[:n], ints(n), ints(9), ints(n + 1), ints(n), kv_heads, 16, 0, 256, 9, block_pages, head_pages
+        )  # fmt: skip
+        plan.write_plan(ints(n), ints(n, kv_heads), made, 0, 256, slots, pdl=pdl)
+
+
 def test_flashinfers_plans_have_their_variants(variants):
     """`begin_step` and `run` of `FlashInferExact` launch these two for so many rows."""
-    rows, kv_heads = 70, 8
-    ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=DEVICE)
-    tiles = plan.capacity(rows * kv_heads, 264)
-    buffer = torch.zeros(64 * tiles + (1 << 16), dtype=torch.uint8, device=DEVICE)
-    made = plan.Plan.in_buffer(buffer, rows * kv_heads, tiles)
     found = []
     for columns, block_pages, head_pages in ((1, 128, 1), (37, 8, 1), (64, 1, 77)):
         variants.clear()
-        for n in range(1, rows + 1):
-            plan.write_pages(
-                ints(rows, columns)[:n], ints(n), ints(9), ints(n + 1), ints(n), kv_heads, 16, 0, 256, 9, block_pages, head_pages
-            )  # fmt: skip
-            plan.write_plan(ints(n), ints(n, kv_heads), made, 0, 256, 264, pdl=True)
+        fill_plans(70, 8, 264, True, columns, block_pages, head_pages)
         found.append(set(variants))
     assert found[0] == found[1] == found[2] and {x[0] for x in found[0]} == {"_pages_kernel", "_plan_kernel"}
 
@@ -271,14 +271,19 @@ def test_registers_kept_in_memory_are_told(monkeypatch, caplog):
     assert "run" not in vars(hit._hit_kernel), "what watched is gone"
 
 
-def test_threads_compile_before_anything_is_launched(tmp_path):
-    """Every variant of a small server's kernels, for a GPU that is not there: a launch would fail."""
+def compiles(cache: Path, *arguments: str) -> list[dict]:
+    """The JSON lines that Python prints where Triton compiles, into a cache of its own, also without a GPU."""
     path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent / "examples", HERE.parent))
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_threads_compile_before_anything_is_launched(tmp_path):
+    """Every variant of a small server's kernels, for a GPU that is not there: a launch would fail."""
+    (found,) = compiles(tmp_path, "-c", THREADS)
     cores = len(os.sched_getaffinity(0))
     assert min(found["ahead"], cores) >= found["threads"] >= min(2, cores)
     # Each once: all but what follows from how many registers a variant turned out to need.
