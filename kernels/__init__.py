@@ -3,8 +3,8 @@
 `hit.decode_hits` matches every head, decodes the KV groups that hit from start to finish, and
 leaves for the groups that missed what does not depend on their prefix. `exact.TritonExact` reads the
 prefix of those and finishes them (`complete.complete_group`); after FlashInfer `complete.complete_misses`
-finishes them. `step.decode_step` does the work of both in one launch, for small batches. `group` and `prefix`
-hold what one program of these does, `match` and `amend` device code of the two stages whose names they bear.
+finishes them. `group` and `prefix` hold the kernels of `hit` and `exact`, `match` and `amend` device code of the two stages
+whose names they bear.
 
 Letters: `B` rows, `H` query heads, `K` KV heads, `G = H / K`, `D` head size, `W` window, `R`
 rings, `BS` page size. Kernel variables: `i_` index of a program, `o_` offsets of a block, `m_`

@@ -15,11 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.hit import Workspace
-from vllm_mac.kernels.prefix import prefix_program
+from vllm_mac.kernels.prefix import prefix_kernel
 
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -59,34 +58,6 @@ class PrefixProblem:
     @property
     def first(self) -> int:
         return -(-self.sink // self.page_size) * self.page_size
-
-
-# Rows change from step to step, and what depends on them must not compile it anew.
-@triton.jit(do_not_specialize=("groups", "stride_table"))
-def _prefix_kernel(
-    query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived,
-    groups, first_token, band, scale_log2,
-    stride_qb, stride_qh, stride_page, stride_head, stride_token, stride_table,
-    stride_ob, stride_oh, stride_lb,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BN: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    P: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, OF_HITS: tl.constexpr,
-    ring=None, cos_sin=None, left_out=None, left_lse=None,
-    ring_query=None, ring_out=None, ring_lse=None, ring_chain=None,
-    W: tl.constexpr = 0, SINK: tl.constexpr = 0, ROTARY: tl.constexpr = 0, NEOX: tl.constexpr = True,
-):  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    prefix_program(
-        tl.program_id(0), tl.num_programs(0),
-        query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived, None,
-        groups, first_token, band, scale_log2,
-        stride_qb, stride_qh, stride_page, stride_head, stride_token, stride_table, stride_ob, stride_oh, stride_lb,
-        ring, cos_sin, left_out, left_lse, ring_query, ring_out, ring_lse, ring_chain,
-        K, G, D, PAGE, BN, BG, BM, BD, BR, P, UNROLL, STAGES, DOT, OF_HITS, W, SINK, ROTARY, NEOX,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +115,7 @@ class Tuning:
 
 
 class TritonExact:
-    """Exact prefix attention of missed groups by `_prefix_kernel`. One object serves all layers.
+    """Exact prefix attention of missed groups by `prefix_kernel`. One object serves all layers.
 
     Buffers are allocated here; `run` allocates nothing and waits for nothing, so it may be
     captured in a CUDA graph. Calls that share an object must not overlap.
@@ -181,7 +152,6 @@ class TritonExact:
         self._part_out = torch.empty(slots, problem.head_size, dtype=torch.float32, device=device)
         self._part_lse = torch.empty(slots, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(4 * programs, dtype=torch.int32, device=device)
-        self.mail = torch.zeros(programs, dtype=torch.int64, device=device)  # for `step`; all 0 between launches
 
     def begin_step(self, block_table: Tensor, position: Tensor, kv: Tensor) -> None:
         """Once a step, before the layers. This engine has nothing to prepare."""
@@ -211,26 +181,21 @@ class TritonExact:
         rows = len(query)
         if rows > self.problem.max_rows:
             raise ValueError(f"query: {rows} rows, choose at most max_rows ({self.problem.max_rows})")
-        _prefix_kernel[(self.programs,)](
-            query=query, kv=kv, block_table=block_table, position=position, out=out,
-            stride_qb=query.stride(0), stride_qh=query.stride(1),
-            stride_page=kv.stride(0), stride_head=kv.stride(1), stride_token=kv.stride(2),
-            stride_table=block_table.stride(0), stride_ob=out.stride(0), stride_oh=out.stride(1),
-            hit=hit, lse=lse, stride_lb=0 if lse is None else lse.stride(0),
-            **self.arguments(rows), **({} if completion is None else {**completion.arguments(), "SINK": self.problem.sink}),
-            PDL=self.pdl, **({"launch_pdl": True} if self.pdl else {}),
-        )  # fmt: skip
-
-    def arguments(self, rows: int) -> dict:
-        """What `prefix_program` takes by name for a batch of so many rows, beside tensors that others own."""
         p, t = self.problem, self.tuning
         groups = rows * p.kv_heads
         heads, width = triton.next_power_of_2(p.group), triton.next_power_of_2(p.head_size)
-        return dict(
+        prefix_kernel[(self.programs,)](
+            query=query, kv=kv, block_table=block_table, position=position, hit=hit, out=out, lse=lse,
             part_out=self._part_out, part_lse=self._part_lse, arrived=self._arrived,
             groups=groups, first_token=p.first, band=p.band, scale_log2=p.scale * LOG2_E.value,
+            stride_qb=query.stride(0), stride_qh=query.stride(1),
+            stride_page=kv.stride(0), stride_head=kv.stride(1), stride_token=kv.stride(2),
+            stride_table=block_table.stride(0), stride_ob=out.stride(0), stride_oh=out.stride(1),
+            stride_lb=0 if lse is None else lse.stride(0),
             K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
             BN=t.block, BG=max(16, heads), BM=heads, BD=width, BR=max(16, triton.next_power_of_2(groups)),
             P=self._block, UNROLL=max(1, min(8, 4096 // (heads * width))),
-            STAGES=t.stages, DOT=self._dot, OF_HITS=self.of_hits, num_warps=t.warps, num_stages=t.stages,
+            STAGES=t.stages, DOT=self._dot, PDL=self.pdl, OF_HITS=self.of_hits,
+            **({} if completion is None else {**completion.arguments(), "SINK": p.sink}),
+            num_warps=t.warps, num_stages=t.stages, **({"launch_pdl": True} if self.pdl else {}),
         )  # fmt: skip

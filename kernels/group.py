@@ -1,22 +1,22 @@
-"""What one program of a KV group does: a part of the band, or of a ring, and the whole rest if it is the last.
+"""The kernel that `hit` launches: match, amend and complete of the KV groups that hit.
 
-Device code, called by the kernels of `hit` and `step`. `paged.decode` is the oracle.
+`paged.decode` is the oracle.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.amend import LOG2_E, attend, combine, finish, unfinish
 from vllm_mac.kernels.match import LAST, NO_KEY, narrow, scan, unrotate
 
 
-@triton.jit
-def hit_program(
-    i_part, i_k, i_row,
+@triton.jit(do_not_specialize=("s_table",))  # as wide as the longest sequence may be
+def hit_kernel(
     p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
     p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
     p_out, p_source, p_hit, p_counters, p_key, p_key_lse, p_band_acc, p_band_sum, p_part_out, p_part_lse,
-    p_arrived, p_paused, p_mail, readers,
+    p_arrived, p_paused,
     s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
     log2_scale, bound, strict, lag_weight, mass_floor,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
@@ -27,14 +27,15 @@ def hit_program(
     SCAN_STAGES: tl.constexpr,
     NB: tl.constexpr, BB: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
     MP: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
-    TP: tl.constexpr, BAND_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr, MAILS: tl.constexpr,
+    TP: tl.constexpr, BAND_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The part `i_part` of `NB + G * S` of one KV group, `i_k` of row `i_row` (int64).
-
-    p_mail: `[readers]` int64, or None. Each group that has a ring, or left something of a sink, adds
-    1 to the upper half of every word once it is decided, and on a hit the bit of its number,
-    `i_row * K + i_k`, to the lower; on a miss what is left of it has been written by then.
-    """
+    """Program `(i_part, i_k, i_row)`: of the `NB + G * S` programs of a group the first `NB` attend to a part of
+    band and sink each, the others scan a part of one head's ring, and the last to arrive does all the rest."""
+    if PDL:
+        gdc_wait()
+        # In this order: what is launched early then finds all that was written before this kernel, see `prefix`.
+        gdc_launch_dependents()
+    i_part, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H: tl.constexpr = K * G
     m = tl.load(p_position + i_row).to(tl.int32)
     ring = tl.load(p_ring + i_row).to(tl.int64)
@@ -172,12 +173,6 @@ def hit_program(
     o_head = i_row * H + o_h
     tl.store(p_source + o_head, source, mask=m_g)
     tl.store(p_hit + i_row * K + i_k, hit.to(tl.int32))
-    if p_mail is not None:
-        o_mail = tl.arange(0, MAILS)
-        decided = tl.full((MAILS,), 1 << 32, tl.int64)
-        if hit:  # of which the reader needs nothing else, so that this waits for nothing
-            bit = tl.full((), 1, tl.int64) << (i_row * K + i_k)
-            tl.atomic_add(p_mail + o_mail, decided + bit, mask=o_mail < readers, sem="relaxed")
 
     # On a hit each head amends from its own match on; on a miss all read to the first whole page.
     m_reuse = o_g < tl.where(hit, G, 0)
@@ -246,9 +241,6 @@ def hit_program(
         tl.store(p_part_lse + o_part + 1, rest_lse, mask=m_g)
         tl.store(p_part_out + o_part[:, None] * D + o_d[None, :], near_out, mask=m_gd)
         tl.store(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], rest_out, mask=m_gd)
-        if p_mail is not None:
-            tl.debug_barrier()  # all threads' stores precede each thread's release
-            tl.atomic_add(p_mail + o_mail, decided, mask=o_mail < readers, sem="release", scope="gpu")
 
     kind = tl.where(hit, 0, tl.where(matching, 1, tl.where(m + 1 < MIN_CONTEXT, 2, 3)))
     if p_paused is not None:

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.amend import LOG2_E
-from vllm_mac.kernels.group import hit_program
+from vllm_mac.kernels.group import hit_kernel
 
 # Per thread: with so many, four, three and two programs of four warps run at once on a multiprocessor. No thread has more.
 REGISTERS = (128, 168, 255)
@@ -30,41 +28,6 @@ COUNTERS = (
     "tokens_read",
     "tokens_skipped",
 )
-
-
-@triton.jit(do_not_specialize=("s_table",))  # as wide as the longest sequence may be
-def _hit_kernel(
-    p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
-    p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
-    p_out, p_source, p_hit, p_counters, p_key, p_key_lse, p_band_acc, p_band_sum, p_part_out, p_part_lse,
-    p_arrived, p_paused,
-    s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
-    log2_scale, bound, strict, lag_weight, mass_floor,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
-    BAND: tl.constexpr, SINK: tl.constexpr, WHOLE: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
-    LAGGED: tl.constexpr, RELATIVE: tl.constexpr, ANCHORED: tl.constexpr, WEIGHED: tl.constexpr,
-    ROTARY: tl.constexpr, NEOX: tl.constexpr,
-    S: tl.constexpr, BW: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr,
-    SCAN_STAGES: tl.constexpr,
-    NB: tl.constexpr, BB: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
-    MP: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
-    TP: tl.constexpr, BAND_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    hit_program(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64),
-        p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
-        p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
-        p_out, p_source, p_hit, p_counters, p_key, p_key_lse, p_band_acc, p_band_sum, p_part_out, p_part_lse,
-        p_arrived, p_paused, None, 0,
-        s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
-        log2_scale, bound, strict, lag_weight, mass_floor,
-        K, G, D, W, PAGE, BAND, SINK, WHOLE, MIN_CONTEXT, MAX_CHAIN, LAGGED, RELATIVE, ANCHORED, WEIGHED,
-        ROTARY, NEOX, S, BW, SPAN, HALVES, SCAN_STAGES, NB, BB, CHUNK, BT, MP, M, DP, SP,
-        TP, BAND_STAGES, NEAR_STAGES, 1,
-    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -167,58 +130,10 @@ def decode_hits(
         is_neox: whether RoPE pairs `j` with `j + rotary_dim/2`, else `2j` with `2j + 1`.
         paused: `[1]` int32, nonzero while the layer is to be exact; None where it never is.
     """
-    parts, arguments, tune = program_arguments(
-        query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin, is_neox,
-        paused, work.slots,
-    )  # fmt: skip
-    grid = (parts, kv.shape[1], len(query))
-    launch = dict(**arguments, PDL=work.pdl, num_warps=tune["warps"], **({"launch_pdl": True} if work.pdl else {}))
-    # All that may make another variant of it, among steps that share a workspace.
-    kind = (
-        len(query), store.query.dtype, None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1]), is_neox, paused is None,
-    )  # fmt: skip
-    registers = work.registers[kind] if kind in work.registers else _enough(tune["registers"], launch, grid, work, kind)
-    _hit_kernel[grid](**launch, maxnreg=registers)
-
-
-def _enough(wanted: int | None, launch: dict, grid: tuple, work: Workspace, kind: tuple) -> int | None:
-    """Registers per thread: as many as wanted, or more where a thread would have to keep others in memory.
-
-    It could, but for ptxas 12.8 and 12.9: in `@P0 IADD3 R10, P0, ...; @P0 STL [R1+0x4], R10` the carry takes the place
-    of the condition, and what is later loaded from there is garbage, here an address.
-    """
-    limits = [wanted] if wanted is None else [limit for limit in REGISTERS if limit >= wanted]
-    enough = limits[-1]
-    for limit in limits[:-1]:
-        variant = _hit_kernel.warmup(**launch, grid=grid, maxnreg=limit)
-        if isinstance(variant, triton.FutureKernel):  # being compiled: see `warmup.compiling`
-            return limit
-        if not _spills(variant):
-            enough = limit
-            break
-    work.registers[kind] = enough
-    return enough
-
-
-def _spills(variant) -> int:
-    """Registers of a thread that a compiled kernel keeps in memory."""
-    if variant is None:  # Triton's interpreter compiles nothing
-        return 0
-    variant._init_handles()  # only the driver tells
-    return variant.n_spills
-
-
-def program_arguments(
-    query, position, ring, first, block_table, kv, store, config, scale, work, out, counters, cos_sin, is_neox, paused, slots
-) -> tuple[int, dict, dict]:  # fmt: skip
-    """`(parts, arguments, tune)`: programs of a KV group, what `hit_program` takes by name, and what that follows.
-
-    slots: programs that the device runs at once. All else is as for `decode_hits`.
-    """
     rows, heads, d = query.shape
     kv_heads, page = kv.shape[1], kv.shape[2]
     group, window = heads // kv_heads, store.query.shape[2]
-    tune = work.tune or _tune(rows, heads, kv_heads, slots, d, window, store.query.dtype.itemsize)
+    tune = work.tune or _tune(rows, heads, kv_heads, work.slots, d, window, store.query.dtype.itemsize)
     splits = max(1, min(tune["splits"], work.MAX_SPLITS, triton.cdiv(window, 16)))
     bn = tune["bn"]
     tail = triton.cdiv(config.band + config.sink, bn)
@@ -228,7 +143,7 @@ def program_arguments(
     bound = 2.0 * (1 if relative else d) * (1.0 - config.threshold) ** 2
     # The limit of a summary without mass is so much looser, see `reference.relief`.
     loosest = 1.0 if config.mass_floor is None else (1.0 + 1.0 / config.mass_floor) ** 2
-    return bands + group * splits, dict(
+    launch = dict(
         p_query=query, p_cos_sin=cos_sin, p_position=position, p_ring=ring, p_first=first, p_table=block_table, p_kv=kv,
         p_ring_query=store.query, p_ring_out=store.out, p_ring_lse=store.lse, p_ring_chain=store.chain,
         p_out=out, p_source=work.source, p_hit=work.hit, p_counters=counters, p_key=work.key, p_key_lse=work.key_lse,
@@ -251,7 +166,42 @@ def program_arguments(
         DP=triton.next_power_of_2(d), SP=triton.next_power_of_2(splits),
         TP=triton.next_power_of_2(window // page + 2),
         BAND_STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"],
-    ), tune  # fmt: skip
+        PDL=work.pdl, num_warps=tune["warps"], **({"launch_pdl": True} if work.pdl else {}),
+    )  # fmt: skip
+    grid = (bands + group * splits, kv_heads, rows)
+    # All that may make another variant of it, among steps that share a workspace.
+    kind = (
+        rows, store.query.dtype, None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1]), is_neox, paused is None,
+    )  # fmt: skip
+    registers = work.registers[kind] if kind in work.registers else _enough(tune["registers"], launch, grid, work, kind)
+    hit_kernel[grid](**launch, maxnreg=registers)
+
+
+def _enough(wanted: int | None, launch: dict, grid: tuple, work: Workspace, kind: tuple) -> int | None:
+    """Registers per thread: as many as wanted, or more where a thread would have to keep others in memory.
+
+    It could, but for ptxas 12.8 and 12.9: in `@P0 IADD3 R10, P0, ...; @P0 STL [R1+0x4], R10` the carry takes the place
+    of the condition, and what is later loaded from there is garbage, here an address.
+    """
+    limits = [wanted] if wanted is None else [limit for limit in REGISTERS if limit >= wanted]
+    enough = limits[-1]
+    for limit in limits[:-1]:
+        variant = hit_kernel.warmup(**launch, grid=grid, maxnreg=limit)
+        if isinstance(variant, triton.FutureKernel):  # being compiled: see `warmup.compiling`
+            return limit
+        if not _spills(variant):
+            enough = limit
+            break
+    work.registers[kind] = enough
+    return enough
+
+
+def _spills(variant) -> int:
+    """Registers of a thread that a compiled kernel keeps in memory."""
+    if variant is None:  # Triton's interpreter compiles nothing
+        return 0
+    variant._init_handles()  # only the driver tells
+    return variant.n_spills
 
 
 def _tune(

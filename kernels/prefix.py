@@ -1,4 +1,4 @@
-"""What one program does of the exact attention over the prefixes of the missed (row, KV head) groups.
+"""The kernel of `exact`: exact attention over the prefixes of the missed (row, KV head) groups.
 
 The work of all missed groups is one line of units of `BN` tokens, cut into as many equal
 pieces as there are programs: whatever the number of misses and the lengths of their
@@ -6,11 +6,12 @@ prefixes, every program reads the same number of tokens. A program therefore mee
 one group that began in an earlier program and one that goes on in a later one. Those leave
 partial results, and the program that arrives last merges them.
 
-Device code, called by the kernels of `exact` and `step`; letters and variables are as there. **LSE base 2.**
+Letters and variables are as in `exact`. **LSE base 2.**
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.complete import complete_group
 
@@ -79,25 +80,26 @@ def _complete(
     )  # fmt: skip
 
 
-@triton.jit
-def prefix_program(
-    i_p, programs,
-    query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived, mail,
+# Rows change from step to step, and what depends on them must not compile it anew.
+@triton.jit(do_not_specialize=("groups", "stride_table"))
+def prefix_kernel(
+    query, kv, block_table, position, hit, out, lse, part_out, part_lse, arrived,
     groups, first_token, band, scale_log2,
     stride_qb, stride_qh, stride_page, stride_head, stride_token, stride_table,
     stride_ob, stride_oh, stride_lb,
-    ring, cos_sin, left_out, left_lse, ring_query, ring_out, ring_lse, ring_chain,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BN: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    P: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, OF_HITS: tl.constexpr,
-    W: tl.constexpr, SINK: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
+    P: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, OF_HITS: tl.constexpr,
+    ring=None, cos_sin=None, left_out=None, left_lse=None,
+    ring_query=None, ring_out=None, ring_lse=None, ring_chain=None,
+    W: tl.constexpr = 0, SINK: tl.constexpr = 0, ROTARY: tl.constexpr = 0, NEOX: tl.constexpr = True,
 ):  # fmt: skip
-    """The share of program `i_p` of `programs`.
-
-    With rings `out` is what the layer gives, and `lse` nothing. mail: None, or in place of `hit` the words
-    that the programs of `group.hit_program` write meanwhile, of which this one waits for its own.
-    """
+    """With rings `out` is what the layer gives, and `lse` nothing."""
     COMPLETE: tl.constexpr = ring_query is not None
+    if PDL:
+        gdc_launch_dependents()
+    i_p, programs = tl.program_id(0), tl.num_programs(0)
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
     o_g, o_m, o_p = tl.arange(0, BG), tl.arange(0, BM), tl.arange(0, 2 * P)
 
@@ -106,19 +108,17 @@ def prefix_program(
     b_m = tl.load(position + o_r // K, mask=o_r < groups, other=-1).to(tl.int32)  # [BR]
     if COMPLETE:
         b_ring = tl.load(ring + o_r // K, mask=o_r < groups, other=-1)  # [BR]
-    if mail is None:
-        b_hit = tl.load(hit + o_r, mask=o_r < groups, other=0) != 0  # [BR]
-    else:
-        decided = tl.sum(((b_m >= 0) & ((b_ring >= 0) | (SINK > 0))).to(tl.int64), 0)
-        known = tl.zeros((), tl.int64)
-        while known < decided:
-            known = tl.load(mail + i_p, volatile=True) >> 32
-        tl.debug_barrier()  # each warp looks for itself, and none may find the word reset
-        # All that was written before is seen from here on. 0 is for the next launch; nobody else reads the word.
-        # (Read again: of what comes out of a loop the compiler knows too little to pipeline what depends on it.)
-        word = tl.atomic_xchg(mail + i_p, tl.zeros((), tl.int64), mask=decided > 0, sem="acquire", scope="gpu")
-        word = tl.where(decided > 0, word, 0)
-        b_hit = ((word >> o_r) & 1) != 0  # [BR]
+    if PDL:
+        if COMPLETE and SINK == 0:
+            # Rows without a ring are read whole: nothing of theirs comes from `hit`, which was launched just before
+            # and lets this kernel start when all before it has ended.
+            if tl.max(b_ring, 0) >= 0:
+                gdc_wait()
+        else:
+            gdc_wait()
+    b_hit = tl.load(hit + o_r, mask=o_r < groups, other=0) != 0  # [BR]
+    if COMPLETE and SINK == 0:
+        b_hit = b_hit & (b_ring >= 0)  # else `hit` may not have been written yet
     if COMPLETE:  # the band of a row without a ring is read like its prefix
         b_m += tl.where((b_ring < 0) & (b_m >= 0), band, 0)
     b_tokens = tl.where(b_hit == OF_HITS, tl.maximum(b_m + 1 - band - first_token, 0), 0)
@@ -262,3 +262,5 @@ def prefix_program(
                 at_out = out + row * stride_ob + i_k * G * stride_oh
                 _finish(at_out, lse + row * stride_lb + i_k * G, b_r, b_rl, stride_oh, o_m, o_d, G, D)
         unit = segment_end
+    if PDL:
+        gdc_wait()  # what follows this kernel takes `hit` for ended too

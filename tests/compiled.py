@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 from vllm_mac import warmup
 from vllm_mac.fused import rotation
-from vllm_mac.kernels import complete, hit, step
+from vllm_mac.kernels import complete, hit
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.hit import Workspace
 
@@ -89,12 +89,6 @@ def main(arch: int) -> None:
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch >= 89 and shape["dtype"] == torch.float16 else {}
         decoder, layers, table = make(window=512, band=256, min_context=2048, **shape, **float8)
         warmup.warm_up(decoder, layers[:1], table, True)
-        # All in one launch, wherever that is faster.
-        layer, work, one = layers[0], decoder._work, torch.empty(1, shape["heads"], shape["d"], dtype=shape["dtype"])
-        step.decode_step(
-            one, decoder.position, decoder.ring, decoder.first, torch.zeros(1, 1, dtype=torch.int32), *warmup._cache(decoder)[:1],
-            layer.store, layer.config, 0.1, work, one, layer.counts, decoder._exact, **rotation(layer.rotary), paused=layer.paused,
-        )  # fmt: skip
         # What goes before and after FlashInfer, which is not asked to plan without a GPU.
         fill_plans(2, shape["kv_heads"], sms, pdl, columns=37, block_pages=8, head_pages=1)
         query = torch.empty(2, shape["heads"], shape["d"], dtype=shape["dtype"])

@@ -8,7 +8,7 @@ from test_warmup import compiles
 
 HERE = Path(__file__).resolve().parent
 KERNELS = {
-    "_hit_kernel", "_prefix_kernel", "_step_kernel", "_complete_kernel", "_tally_kernel", "_record_kernel", "_assign_kernel",
+    "hit_kernel", "prefix_kernel", "_complete_kernel", "_tally_kernel", "_record_kernel", "_assign_kernel",
     "_pages_kernel", "_plan_kernel",
 }  # fmt: skip
 

@@ -18,7 +18,6 @@ from vllm_mac.kernels import hit
 from vllm_mac.kernels.complete import complete_misses
 from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact
 from vllm_mac.kernels.hit import COUNTERS, Workspace, decode_hits
-from vllm_mac.kernels.step import MAX_GROUPS, decode_step
 from vllm_mac.reference import Entry, Partial
 from vllm_mac.ring import RingStore, narrow
 from vllm_mac.rope import Rotary
@@ -252,7 +251,7 @@ class Batch:
         )  # fmt: skip
 
     def engine(self):
-        """The engine for misses, which completes them in one launch; not made anew for each step."""
+        """The engine for misses, which also completes them; not made anew for each step."""
         if self._engine is None:
             rows, heads, d = self.query.shape
             problem = PrefixProblem(
@@ -269,14 +268,6 @@ class Batch:
         hit = self.work.hit[: len(self.query)]
         self.engine().run(self.query, self.kv, self.table, self.position, hit, self.out, None, completion)
 
-    def step_at_once(self):
-        """Hits and misses in one launch."""
-        decode_step(
-            self.query, self.position, self.ring, self.first, self.table, self.kv,
-            self.store, self.config, self.scale, self.work, self.out, self.counters, self.engine(),
-            self.cos_sin, self.case.neox, paused=self.paused,
-        )  # fmt: skip
-
     def check(self):
         """Run one step, its misses completed in every way, and compare everything it may write with the
         oracle. Returns its steps."""
@@ -284,17 +275,15 @@ class Batch:
         rough, rough_entries = self.oracle(self.case.dtype)
         prefix = self.prefix(steps)
         before = {name: getattr(self.store, name).clone() for name in ("query", "out", "lse", "chain")}
-        ways = {"apart": (self.launch, lambda: self.finish(prefix)), "two launches": (self.launch, self.finish_at_once)}
-        if self.work.hit[: len(self.query)].numel() <= MAX_GROUPS:
-            ways["one launch"] = (self.step_at_once,)
-        for way, launches in ways.items():
+        for finish in (lambda: self.finish(prefix), self.finish_at_once):
             for name, content in before.items():
                 getattr(self.store, name).copy_(content)
             self.out.fill_(torch.nan)
+            self.work.hit.fill_(-9)
             self.counters.zero_()
-            self.work.whole = way != "apart"
-            for launch in launches:
-                launch()
+            self.work.whole = finish == self.finish_at_once
+            self.launch()
+            finish()
             self.compare(steps, entries, rough, rough_entries, RingStore(**{k: x.clone() for k, x in before.items()}))
         return steps
 
@@ -355,7 +344,7 @@ class Batch:
                 equal_nan=True,
             )
         assert dict(zip(COUNTERS, self.counters.tolist(), strict=True)) == expected
-        assert not self.work.arrived.any() and not self.engine().mail.any()
+        assert not self.work.arrived.any()
         for i, n in enumerate(case.lengths):
             if n == 0:
                 assert self.out[i].isnan().all() and (self.work.hit[i] == -9).all()
@@ -498,7 +487,7 @@ def test_every_threshold_runs_the_same_kernel(device):
             return lambda **arguments: launched.append(arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hit, "_hit_kernel", Kernel())
+        patch.setattr(hit, "hit_kernel", Kernel())
         for batch.config.threshold in (0.0, 0.45, 1.0):
             batch.launch()
     first, *others = launched
@@ -520,7 +509,7 @@ def test_threads_get_the_registers_that_they_need(device, monkeypatch):
         def __getitem__(self, grid):
             return lambda maxnreg, **arguments: launched.append((grid, maxnreg))
 
-    monkeypatch.setattr(hit, "_hit_kernel", Kernel())
+    monkeypatch.setattr(hit, "hit_kernel", Kernel())
     for wanted, needed, tried, taken in (
         (128, 120, [128], 128), (128, 160, [128, 168], 168), (128, 200, [128, 168], 255), (168, 400, [168], 255), (None, 99, [], None),
     ):  # fmt: skip
@@ -667,17 +656,6 @@ def test_the_entry_that_leaves_the_window_can_be_matched(device):
     assert all(step.source == [(199, 229)[i] - 32] * 4 for (i, _), step in steps.items())
 
 
-def test_one_launch_refuses_what_it_cannot_wait_for(device):
-    """More groups than a word has bits, and programs that would count differently, are errors, not endless waits."""
-    batch = Batch(Case(lengths=(100,) * 17), config(), device)
-    batch.work.whole = True
-    with pytest.raises(ValueError, match="17 rows of 2 KV heads, choose at most 32 groups"):
-        batch.step_at_once()
-    batch = Batch(Case(lengths=(100, 100)), config(), device)
-    with pytest.raises(ValueError, match="whole is False, choose True"):
-        batch.step_at_once()
-
-
 def test_rows_of_all_kinds(device):
     """Short, without a ring, padded, just begun, and plain rows in one batch."""
     case = Case(lengths=(30, 200, 0, 170, 180, 64, 300), ringless=(1,), fresh={3: 0, 4: 5})
@@ -803,14 +781,15 @@ def test_full_size_options(distance, ring_dtype, lag_weight, reuse, d, like_rows
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows, way", [(r, w) for r in (1, 3, 64) for w in ("apart", "two launches", "one launch") if r < 64 or w != "one launch"])
-def test_graph_replay(rows, way, device):
-    """A captured step, replayed on restored rings, gives the same, and follows changed inputs."""
+@pytest.mark.parametrize("rows, rings, whole", [(r, *x) for r in (1, 3, 64) for x in ((True, False), (True, True), (False, True))])
+def test_graph_replay(rows, rings, whole, device):
+    """A captured step, replayed on restored rings, gives the same, and follows changed inputs; also where no row has
+    a ring, so that the engine for misses does not wait for the match."""
     lengths = tuple(2100 + 37 * i for i in range(rows))
     settings = config(window=512, band=256, min_context=1024)
     # Without the entry whose slot the step overwrites: a second step would match what it wrote.
     fresh = dict.fromkeys(range(rows), 511)
-    batch = Batch(Case(lengths, "mixed", 4, 8, 128, 16, BF16, fresh=fresh), settings, device)
+    batch = Batch(Case(lengths, "mixed", 4, 8, 128, 16, BF16, fresh=fresh, ringless=() if rings else range(rows)), settings, device)
     names = ("query", "out", "lse", "chain")
     before = [getattr(batch.store, name).clone() for name in names]
     prefix = (
@@ -818,13 +797,11 @@ def test_graph_replay(rows, way, device):
         torch.full(batch.query.shape[:2], -torch.inf, device=device),
     )
 
-    batch.work.whole = way != "apart"
+    batch.work.whole = whole
 
     def step():
-        if way == "one launch":
-            return batch.step_at_once()
         batch.launch()
-        batch.finish_at_once() if batch.work.whole else batch.finish(prefix)
+        batch.finish_at_once() if whole else batch.finish(prefix)
 
     def state():
         torch.cuda.synchronize()
@@ -841,6 +818,7 @@ def test_graph_replay(rows, way, device):
         for name, saved in zip(names, before, strict=True):
             getattr(batch.store, name).copy_(saved)
         batch.out.fill_(torch.nan)
+        batch.work.hit.fill_(1)
         graph.replay()
         for got, expected in zip(state(), eager, strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)

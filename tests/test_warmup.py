@@ -145,7 +145,7 @@ def test_serving_launches_what_was_compiled(variants, sizes, by_request):
     count = lambda name, found=compiled: sum(x[0] == name for x in found)
     assert variants == compiled, {name: (count(name), count(name, variants)) for name in {x[0] for x in variants ^ compiled}}
     # Several variants of what depends on the rows, and one of what does not, for each kind of layer.
-    assert count("_hit_kernel") >= (20 if sizes is LLAMA else 4) and count("_prefix_kernel") > 1
+    assert count("hit_kernel") >= (20 if sizes is LLAMA else 4) and count("prefix_kernel") > 1
     assert count("_record_kernel") == 4 and count("_assign_kernel") == 1
     assert count("_tally_kernel") == int("audit" in sizes)
 
@@ -156,7 +156,7 @@ def test_every_size_has_few_variants(variants):
     warmup.warm_up(decoder, layers[:2], table, True)
     counts = {name: sum(x[0] == name for x in variants) for name in {x[0] for x in variants}}
     print(f"\n{counts}")
-    assert counts["_hit_kernel"] <= 10 and counts["_prefix_kernel"] <= 18 and len(variants) <= 31
+    assert counts["hit_kernel"] <= 10 and counts["prefix_kernel"] <= 18 and len(variants) <= 31
 
 
 def fill_plans(most: int, kv_heads: int, slots: int, pdl: bool, columns: int, block_pages: int, head_pages: int) -> None:
@@ -254,21 +254,21 @@ def test_registers_kept_in_memory_are_told(monkeypatch, caplog):
 
     def steps(*_):
         for n in (0, 22, 5):
-            hit._hit_kernel[(1,)](n=n)
-        hit._hit_kernel.warmup(grid=(1,), n=99)
-        exact._prefix_kernel[(1,)](n=0)
+            hit.hit_kernel[(1,)](n=n)
+        hit.hit_kernel.warmup(grid=(1,), n=99)
+        exact.prefix_kernel[(1,)](n=0)
 
-    monkeypatch.setattr(hit, "_hit_kernel", Launched(hit._hit_kernel.fn))
-    monkeypatch.setattr(exact, "_prefix_kernel", Launched(exact._prefix_kernel.fn))
-    monkeypatch.setattr(warmup, "KERNELS", ((hit, "_hit_kernel"), (exact, "_prefix_kernel")))
+    monkeypatch.setattr(hit, "hit_kernel", Launched(hit.hit_kernel.fn))
+    monkeypatch.setattr(exact, "prefix_kernel", Launched(exact.prefix_kernel.fn))
+    monkeypatch.setattr(warmup, "KERNELS", ((hit, "hit_kernel"), (exact, "prefix_kernel")))
     for name in ("_assign", "_prefill", "_decode"):
         monkeypatch.setattr(warmup, name, steps if name == "_decode" else lambda *args: None)
     monkeypatch.setattr(Decoder, "all_triton", False)  # no pass that only compiles
     with caplog.at_level("WARNING", "vllm.mac"):
         warmup.warm_up(make(rows=2)[0], [], None, False)
     (record,) = caplog.records
-    assert "8/2 heads of size 64 keep registers in memory, up to 22 a thread in _hit_kernel." in record.message
-    assert "run" not in vars(hit._hit_kernel), "what watched is gone"
+    assert "8/2 heads of size 64 keep registers in memory, up to 22 a thread in hit_kernel." in record.message
+    assert "run" not in vars(hit.hit_kernel), "what watched is gone"
 
 
 def compiles(cache: Path, *arguments: str) -> list[dict]:

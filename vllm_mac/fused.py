@@ -15,7 +15,6 @@ from vllm_mac.kernels.audit import tally
 from vllm_mac.kernels.complete import complete_misses
 from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact
 from vllm_mac.kernels.hit import Workspace, decode_hits
-from vllm_mac.kernels.step import decode_step, fits
 from vllm_mac.ring import RingStore
 from vllm_mac.rope import Rotary
 
@@ -78,20 +77,17 @@ class Decoder:
         rows = len(query)
         position, ring, hit = self.position[:rows], self.ring[:rows], self._work.hit[:rows]
         rope = rotation(rotary)
-        step = (
+        decode_hits(
             query, position, ring, self.first[:rows], block_table, kv, store, config, self.problem.scale, self._work, out, counts,
+            **rope, paused=paused,
         )  # fmt: skip
-        if self._completes and fits(rows, self._exact):
-            decode_step(*step, self._exact, **rope, paused=paused)
+        if self._completes:
+            completion = Completion(ring, self._work, store, **rope)
+            self._exact.run(query, kv, block_table, position, hit, out, None, completion)
         else:
-            decode_hits(*step, **rope, paused=paused)
-            if self._completes:
-                completion = Completion(ring, self._work, store, **rope)
-                self._exact.run(query, kv, block_table, position, hit, out, None, completion)
-            else:
-                prefix = self._prefix_out[:rows], self._prefix_lse[:rows]
-                self._exact.run(query, kv, block_table, position, hit, *prefix)
-                complete_misses(query, position, ring, store, *prefix, self._work, out, **rope)
+            prefix = self._prefix_out[:rows], self._prefix_lse[:rows]
+            self._exact.run(query, kv, block_table, position, hit, *prefix)
+            complete_misses(query, position, ring, store, *prefix, self._work, out, **rope)
         if self._auditor is not None:
             self._auditor.run(query, kv, block_table, ring, self._work, store, out, audited)
 

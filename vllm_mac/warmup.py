@@ -20,15 +20,15 @@ import triton
 
 from vllm_mac.fused import Decoder, rotation
 from vllm_mac.kernels import assign as assign_kernels
-from vllm_mac.kernels import audit, complete, exact, hit, plan, record, step
+from vllm_mac.kernels import audit, complete, exact, hit, plan, record
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.record import record_prefill
 from vllm_mac.ring import RingTable
 
 logger = logging.getLogger("vllm.mac")
 KERNELS = (
-    (assign_kernels, "_assign_kernel"), (record, "_record_kernel"), (hit, "_hit_kernel"), (exact, "_prefix_kernel"),
-    (step, "_step_kernel"), (complete, "_complete_kernel"), (audit, "_tally_kernel"), (plan, "_pages_kernel"), (plan, "_plan_kernel"),
+    (assign_kernels, "_assign_kernel"), (record, "_record_kernel"), (hit, "hit_kernel"), (exact, "prefix_kernel"),
+    (complete, "_complete_kernel"), (audit, "_tally_kernel"), (plan, "_pages_kernel"), (plan, "_plan_kernel"),
 )  # fmt: skip
 
 
