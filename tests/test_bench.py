@@ -288,6 +288,28 @@ def test_kernel_rows(baselines):
         assert row["lags"] == "geometric, mean 6" and "window=32" in row["config"]
 
 
+def test_reads_between_layers_are_taken_off(baselines):
+    """Made up: a read takes 5 ms and anything else 2, apart from what differs between replays."""
+    asked = []
+
+    def clock(calls):
+        calls = calls if isinstance(calls, list) else [calls]
+        for call in calls:
+            call()
+        reads = sum(call.__qualname__.startswith("reader") for call in calls)
+        asked.append((reads, len(calls)))
+        return [(5 * reads + 2 * (len(calls) - reads)) / len(calls) + noise for noise in (-0.5, 0.0, 0.5)]
+
+    timers = kernel.Timers(clock, lambda call: [0.0], lambda call: [0.0])
+    rows = list(kernel.run(options(baselines=("EXACT",), layers=3, between=1), lambda _: None, DEVICE, timers))
+    assert asked == [(3, 6), (3, 3), (3, 6), (3, 6)], "each layer after a read; so many reads alone only once"
+    for row in rows:
+        assert (row["p20"], row["p50"], row["p80"]) == pytest.approx((1.0, 2.0, 3.0)) and row["between_mib"] == 1
+    shown = io.StringIO()
+    report.show([row | report.environment(["x"]) for row in rows], Console(file=shown, width=200))
+    assert "1 MiB read between layers" in shown.getvalue()
+
+
 @pytest.mark.parametrize("audit, audited", [(0.0, None), (0.5, False), (1.0, True)])
 def test_audits_are_timed_where_every_step_is_one(baselines, monkeypatch, audit, audited):
     counted, decode = [], kernel._decode

@@ -5,7 +5,7 @@ float32 PyTorch first; a wrong one stops the run and no speed of it is reported.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,7 +33,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 @dataclass(frozen=True, slots=True)
 class Options:
     """heads: (query heads, KV heads). layers: captured in one graph; None: by batch. baselines:
-    names of exact engines."""
+    names of exact engines. between: MiB of other memory read before each layer, see `timing.spaced`."""
 
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -48,6 +48,7 @@ class Options:
     layers: int | None = None
     seed: int = 0
     baselines: tuple[str, ...] = tuple(BASELINES)
+    between: int = 0
 
     def shapes(self) -> list[Shape]:
         return [
@@ -91,6 +92,8 @@ def run(options: Options, report: Callable[[str], None], device: str = "cuda", t
     if device.type == "cuda":
         report("read bandwidth")
         bandwidth = timing.read_bandwidth()
+    if options.between:
+        timers = replace(timers, layers=timing.spaced(timers.layers, timing.reader(options.between, device)))
     report("filling the KV cache")
     pool = make_pool(options, shapes, device)
     for shape in shapes:
@@ -138,7 +141,7 @@ def _shape_rows(options: Options, shape: Shape, pool, bandwidth, report, timers:
     base = {
         "bench": "kernel", "heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch, "context": shape.context,
         "head_size": shape.head_size, "page": shape.page, "dtype": options.dtype, "layers": len(step.layers),
-        "seed": options.seed, "read_bandwidth": bandwidth,
+        "seed": options.seed, "read_bandwidth": bandwidth, "between_mib": options.between,
     }  # fmt: skip
 
     def timed(samples: list[float], size: float) -> dict:

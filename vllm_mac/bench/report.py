@@ -116,13 +116,14 @@ def load(path: str | Path) -> list[dict]:
 
 
 def show(rows: list[dict], console: Console) -> None:
-    """One table for each benchmark and machine among the rows."""
+    """One table for each benchmark, machine and way of measuring among the rows."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["bench"], row["gpu"], row["commit"]), []).append(row)
-    for (bench, gpu, commit_), some in groups.items():
+        groups.setdefault((row["bench"], row["gpu"], row["commit"], row.get("between_mib")), []).append(row)
+    for (bench, gpu, commit_, between), some in groups.items():
         versions = ", ".join(f"{name} {some[0][name]}" for name in _PACKAGES if some[0][name])
         title = f"{bench} on {gpu or 'CPU'} ({versions}), commit {commit_}"
+        title += f", {between} MiB read between layers" if between else ""
         table = Table(title=title, title_justify="left", caption_justify="left")
         for name, _ in _TABLES[bench]:
             table.add_column(name, justify="right", no_wrap=True)

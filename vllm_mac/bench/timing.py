@@ -1,5 +1,7 @@
 """Time on the device: replays of CUDA graphs, measured with events."""
 
+import functools
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,6 +38,31 @@ def _replays(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in events]
+
+
+def spaced(samples_of: Callable[[list], list[float]], read: Callable[[], None]) -> Callable[[list], list[float]]:
+    """As `samples_of`, with `read` before each call; the median of what so many reads take alone is taken off.
+
+    In a model a layer's attention comes after the reading of its weights, which leaves neither data nor instructions
+    in the caches of the chip, and nothing runs on into it.
+    """
+
+    @functools.cache
+    def alone(count: int) -> float:
+        return statistics.median(samples_of([read] * count))
+
+    def timed(calls: list) -> list[float]:
+        both = samples_of([step for call in calls for step in (read, call)])
+        return [2 * sample - alone(len(calls)) for sample in both]
+
+    return timed
+
+
+def reader(mib: int, device: torch.device) -> Callable[[], None]:
+    """Reads so much memory, the same each time."""
+    memory = torch.zeros(mib << 10, 256, dtype=torch.float32, device=device).normal_()
+    out = torch.empty(len(memory), dtype=torch.float32, device=device)
+    return lambda: torch.amax(memory, 1, out=out)
 
 
 def host_samples(call: Callable[[], None], count: int = 50) -> list[float]:
