@@ -110,15 +110,15 @@ def prefix_kernel(
         b_ring = tl.load(ring + o_r // K, mask=o_r < groups, other=-1)  # [BR]
     if PDL:
         if COMPLETE and SINK == 0:
-            # Rows without a ring are read whole: nothing of theirs comes from `hit`, which was launched just before
-            # and lets this kernel start when all before it has ended.
+            # Rows without a ring are read whole: nothing of theirs comes from `group.hit_kernel`, which was launched just
+            # before and waited for all that was.
             if tl.max(b_ring, 0) >= 0:
                 gdc_wait()
         else:
             gdc_wait()
     b_hit = tl.load(hit + o_r, mask=o_r < groups, other=0) != 0  # [BR]
     if COMPLETE and SINK == 0:
-        b_hit = b_hit & (b_ring >= 0)  # else `hit` may not have been written yet
+        b_hit = b_hit & (b_ring >= 0)  # of the others it may not have been written yet
     if COMPLETE:  # the band of a row without a ring is read like its prefix
         b_m += tl.where((b_ring < 0) & (b_m >= 0), band, 0)
     b_tokens = tl.where(b_hit == OF_HITS, tl.maximum(b_m + 1 - band - first_token, 0), 0)
@@ -263,4 +263,4 @@ def prefix_kernel(
                 _finish(at_out, lse + row * stride_lb + i_k * G, b_r, b_rl, stride_oh, o_m, o_d, G, D)
         unit = segment_end
     if PDL:
-        gdc_wait()  # what follows this kernel takes `hit` for ended too
+        gdc_wait()  # what follows this kernel takes all before it for ended
