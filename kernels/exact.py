@@ -62,7 +62,7 @@ class PrefixProblem:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What `TritonExact.run` needs to complete the groups that `hit.decode_hits` left open, to be called next after it.
+    """What `TritonExact.run` needs to complete the groups that `hit.decode_hits` left open.
 
     ring: `[B]`, as for `decode_hits`. work: the `hit.Workspace` that it used, with `whole` true. store:
     the layer's rings (`ring.RingStore`). cos_sin, is_neox: as for `decode_hits`.

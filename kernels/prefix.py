@@ -99,6 +99,7 @@ def prefix_kernel(
     COMPLETE: tl.constexpr = ring_query is not None
     if PDL:
         gdc_launch_dependents()
+        gdc_wait()
     i_p, programs = tl.program_id(0), tl.num_programs(0)
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
     o_g, o_m, o_p = tl.arange(0, BG), tl.arange(0, BM), tl.arange(0, 2 * P)
@@ -108,17 +109,7 @@ def prefix_kernel(
     b_m = tl.load(position + o_r // K, mask=o_r < groups, other=-1).to(tl.int32)  # [BR]
     if COMPLETE:
         b_ring = tl.load(ring + o_r // K, mask=o_r < groups, other=-1)  # [BR]
-    if PDL:
-        if COMPLETE and SINK == 0:
-            # Rows without a ring are read whole: nothing of theirs comes from `group.hit_kernel`, which was launched just
-            # before and waited for all that was.
-            if tl.max(b_ring, 0) >= 0:
-                gdc_wait()
-        else:
-            gdc_wait()
     b_hit = tl.load(hit + o_r, mask=o_r < groups, other=0) != 0  # [BR]
-    if COMPLETE and SINK == 0:
-        b_hit = b_hit & (b_ring >= 0)  # of the others it may not have been written yet
     if COMPLETE:  # the band of a row without a ring is read like its prefix
         b_m += tl.where((b_ring < 0) & (b_m >= 0), band, 0)
     b_tokens = tl.where(b_hit == OF_HITS, tl.maximum(b_m + 1 - band - first_token, 0), 0)
@@ -262,5 +253,3 @@ def prefix_kernel(
                 at_out = out + row * stride_ob + i_k * G * stride_oh
                 _finish(at_out, lse + row * stride_lb + i_k * G, b_r, b_rl, stride_oh, o_m, o_d, G, D)
         unit = segment_end
-    if PDL:
-        gdc_wait()  # what follows this kernel takes all before it for ended

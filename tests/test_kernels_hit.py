@@ -783,8 +783,7 @@ def test_full_size_options(distance, ring_dtype, lag_weight, reuse, d, like_rows
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows, rings, whole", [(r, *x) for r in (1, 3, 64) for x in ((True, False), (True, True), (False, True))])
 def test_graph_replay(rows, rings, whole, device):
-    """A captured step, replayed on restored rings, gives the same, and follows changed inputs; also where no row has
-    a ring, so that the engine for misses does not wait for the match."""
+    """A captured step, replayed on restored rings, gives the same, and follows changed inputs; also without rings."""
     lengths = tuple(2100 + 37 * i for i in range(rows))
     settings = config(window=512, band=256, min_context=1024)
     # Without the entry whose slot the step overwrites: a second step would match what it wrote.

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from vllm_mac.bench import BenchError
 from vllm_mac.bench.report import quantiles
@@ -139,7 +140,8 @@ def _row(options: Options, backend: str, batch: int, context: int, result: dict)
     if "error" in result:
         return {**row, "error": result["error"]}
     row |= {"mac": options.mac} if backend == "MAC" else {}
-    row |= quantiles(result.pop("step_ms")) | {"samples": options.tokens}
+    steps = result.pop("step_ms")
+    row |= quantiles(steps) | {"mean": fmean(steps), "samples": options.tokens}
     row |= {f"ttft_{name}": value for name, value in quantiles(result["ttft_ms"]).items()}
     builds = result.pop("metadata_ms")
     row |= {f"metadata_{name}": value for name, value in quantiles(builds).items()} if builds else {}
