@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_mac.kernels.amend import LOG2_E
-from vllm_mac.kernels.hit import Workspace
+from vllm_mac.kernels.hit import REGISTERS, Workspace
 from vllm_mac.kernels.prefix import prefix_kernel
+from vllm_mac.kernels.registers import enough
 
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -73,6 +74,11 @@ class Completion:
     store: object
     cos_sin: Tensor | None = None
     is_neox: bool = True
+
+    def kind(self) -> tuple:
+        """All that may make another variant of the kernel, among completions of one engine."""
+        rotation = None if self.cos_sin is None else (self.cos_sin.dtype, self.cos_sin.shape[-1])
+        return self.store.query.dtype, self.store.out.dtype, rotation, self.is_neox
 
     def arguments(self) -> dict:
         store, work = self.store, self.work
@@ -152,6 +158,7 @@ class TritonExact:
         self._part_out = torch.empty(slots, problem.head_size, dtype=torch.float32, device=device)
         self._part_lse = torch.empty(slots, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(4 * programs, dtype=torch.int32, device=device)
+        self._options: dict = {}  # how each variant of the kernel is launched, see `registers.enough`
 
     def begin_step(self, block_table: Tensor, position: Tensor, kv: Tensor) -> None:
         """Once a step, before the layers. This engine has nothing to prepare."""
@@ -184,7 +191,7 @@ class TritonExact:
         p, t = self.problem, self.tuning
         groups = rows * p.kv_heads
         heads, width = triton.next_power_of_2(p.group), triton.next_power_of_2(p.head_size)
-        prefix_kernel[(self.programs,)](
+        launch = dict(
             query=query, kv=kv, block_table=block_table, position=position, hit=hit, out=out, lse=lse,
             part_out=self._part_out, part_lse=self._part_lse, arrived=self._arrived,
             groups=groups, first_token=p.first, band=p.band, scale_log2=p.scale * LOG2_E.value,
@@ -195,7 +202,19 @@ class TritonExact:
             K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
             BN=t.block, BG=max(16, heads), BM=heads, BD=width, BR=max(16, triton.next_power_of_2(groups)),
             P=self._block, UNROLL=max(1, min(8, 4096 // (heads * width))),
-            STAGES=t.stages, DOT=self._dot, PDL=self.pdl, OF_HITS=self.of_hits,
+            DOT=self._dot, PDL=self.pdl, OF_HITS=self.of_hits,
             **({} if completion is None else {**completion.arguments(), "SINK": p.sink}),
-            num_warps=t.warps, num_stages=t.stages, **({"launch_pdl": True} if self.pdl else {}),
+            **({"launch_pdl": True} if self.pdl else {}),
         )  # fmt: skip
+        # ptxas may also keep registers in memory for the sake of more programs than there are. Otherwise a shorter pipeline
+        # or more threads have enough of them.
+        most, short = REGISTERS[-1], max(t.stages - 1, min(t.stages, 3))
+        options = [
+            {"num_warps": warps, "STAGES": stages, "num_stages": stages, "maxnreg": limit}
+            for warps, stages, limit in (
+                (t.warps, t.stages, None), (t.warps, t.stages, most), (t.warps, short, most), (max(t.warps, 8), short, most)
+            )
+        ]  # fmt: skip
+        kind = rows, out.dtype, None if completion is None else completion.kind()
+        grid = (self.programs,)
+        prefix_kernel[grid](**launch, **enough(prefix_kernel, grid, launch, options, self._options, kind))

@@ -15,6 +15,7 @@ import triton
 
 from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.group import hit_kernel
+from vllm_mac.kernels.registers import enough
 
 # Per thread: with so many, four, three and two programs of four warps run at once on a multiprocessor. No thread has more.
 REGISTERS = (128, 168, 255)
@@ -45,7 +46,7 @@ class Workspace:
     programs of a group that are done; all 0 between steps.
     slots: programs that the device runs at once. pdl: launch the kernels before their predecessors
     end (programmatic dependent launch); they wait before they read. tune: overrides `_tune`.
-    registers: how many per thread each variant of the kernel was found to need.
+    options: how each variant of the kernel is launched, see `registers.enough`.
     """
 
     source: torch.Tensor
@@ -61,7 +62,7 @@ class Workspace:
     slots: int = 396
     pdl: bool = False
     tune: dict | None = None
-    registers: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
 
     MAX_SPLITS = 16
     MAX_BANDS = 8
@@ -173,35 +174,10 @@ def decode_hits(
     kind = (
         rows, store.query.dtype, None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1]), is_neox, paused is None,
     )  # fmt: skip
-    registers = work.registers[kind] if kind in work.registers else _enough(tune["registers"], launch, grid, work, kind)
-    hit_kernel[grid](**launch, maxnreg=registers)
-
-
-def _enough(wanted: int | None, launch: dict, grid: tuple, work: Workspace, kind: tuple) -> int | None:
-    """Registers per thread: as many as wanted, or more where a thread would have to keep others in memory.
-
-    It could, but for ptxas 12.8 and 12.9: in `@P0 IADD3 R10, P0, ...; @P0 STL [R1+0x4], R10` the carry takes the place
-    of the condition, and what is later loaded from there is garbage, here an address.
-    """
-    limits = [wanted] if wanted is None else [limit for limit in REGISTERS if limit >= wanted]
-    enough = limits[-1]
-    for limit in limits[:-1]:
-        variant = hit_kernel.warmup(**launch, grid=grid, maxnreg=limit)
-        if isinstance(variant, triton.FutureKernel):  # being compiled: see `warmup.compiling`
-            return limit
-        if not _spills(variant):
-            enough = limit
-            break
-    work.registers[kind] = enough
-    return enough
-
-
-def _spills(variant) -> int:
-    """Registers of a thread that a compiled kernel keeps in memory."""
-    if variant is None:  # Triton's interpreter compiles nothing
-        return 0
-    variant._init_handles()  # only the driver tells
-    return variant.n_spills
+    wanted = tune["registers"]
+    limits = [None] if wanted is None else [limit for limit in REGISTERS if limit >= wanted]
+    options = [{"maxnreg": limit} for limit in limits]
+    hit_kernel[grid](**launch, **enough(hit_kernel, grid, launch, options, work.options, kind))
 
 
 def _tune(

@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 from vllm_mac import warmup
 from vllm_mac.fused import rotation
-from vllm_mac.kernels import complete, hit
+from vllm_mac.kernels import complete, registers
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.hit import Workspace
 
@@ -74,7 +74,7 @@ def main(arch: int) -> None:
     (shared, sms), pdl, seen = GPUS[arch], arch >= 90, set()
     for module, name in warmup.KERNELS:
         setattr(module, name, Compiled(getattr(module, name), seen))
-    hit._spills = lambda made: stack(made.asm["cubin"])
+    registers._spills = lambda made: stack(made.asm["cubin"])
     allocate, default, init = Workspace.allocate.__func__, Tuning.default.__func__, TritonExact.__init__
     Workspace.allocate = classmethod(lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=3 * sms, pdl=pdl))
     Tuning.default = classmethod(lambda cls, *args: default(cls, *args, shared))

@@ -19,5 +19,5 @@ def test_kernels_compile_and_fit(arch, tmp_path):
     assert {row["kernel"] for row in found} == KERNELS and len(found) >= 10
     assert all(row["shared"] <= GPUS[arch][0] for row in found), found
     assert max(row["shared"] for row in found) > 0
-    # ptxas 12.8 and 12.9 lose some of what threads keep in memory for want of registers, so none may: see `hit._enough`.
+    # ptxas 12.8 and 12.9 lose some of what threads keep in memory for want of registers, so none may: see `registers`.
     assert all(row["stack"] == 0 for row in found), found

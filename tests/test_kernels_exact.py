@@ -8,11 +8,13 @@ times a small factor. Outputs and free pages start as NaN.
 import logging
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vllm_mac import paged
+from vllm_mac.kernels import exact
 from vllm_mac.kernels.exact import PrefixProblem, TritonExact, Tuning
 from vllm_mac.kernels.plan import Plan, capacity, write_pages, write_plan
 
@@ -290,6 +292,39 @@ def test_unknown_inputs_are_refused():
         batch.problem(kv_heads=3)
     with pytest.raises(ValueError, match="dtype"):
         batch.problem(dtype=torch.float8_e4m3fn)
+
+
+WAYS = [(4, 5, None), (4, 5, 255), (4, 4, 255), (8, 4, 255)]  # warps, stages, most registers
+
+
+@pytest.mark.parametrize("spills, tried, taken", [
+    (lambda warps, stages, limit: False, 1, 0),
+    (lambda warps, stages, limit: limit is None, 2, 1),
+    (lambda warps, stages, limit: stages > 4, 3, 2),
+    (lambda warps, stages, limit: warps < 8, 3, 3),
+    (lambda warps, stages, limit: True, 3, 3),
+])  # fmt: skip
+def test_it_is_launched_so_that_registers_are_enough(spills, tried, taken, monkeypatch):
+    """The first way under which no thread keeps registers in memory, or else the last; found once for each variant."""
+    asked, launched = [], []
+
+    class Kernel:
+        @staticmethod
+        def warmup(grid, STAGES, num_warps, num_stages, maxnreg, **arguments):
+            asked.append((num_warps, num_stages, maxnreg))
+            return SimpleNamespace(_init_handles=lambda: None, n_spills=int(spills(num_warps, num_stages, maxnreg)))
+
+        def __getitem__(self, grid):
+            return lambda STAGES, num_warps, num_stages, maxnreg, **arguments: launched.append((num_warps, STAGES, maxnreg))
+
+    monkeypatch.setattr(exact, "prefix_kernel", Kernel())
+    batch = Batch(Case())
+    made = TritonExact(batch.problem(), DEVICE, programs=2, tuning=Tuning(16, 4, 5, 1))
+    for _ in range(2):
+        made.run(*batch.inputs(), *batch.poisoned(BF16))
+    assert asked == WAYS[:tried] and launched == [WAYS[taken]] * 2
+    made.run(*batch.inputs(), *batch.poisoned(FP32))
+    assert asked == 2 * WAYS[:tried], "another variant"
 
 
 PLANS = {

@@ -298,27 +298,27 @@ from compiled import Driver
 from test_warmup import make
 from triton.runtime import driver
 from vllm_mac import warmup
-from vllm_mac.kernels import hit
+from vllm_mac.kernels import registers
 
 driver.set_active(Driver(90))
-hit._spills = lambda variant: max(0, 160 - variant.metadata.maxnreg)  # only a GPU tells
-threads, registers = [], []
+registers._spills = lambda variant: max(0, 160 - (variant.metadata.maxnreg or 255))  # only a GPU tells
+threads, limits = [], []
 triton.knobs.compilation.listener = lambda **facts: threads.append(threading.get_ident())
 decoder, layers, table = make(rows=9, d=32)
 
 @contextlib.contextmanager
 def instead(kernels):
-    registers.append(sorted(set(decoder._work.registers.values())))
+    limits.append(sorted({option["maxnreg"] for option in decoder._work.options.values()}))
     ahead.extend(threads)
     with warmup._running(kernels, warmup._compile):  # in place of launches
         yield {}
-    registers.append(sorted(set(decoder._work.registers.values())))
+    limits.append(sorted({option["maxnreg"] for option in decoder._work.options.values()}))
 
 ahead, warmup.watching = [], instead
 warmup.warm_up(decoder, layers[:1], table, True)
 variants = sum(len(getattr(module, name).device_caches[0][0]) for module, name in warmup.KERNELS)
 print(json.dumps({
     "variants": variants, "ahead": len(ahead), "more": len(threads) - len(ahead), "threads": len(set(ahead)),
-    "registers": registers,
+    "registers": limits,
 }))
 """
