@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_mac.kernels.amend import LOG2_E
-from vllm_mac.kernels.hit import REGISTERS, Workspace
+from vllm_mac.kernels.hit import Workspace
 from vllm_mac.kernels.prefix import prefix_kernel
-from vllm_mac.kernels.registers import enough
+from vllm_mac.kernels.registers import REGISTERS, enough, layer_kind
 
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -75,11 +75,6 @@ class Completion:
     cos_sin: Tensor | None = None
     is_neox: bool = True
 
-    def kind(self) -> tuple:
-        """All that may make another variant of the kernel, among completions of one engine."""
-        rotation = None if self.cos_sin is None else (self.cos_sin.dtype, self.cos_sin.shape[-1])
-        return self.store.query.dtype, self.store.out.dtype, rotation, self.is_neox
-
     def arguments(self) -> dict:
         store, work = self.store, self.work
         return dict(
@@ -98,6 +93,18 @@ class Tuning:
     warps: int
     stages: int
     per_sm: int
+
+    def options(self) -> list[dict]:
+        """How to launch the kernel, for `registers.enough`: ptxas may also keep registers in memory for the sake of more
+        programs than there are; otherwise a shorter pipeline or more threads have enough of them."""
+        most, short = REGISTERS[-1], max(self.stages - 1, min(self.stages, 3))
+        return [
+            {"num_warps": warps, "STAGES": stages, "num_stages": stages, "maxnreg": limit}
+            for warps, stages, limit in (
+                (self.warps, self.stages, None), (self.warps, self.stages, most),
+                (self.warps, short, most), (max(self.warps, 8), short, most),
+            )
+        ]  # fmt: skip
 
     @classmethod
     def default(cls, head_size: int, dtype: torch.dtype, group: int, shared: int = 227 << 10) -> "Tuning":
@@ -158,7 +165,8 @@ class TritonExact:
         self._part_out = torch.empty(slots, problem.head_size, dtype=torch.float32, device=device)
         self._part_lse = torch.empty(slots, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(4 * programs, dtype=torch.int32, device=device)
-        self._options: dict = {}  # how each variant of the kernel is launched, see `registers.enough`
+        self._options = self.tuning.options()
+        self._found: dict = {}  # which of them each variant of the kernel takes
 
     def begin_step(self, block_table: Tensor, position: Tensor, kv: Tensor) -> None:
         """Once a step, before the layers. This engine has nothing to prepare."""
@@ -206,15 +214,8 @@ class TritonExact:
             **({} if completion is None else {**completion.arguments(), "SINK": p.sink}),
             **({"launch_pdl": True} if self.pdl else {}),
         )  # fmt: skip
-        # ptxas may also keep registers in memory for the sake of more programs than there are. Otherwise a shorter pipeline
-        # or more threads have enough of them.
-        most, short = REGISTERS[-1], max(t.stages - 1, min(t.stages, 3))
-        options = [
-            {"num_warps": warps, "STAGES": stages, "num_stages": stages, "maxnreg": limit}
-            for warps, stages, limit in (
-                (t.warps, t.stages, None), (t.warps, t.stages, most), (t.warps, short, most), (max(t.warps, 8), short, most)
-            )
-        ]  # fmt: skip
-        kind = rows, out.dtype, None if completion is None else completion.kind()
+        # Of the number of rows a variant depends by BR only.
+        kind = launch["BR"], out.dtype, completion and layer_kind(completion.store, completion.cos_sin, completion.is_neox)
         grid = (self.programs,)
-        prefix_kernel[grid](**launch, **enough(prefix_kernel, grid, launch, options, self._options, kind))
+        options = enough(prefix_kernel, grid, launch, self._options, self._found, kind)
+        prefix_kernel[grid](**launch, **options)

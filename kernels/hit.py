@@ -15,10 +15,7 @@ import triton
 
 from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.group import hit_kernel
-from vllm_mac.kernels.registers import enough
-
-# Per thread: with so many, four, three and two programs of four warps run at once on a multiprocessor. No thread has more.
-REGISTERS = (128, 168, 255)
+from vllm_mac.kernels.registers import REGISTERS, enough, layer_kind
 
 COUNTERS = (
     "heads_hit",
@@ -171,9 +168,7 @@ def decode_hits(
     )  # fmt: skip
     grid = (bands + group * splits, kv_heads, rows)
     # All that may make another variant of it, among steps that share a workspace.
-    kind = (
-        rows, store.query.dtype, None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1]), is_neox, paused is None,
-    )  # fmt: skip
+    kind = rows, paused is None, *layer_kind(store, cos_sin, is_neox)
     wanted = tune["registers"]
     limits = [None] if wanted is None else [limit for limit in REGISTERS if limit >= wanted]
     options = [{"maxnreg": limit} for limit in limits]

@@ -8,6 +8,15 @@ from collections.abc import Sequence
 
 import triton
 
+# Per thread: with so many, four, three and two programs of four warps run at once on a multiprocessor. No thread has more.
+REGISTERS = (128, 168, 255)
+
+
+def layer_kind(store, cos_sin, is_neox: bool = True) -> tuple:
+    """What kernels are compiled for in which layers of the same shapes may differ: rings and rotation."""
+    rotation = None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1])
+    return store.query.dtype, store.out.dtype, rotation, is_neox
+
 
 def enough(kernel, grid: tuple, launch: dict, options: Sequence[dict], found: dict[tuple, dict], kind: tuple) -> dict:
     """The first of `options` under which no thread does, or the last where under all some do.

@@ -275,15 +275,15 @@ class Batch:
         rough, rough_entries = self.oracle(self.case.dtype)
         prefix = self.prefix(steps)
         before = {name: getattr(self.store, name).clone() for name in ("query", "out", "lse", "chain")}
-        for finish in (lambda: self.finish(prefix), self.finish_at_once):
+        for whole in (False, True):
             for name, content in before.items():
                 getattr(self.store, name).copy_(content)
             self.out.fill_(torch.nan)
             self.work.hit.fill_(-9)
             self.counters.zero_()
-            self.work.whole = finish == self.finish_at_once
+            self.work.whole = whole
             self.launch()
-            finish()
+            self.finish_at_once() if whole else self.finish(prefix)
             self.compare(steps, entries, rough, rough_entries, RingStore(**{k: x.clone() for k, x in before.items()}))
         return steps
 

@@ -23,6 +23,7 @@ from vllm_mac.kernels import assign as assign_kernels
 from vllm_mac.kernels import audit, complete, exact, hit, plan, record
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.record import record_prefill
+from vllm_mac.kernels.registers import layer_kind
 from vllm_mac.ring import RingTable
 
 logger = logging.getLogger("vllm.mac")
@@ -48,7 +49,7 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bo
         return
     decoder.warm = True
     begin = time.perf_counter()
-    kinds = list({_kind(layer): layer for layer in layers}.values())
+    kinds = list({layer_kind(layer.store, **rotation(layer.rotary)): layer for layer in layers}.values())
 
     def launch():
         _assign(decoder, table, by_request)
@@ -137,14 +138,6 @@ def compilations() -> Iterator[list[bool]]:
         yield found
     finally:
         knobs.listener = others
-
-
-def _kind(layer) -> tuple:
-    """What kernels are compiled for in which the layers of a decoder may differ."""
-    rotary = rotation(layer.rotary)
-    cos_sin = rotary.pop("cos_sin")
-    cos_sin = None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1])
-    return layer.store.query.dtype, layer.store.out.dtype, cos_sin, *rotary.values()
 
 
 def _decode(decoder: Decoder, layers: Sequence) -> None:

@@ -60,7 +60,7 @@ def spaced(samples_of: Callable[[list], list[float]], read: Callable[[], None]) 
 
 def reader(mib: int, device: torch.device) -> Callable[[], None]:
     """Reads so much memory, the same each time."""
-    memory = torch.zeros(mib << 10, 256, dtype=torch.float32, device=device).normal_()
+    memory = torch.empty(mib << 10, 256, dtype=torch.float32, device=device).normal_()
     out = torch.empty(len(memory), dtype=torch.float32, device=device)
     return lambda: torch.amax(memory, 1, out=out)
 
