@@ -3,10 +3,10 @@
     with shadow(llm) as watch:
         run_schedule(llm, events)
 
-As in `shadow`, requests are known by name here, and each has a ring of its own in every layer. Both
-sides start every step from the same entries: what the engine recorded is copied once it was judged, so
-one step's rounding is all that may lie between them. Entries that a row may read must be, bit for bit,
-those that the engine recorded for its request.
+As in `shadow`, each ring has a copy here, and the tokens that it was recorded from, which must be those of
+whoever reads it. Both sides start every step from the same entries: what the engine recorded is copied once
+it was judged, so one step's rounding is all that may lie between them. Entries that a row may read must be,
+bit for bit, those that were copied.
 
 For engines in eager mode (a graph runs no Python) on Model Runner V2.
 """
@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from engine import worker
 from rounding import decode_error
+from spans import Span, Texts
 
-from vllm_mac import paged
+from vllm_mac import paged, requests
 from vllm_mac.reference import relief
 from vllm_mac.ring import RingStore
 
@@ -26,19 +27,9 @@ FLOAT32 = 2.0**-24
 
 
 @dataclass
-class Known:
-    """A request's ring of our own, the first position in it (None: no ring yet), the last one computed,
-    and its index with the runner."""
-
-    ring: int
-    index: int
-    first: int | None = None
-    last: int = -1
-
-
-@dataclass
 class Watch:
     """Sums over all layers. heads: by outcome, as the engine counts them. ties: heads whose choice rounding decides.
+    empty: rows that were given a ring with nothing in it.
 
     worst: largest error of a decode row, a prefill row and an entry, each over what rounding allows.
     """
@@ -51,10 +42,10 @@ class Watch:
     read: int = 0
     skipped: int = 0
     ties: int = 0
-    restarts: int = 0
+    empty: int = 0
     worst: dict = field(default_factory=lambda: {"decode": 0.0, "prefill": 0.0, "entry": 0.0})
-    known: dict = field(default_factory=dict)  # (request, layer) -> Known
-    stores: dict = field(default_factory=dict)  # layer -> (RingStore, free rings)
+    spans: dict = field(default_factory=dict)  # (ring, layer) -> Span
+    stores: dict = field(default_factory=dict)  # layer -> RingStore
 
     def judge(self, what: str, error: torch.Tensor, bound) -> None:
         share = float((error / bound).max()) if error.numel() else 0.0
@@ -63,25 +54,26 @@ class Watch:
 
 
 @contextmanager
-def shadow(llm, rings: int = 32):
+def shadow(llm):
     from vllm_mac import cuda
 
     runner, watch, facts = worker(llm).model_runner, Watch(), {}
+    texts = Texts(runner)
     prepare, forward, build = runner.prepare_inputs, cuda.MacCUDAImpl.forward, cuda.MacCUDAMetadataBuilder._build
 
     def prepare_inputs(*args, **kwargs):
         batch = prepare(*args, **kwargs)
-        facts["names"] = list(batch.req_ids)
+        facts["names"], facts["inputs"] = list(batch.req_ids), batch.input_ids
         return batch
 
     def watched_build(builder, common, fast_build, capture):
-        facts["common"] = common
+        facts["common"], facts["rings"], facts["tokens"] = common, requests.row_rings(common), None
         return build(builder, common, fast_build, capture)
 
     def watched(impl, layer, query, key, value, kv_cache, metadata, output, **scales):
         if metadata is None or impl.mac.store is None:
             return forward(impl, layer, query, key, value, kv_cache, metadata, output, **scales)
-        step = Step(watch, impl, query, kv_cache, metadata, facts["common"], facts["names"], rings)
+        step = Step(watch, impl, query, kv_cache, metadata, facts, texts)
         step.before()
         result = forward(impl, layer, query, key, value, kv_cache, metadata, output, **scales)
         step.after(output)
@@ -99,9 +91,10 @@ def shadow(llm, rings: int = 32):
 class Step:
     """One layer's step: rows `[begin[i], begin[i + 1])` of the batch, which end at `length[i]`."""
 
-    def __init__(self, watch, impl, query, kv, metadata, common, names, rings):
+    def __init__(self, watch, impl, query, kv, metadata, facts, texts):
         self.watch, self.mac, self.scale, self.query, self.kv = watch, impl.mac, impl.scale, query, kv
         self.metadata, self.device = metadata, query.device
+        names, common = facts["names"], facts["common"]
         rows = len(names)
         self.begin = common.query_start_loc[: rows + 1].tolist()
         self.length = common.seq_lens[:rows].tolist()
@@ -110,55 +103,49 @@ class Step:
         self.table = common.block_table_tensor
         self.decodes = min(metadata.num_decodes, rows)
         assert all(e - b == 1 for b, e in zip(self.begin[: self.decodes], self.begin[1:]))
-        index = common.req_idx[:rows].tolist()
-        self.known = [self._known(name, i, start, rings) for name, i, start in zip(names, index, self.start)]
-        self.store, _ = watch.stores[self.mac.name]
-        for known, start, stop in zip(self.known, self.start, self.length):
-            known.last = stop - 1
-            if known.first is None and stop >= self.mac.config.min_context:
-                known.first = max(stop - self.mac.config.window, start)
-        decoder = metadata.decoder
-        self.ring = decoder.ring[: self.decodes].tolist()
-        if metadata.seeds is not None:
-            self.ring += metadata.seeds.ring[self.decodes : rows].tolist()
-
-    def _known(self, name, index, start, rings) -> Known:
-        watch, own = self.watch, self.mac.store
+        if facts["tokens"] is None:
+            pieces = [facts["inputs"][b:e].tolist() for b, e in zip(self.begin, self.begin[1:])]
+            facts["tokens"] = [texts.of(name, start, piece) for name, start, piece in zip(names, self.start, pieces)]
         if self.mac.name not in watch.stores:
-            _, heads, window, d = own.query.shape
-            store = RingStore.allocate(rings, heads, window, d, own.query.dtype, self.device)
+            rings, heads, window, d = self.mac.store.query.shape
+            store = RingStore.allocate(rings, heads, window, d, self.mac.store.query.dtype, self.device)
             store.out.fill_(torch.nan), store.lse.fill_(torch.nan)
-            watch.stores[self.mac.name] = store, list(range(rings))
-        _, free = watch.stores[self.mac.name]
-        known = watch.known.get((name, self.mac.name))
-        if known is None or known.last != start - 1 or known.index != index:
-            if known is not None:
-                watch.restarts += 1
-            # The oldest ring: whoever had it is long gone, or begins anew like this one.
-            ring = known.ring if known is not None else free.pop(0)
-            if known is None:
-                free.append(ring)
-            known = watch.known[name, self.mac.name] = Known(ring, index)
-        return known
+            watch.stores[self.mac.name] = store
+        self.store = watch.stores[self.mac.name]
+        held = facts["rings"]
+        self.ring = [-1 if skips else int(ring) for ring, skips in zip(held.ring[:rows], held.skips)]
+        decoder = metadata.decoder
+        told = decoder.ring[: self.decodes].tolist()
+        if metadata.seeds is not None:
+            told += metadata.seeds.ring[self.decodes : rows].tolist()
+        assert told == self.ring[: len(told)], "the device has other rings than the host"
+        self.first = [None] * rows
+        for row, ring in enumerate(self.ring):
+            assert (ring >= 0) == (self.length[row] >= self.mac.config.min_context), "a ring too many or too few"
+            if ring >= 0:
+                span = watch.spans.setdefault((ring, self.mac.name), Span())
+                span.begin(self.start[row], facts["tokens"][row], bool(held.fresh[row]), self.mac.config.window)
+                self.first[row] = span.first
+                span.end(self.length[row], facts["tokens"][row])
+                watch.empty += bool(held.fresh[row])
 
     def before(self) -> None:
         """What the decoding rows may read is what was recorded for them."""
         window = self.mac.config.window
         for row in range(self.decodes):
-            known, ring, m = self.known[row], self.ring[row], self.start[row]
-            assert (known.first is not None) == (ring >= 0), "a ring too many or too few"
+            first, ring, m = self.first[row], self.ring[row], self.start[row]
             if ring < 0 or self.prompt[row]:
                 continue
-            slot = torch.arange(max(known.first, m - window, 0), m, device=self.device) % window
+            slot = torch.arange(max(first, m - window, 0), m, device=self.device) % window
             for name in ("query", "out", "lse", "chain"):
-                ours, engine = getattr(self.store, name)[known.ring], getattr(self.mac.store, name)[ring]
+                ours, engine = getattr(self.store, name)[ring], getattr(self.mac.store, name)[ring]
                 assert torch.equal(ours[:, slot], engine[:, slot]), f"{name} of another request's ring"
 
     def after(self, output) -> None:
         with self.device:  # `paged` makes its index tensors there
             if self.decodes:
                 self._decode(output)
-            for row in range(self.decodes, len(self.known)):
+            for row in range(self.decodes, len(self.ring)):
                 self._prefill(row, output)
 
     def _bounds(self, row: int):
@@ -177,10 +164,10 @@ class Step:
         mac, config, n = self.mac, self.mac.config, self.decodes
         ints = lambda x: torch.tensor(x, dtype=torch.int64)
         position = ints(self.start[:n])
-        ring = ints([k.ring if k.first is not None else -1 for k in self.known[:n]])
+        ring = ints(self.ring[:n])
         first = ints([
-            k.first if k.first is not None and not prompt else stop
-            for k, prompt, stop in zip(self.known[:n], self.prompt, self.length)
+            first if first is not None and not prompt else stop
+            for first, prompt, stop in zip(self.first[:n], self.prompt, self.length)
         ])  # fmt: skip
         query = self.query[:n]
         pre = mac.rotary.undo(query, position)
@@ -199,7 +186,7 @@ class Step:
             groups = same[row].repeat_interleave(mac.num_heads // mac.num_kv_heads)
             error = (output[row].float().view_as(want.out[row]) - want.out[row]).abs()[groups]
             self.watch.judge("decode", error, 5 * rounding + rest)
-            if self.known[row].first is not None:
+            if self.ring[row] >= 0:
                 slot = position[row : row + 1] % config.window
                 self._entries(row, slot, groups, rounding, rest, sigma)
         self._count(position, ring, hit, found)
@@ -222,7 +209,7 @@ class Step:
                 lag = self.start[row] - p
                 scores.append(at + config.lag_weight * lag / config.window * limit)
             if len(picked) == 1:  # one side took it and the other did not
-                lse = float(self.store.lse[self.known[row].ring, head, picked[0] % config.window])
+                lse = float(self.store.lse[self.ring[row], head, picked[0] % config.window])
                 mass = float(torch.sigmoid(torch.tensor(lse) - rest_lse[row, head].cpu()))
                 scores = [at, limit * relief(mass, config)]
                 # The limit follows an LSE's error at most twofold; for that error see `_entries`.
@@ -234,7 +221,7 @@ class Step:
 
     def _entries(self, row, slot, heads, rounding, rest, sigma) -> None:
         """Judge what the engine recorded at `slot`, of the given heads, and take it over."""
-        store, ours, theirs = self.mac.store, self.known[row].ring, self.ring[row]
+        store, ours, theirs = self.mac.store, self.ring[row], self.ring[row]
         part = lambda s, name, ring: getattr(s, name)[ring][:, slot]
         unit = torch.finfo(store.query.dtype).eps / 2
         mine, its = part(self.store, "query", ours)[heads].float(), part(store, "query", theirs)[heads].float()
@@ -255,9 +242,8 @@ class Step:
 
     def _prefill(self, row: int, output) -> None:
         mac, window = self.mac, self.mac.config.window
-        b, e, known = self.begin[row], self.begin[row + 1], self.known[row]
+        b, e, ring = self.begin[row], self.begin[row + 1], self.ring[row]
         position = torch.arange(self.start[row], self.length[row])
-        ring = known.ring if known.first is not None else -1
         pre = mac.rotary.undo(self.query[b:e], position)
         want = paged.prefill(
             self.start[row], self.query[b:e], pre, self.kv, self.table[row], ring, self.store, mac.config, self.scale
@@ -265,7 +251,6 @@ class Step:
         rounding, rest, sigma = self._bounds(row)
         self.watch.judge("prefill", (output[b:e].float().view_as(want) - want).abs(), 5 * rounding + rest)
         if ring >= 0:
-            assert self.ring[row] >= 0, "a prompt without a ring"
             heads = torch.ones(mac.num_heads, dtype=torch.bool)
             self._entries(row, position[-window:] % window, heads, rounding, rest, sigma)
         self.watch.chunks += 1

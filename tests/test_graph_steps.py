@@ -20,7 +20,7 @@ from rounding import decode_error, largest_score
 from vllm_mac import paged
 from vllm_mac.config import MacConfig
 from vllm_mac.fused import Decoder, rotation
-from vllm_mac.kernels.assign import assign
+from vllm_mac.kernels.assign import FRESH, PREFILLING, assign
 from vllm_mac.kernels.exact import PrefixProblem
 from vllm_mac.kernels.hit import COUNTERS
 from vllm_mac.kernels.record import record_prefill
@@ -117,11 +117,11 @@ class Run(Engine):
 
     def __init__(self, setup: Setup, seed: int = 0):
         s = self.setup = setup
-        super().__init__(s.rows, s.pool, s.page, s.window, s.min_context, s.chunk, v2=True, seed=seed)
+        super().__init__(s.rows, s.pool, s.page, s.window, s.min_context, s.chunk, seed=seed)
         self.config = MacConfig(
             window=s.window, band=s.band, sink=s.sink, min_context=s.min_context, max_chain=8, miss_engine=s.engine
         )
-        self.table = RingTable(s.rows, s.pool, s.page, self.config, DEVICE)
+        self.device_table = RingTable(s.rows, s.window, DEVICE)
         self.plan, self.heads, self.scale = Plan(s), s.group * s.kv_heads, s.d**-0.5
         columns = s.pool
         problem = PrefixProblem(
@@ -138,8 +138,6 @@ class Run(Engine):
         for store in self.store + self.plain:
             self._poison(store, slice(None), True)
             store.chain.zero_()
-        self.free_rings = list(range(s.rows))  # of the plain result
-        self.known: dict[int, tuple[int, int]] = {}  # request -> its ring there, and first position in it
         self.query, self.out = nan(LAYERS, s.rows, self.heads, s.d), nan(LAYERS, s.rows, self.heads, s.d)
         self.blocks = torch.zeros(s.rows, columns, dtype=torch.int32, device=DEVICE)
         self.counts = torch.zeros(LAYERS, len(COUNTERS), dtype=torch.int64, device=DEVICE)
@@ -179,20 +177,8 @@ class Run(Engine):
     def drop(self, request, resume: bool) -> None:
         held = list(request.blocks)
         super().drop(request, resume)
-        # Not given out again until all others were: whoever has the index of a request that is gone, and
-        # finds all its blocks, may rightly go on with its ring.
-        self.indices.insert(0, self.indices.pop())
         free = [b for b in held if not self.pool.users[b] and self.pool.cached.get(self.pool.content[b]) != b]
         self._poison_blocks(free)
-        if request.ring >= 0:
-            queries = self.rng.random() < 0.3
-            for store in self.store:
-                self._poison(store, request.ring, queries)
-            self.seen["poisoned rings"] += 1
-        request.ring = -1
-        if id(request) in self.known:
-            ring, _ = self.known.pop(id(request))
-            self.free_rings.append(ring)
         if not resume:
             del self.plan.known[id(request)]
 
@@ -216,65 +202,69 @@ class Run(Engine):
 
     def step(self, stalled: bool = False) -> None:
         self.arrive()
-        plan = self._schedule(stalled)
+        rows, arrived = self._schedule(stalled)
         self._poison_blocks(self.taken)
         self.taken.clear()
-        if not plan:
+        if not rows:
             return
+        self._begin(rows, arrived)
+        plan = [(request, stop) for request, stop, _ in rows]
         self.rng.shuffle(plan)
         plan.sort(key=lambda item: item[1] - item[0].computed > 1)  # vLLM has decoding rows first
         count = [stop - r.computed for r, stop in plan]
         decodes = count.count(1)
         facts = [self.plan.facts(r, r.computed, stop) for r, stop in plan]
-        slots = self._write(plan, [kv for *_, kv in facts])
-        self._assign(plan, count, decodes, slots)
-        expected = self._plain(plan, facts, decodes)
+        self._write(plan, [kv for *_, kv in facts])
+        first = self._assign(plan, count, decodes)
+        expected = self._plain(plan, facts, decodes, first)
         self._device(plan, facts, decodes)
         self._compare(plan, expected, decodes)
-        self._advance(plan)
+        self._advance([(request, stop, 0) for request, stop in plan])
 
-    def _write(self, plan, kv: list) -> torch.Tensor:
-        """Put the step's keys and values into their blocks. Returns the slots."""
+    def _write(self, plan, kv: list) -> None:
+        """Put the step's keys and values into their blocks."""
         slots = [r.blocks[p // self.size] * self.size + p % self.size for r, stop in plan for p in range(r.computed, stop)]
         slots = torch.tensor(slots)
         block, at, kv = slots // self.size, slots % self.size, torch.cat(kv, 1)
         for layer in range(LAYERS):
             self.plain_kv[layer][block, :, at] = kv[layer]
             self.kv[layer][block.to(DEVICE), :, at.to(DEVICE)] = kv[layer].to(DEVICE)
-        return slots.to(DEVICE)
 
-    def _assign(self, plan, count, decodes, slots) -> None:
-        """As `cuda.MacCUDAMetadataBuilder` does before a step."""
+    def _assign(self, plan, count, decodes) -> torch.Tensor:
+        """As `cuda.MacCUDAMetadataBuilder` does before a step. Returns what the oracle lets each row read from."""
         ints = lambda x: torch.tensor(x, dtype=torch.int32, device=DEVICE)
         for i, (request, _) in enumerate(plan):
             self.blocks[i, : len(request.blocks)] = ints(request.blocks)
         decoder = self.decoder
         own = decoder.position, decoder.ring, decoder.first
         outputs = own if decodes == len(plan) else self.mixed
+        held = [self.owners.ring(r.name) for r, _ in plan]
+        for ring in (ring for ring, fresh in held if fresh):
+            queries = self.rng.random() < 0.3
+            for store in self.store:
+                self._poison(store, ring, queries)
+            for store in self.plain:
+                self._poison(store, ring, True)
+            self.seen["poisoned rings"] += 1
+        start, stops = [r.computed for r, _ in plan], [stop for _, stop in plan]
+        self.held, fresh = [ring for ring, _ in held], [fresh for _, fresh in held]
+        prefilling = [r.computed < r.prompt for r, _ in plan]
+        flags = [FRESH.value * f + PREFILLING.value * p for f, p in zip(fresh, prefilling)]
         assign(
-            self.table, ints([0] + count).cumsum(0, dtype=torch.int32), ints([stop for _, stop in plan]),
-            torch.tensor([r.computed < r.prompt for r, _ in plan], device=DEVICE), self.blocks[: len(plan)],
-            slots, ints([r.index for r, _ in plan]), *outputs,
+            self.device_table, ints([0] + count).cumsum(0, dtype=torch.int32), ints(stops), ints(self.held), ints(flags),
+            *outputs,
         )  # fmt: skip
         for mine, rows in zip(own, outputs, strict=True):
             mine[:decodes].copy_(rows[:decodes])
         self.rings = outputs[1]
-        for (request, _), ring in zip(plan, self.rings.tolist()):
-            request.ring = ring
+        return torch.tensor(self.answer(self.table, start, stops, self.held, fresh, prefilling, [False] * len(plan)))
 
-    def _plain(self, plan, facts, decodes):
-        """The step by `paged`, with a ring of its own for each request. Returns a `Decoded` per layer."""
+    def _plain(self, plan, facts, decodes, first):
+        """The step by `paged`. Returns a `Decoded` per layer."""
         config, width = self.config, max(len(r.blocks) for r, _ in plan)
         table = torch.tensor([r.blocks + [0] * (width - len(r.blocks)) for r, _ in plan], dtype=torch.int32)
-        for request, stop in plan:
-            if id(request) not in self.known and stop >= config.min_context:
-                self.known[id(request)] = self.free_rings.pop(), max(stop - config.window, request.computed)
-        owned = [self.known.get(id(r), (-1, 0)) for r, _ in plan]
-        ring = torch.tensor([ring for ring, _ in owned])
-        first = torch.tensor([
-            first if r.computed >= r.prompt and ring >= 0 else stop for (r, stop), (ring, first) in zip(plan, owned)
-        ])  # fmt: skip
-        assert self.rings[: len(plan)].ge(0).tolist() == ring.ge(0).tolist(), "a ring too many or too few"
+        ring = torch.tensor(self.held)
+        assert ring.ge(0).tolist() == [stop >= config.min_context for _, stop in plan], "a ring too many or too few"
         results = []
         for i in range(LAYERS):
             store, kv = self.plain[i], self.plain_kv[i]

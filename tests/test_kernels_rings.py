@@ -1,4 +1,4 @@
-"""The kernels that own and seed rings: `assign` against `RingTable.assign`, `record_prefill`
+"""The kernels that say what rings hold and that seed them: `assign` against `RingTable.assign`, `record_prefill`
 against the recording of `paged.prefill`.
 
 Assignments must be equal, state and all. Recorded entries may differ from the oracle's by the
@@ -7,14 +7,16 @@ rounding of what is stored in few bits, and by the float32 arithmetic of both.
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ring_model import assign as model_assign
+from ring_model import play, random_engine, random_schedule
 
 from vllm_mac import paged
-from vllm_mac.kernels.assign import assign
+from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
 from vllm_mac.kernels.record import record_prefill
 from vllm_mac.ring import RingStore, RingTable
 
@@ -26,262 +28,74 @@ BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.floa
 # --- assign ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Sequence:
-    """Tokens computed so far, in `blocks`; the first `prompt` of them are prefilled."""
+class Both:
+    """The oracle's table and the kernel's, given the same batches; stands in for `ring_model.assign`."""
 
-    prompt: int
-    request: int
-    length: int = 0
-    blocks: list[int] = field(default_factory=list)
+    def __init__(self, padded: int):
+        self.padded, self.tables, self.seen = padded, {}, Counter()
 
-
-@dataclass
-class Row:
-    """Positions `[start, stop)` of a sequence. slots: whether its tokens have any."""
-
-    start: int
-    stop: int
-    blocks: list[int]
-    prefilling: bool = False
-    request: int = -1
-    slots: bool = True
-
-
-class Tables:
-    """The oracle's table and the kernel's, driven by the same batches."""
-
-    def __init__(self, rings, blocks, size, window, min_context, padded, idle=1):
-        config = SimpleNamespace(window=window, min_context=min_context)
-        self.expected = RingTable(rings, blocks, size, config, "cpu", idle)
-        self.table = RingTable(rings, blocks, size, config, DEVICE, idle)
-        self.columns, self.padded, self.seen = blocks, padded, Counter()
-
-    def step(self, rows: list[Row], requests=True, flags=True, pads=0, loose=0):
-        """One step. pads: rows of padding. loose: tokens past the last row's. Returns the rings."""
-        expected, table, size = self.expected, self.table, self.expected.block_size
-        draw = random.Random(self.expected.step)
-        # Padding keeps what was there: a length, blocks; or one token without a slot.
-        padding = [Row(n, n, [1], False, 0) for n in (0, 5, 7)] + [
-            Row(-1, 0, [1], False, 0, slots=False)
-        ]
-        known, rows = len(rows), rows + [draw.choice(padding) for _ in range(pads)]
-        count = torch.tensor([row.stop - row.start for row in rows])
-        length = torch.tensor([row.stop for row in rows])
-        slots = []
-        for row in rows:
-            for p in range(row.start, row.stop):
-                slots.append(row.blocks[p // size] * size + p % size if row.slots else -1)
-        block_table = torch.full((len(rows), self.columns), 1 << 30, dtype=torch.int32)
-        for i, row in enumerate(rows):
-            block_table[i, : len(row.blocks)] = torch.tensor(row.blocks, dtype=torch.int32)
-        prefilling = torch.tensor([row.prefilling for row in rows]) if flags else count > 1
-        request = torch.tensor([row.request for row in rows])
-        self._observe(rows, count, prefilling, request if requests else None)
-
-        given = expected.assign(
-            length - count, length, prefilling, block_table.where(block_table < 1 << 30, 0),
-            torch.tensor(slots, dtype=torch.int64), torch.arange(len(rows)).repeat_interleave(count),
-            request if requests else None,
-        )  # fmt: skip
-        begin = torch.cat((torch.zeros(1, dtype=torch.int64), count.cumsum(0)))
-        slots += [draw.randrange(len(expected.owner) - 1) * size for _ in range(loose)]
-        position, ring, first = torch.full((3, self.padded), -77, dtype=torch.int32, device=DEVICE)
-        assign(
-            table, begin.int().to(DEVICE), length.int().to(DEVICE),
-            prefilling[:known].to(DEVICE) if flags else None, block_table.to(DEVICE),
-            torch.tensor(slots, dtype=torch.int64, device=DEVICE),
-            request[:known].int().to(DEVICE) if requests else None, position, ring, first,
-        )  # fmt: skip
-
-        rest = self.padded - len(rows)
-        single = (count == 1) & (length > 0)
-        assert position.tolist() == torch.where(single, length - 1, -1).tolist() + [-1] * rest
-        assert ring.tolist() == given.ring.tolist() + [-1] * rest
-        assert first.tolist() == given.first.tolist() + [0] * rest
-        for name in ("owner", "last", "request", "last_block", "first", "used"):
-            got, want = getattr(table, name).cpu(), getattr(expected, name)
-            # The oracle dumps what has no ring into the last element, and never reads these.
-            kept = slice(None) if name in ("owner", "last", "request") else slice(-1)
-            assert torch.equal(got[kept], want[kept]), name
-        assert table.step == expected.step and table.states() == expected.states()
-        return given.ring.tolist()[:known]
-
-    def _observe(self, rows, count, prefilling, request):
-        """Count the situations that the batch puts the table into."""
-        t, claims = self.expected, Counter()
-        wants = 0
-        for i, row in enumerate(rows):
-            if count[i] == 0 or row.start < 0:
-                self.seen["padding"] += 1
-                continue
-            ring = int(t.owner[row.blocks[(row.start - 1) // t.block_size]]) if row.start else -1
-            same = ring >= 0 and int(t.last[ring]) == row.start - 1
-            if same and request is not None and int(t.request[ring]) != row.request:
-                self.seen["another request's"] += 1
-                same = False
-            if ring >= 0 and not same:
-                self.seen["out of date"] += 1
-            if same:
-                claims[ring] += 1
-                self.seen["continued"] += 1
-                self.seen["prefilled on"] += bool(prefilling[i])
-            elif row.stop >= t.config.min_context:
-                wants += 1
-            else:
-                self.seen["short"] += 1
-        self.seen["contested"] += sum(n > 1 for n in claims.values())
-        # The step has not been counted yet.
-        left = sum(
-            int(u) <= t.step + 1 - t.idle_steps and r not in claims
-            for r, u in enumerate(t.used[:-1])
-        )
-        self.seen["fresh"] += min(wants, left)
-        self.seen["exhausted"] += wants > left
+    def __call__(self, expected: RingTable, start, length, ring, fresh, prefilling, skips) -> list[int]:
+        if id(expected) not in self.tables:
+            self.tables[id(expected)] = RingTable(expected.rings, expected.window, DEVICE), expected
+        table, _ = self.tables[id(expected)]
+        for mine, theirs in ((table.first, expected.first), (table.last, expected.last)):
+            mine.copy_(theirs)  # the model may have let them sleep
+        rows, rest = len(start), self.padded - len(start)
+        count = [b - a for a, b in zip(start, length)]
+        flags = [FRESH.value * f + PREFILLING.value * p + SKIPS.value * s for f, p, s in zip(fresh, prefilling, skips)]
+        ints = lambda values: torch.tensor(values, dtype=torch.int32, device=DEVICE)
+        position, got, first = torch.full((3, self.padded), -77, dtype=torch.int32, device=DEVICE)
+        assign(table, ints([0, *count]).cumsum(0, dtype=torch.int32), ints(length), ints(ring), ints(flags), position, got, first)
+        wanted = model_assign(expected, start, length, ring, fresh, prefilling, skips)
+        single = [n - 1 if c == 1 and n > 0 else -1 for c, n in zip(count, length)]
+        assert position.tolist() == single + [-1] * rest
+        used = [r if c > 0 and a >= 0 and not s else -1 for r, c, a, s in zip(ring, count, start, skips)]
+        assert got.tolist() == used + [-1] * rest
+        assert first.tolist() == wanted + [0] * rest
+        # The oracle dumps what has no ring into the last element.
+        assert torch.equal(table.first[:-1].cpu(), expected.first[:-1]) and torch.equal(table.last[:-1].cpu(), expected.last[:-1])
+        self.seen["rows"] += rows
+        return wanted
 
 
-class Traffic:
-    """Sequences that come, grow, share their prefix, stall and go, in any order."""
-
-    def __init__(self, seed, blocks, size, rows, chunk):
-        self.draw, self.size, self.rows, self.chunk = random.Random(seed), size, rows, chunk
-        self.free, self.users = list(range(1, blocks)), [0] * blocks
-        self.sequences = []
-
-    def _share(self, parent: Sequence, length: int) -> Sequence:
-        """A sequence with the first `length` tokens of `parent`, in the same blocks."""
-        prompt = length + self.draw.choice((0, 0, 1, self.chunk))
-        # Not always another request: one may also be resumed while its blocks are still there.
-        request = self.draw.choice((parent.request, parent.request, self.draw.randrange(self.rows)))
-        child = Sequence(prompt, request, length, parent.blocks[: length // self.size])
-        for block in child.blocks:
-            self.users[block] += 1
-        self.sequences.append(child)
-        return child
-
-    def _end(self, sequence: Sequence) -> None:
-        self.sequences.remove(sequence)
-        for block in sequence.blocks:
-            self.users[block] -= 1
-            if not self.users[block]:
-                self.free.append(block)
-
-    def _row(self, sequence: Sequence) -> Row | None:
-        start, left = sequence.length, sequence.prompt - sequence.length
-        stop = start + (min(left, self.draw.randint(1, self.chunk)) if left > 0 else 1)
-        missing = -(-stop // self.size) - len(sequence.blocks)
-        if missing > len(self.free):
-            return None
-        for _ in range(missing):
-            block = self.free.pop(self.draw.randrange(len(self.free)))
-            self.users[block] = 1
-            sequence.blocks.append(block)
-        sequence.length = stop
-        return Row(start, stop, list(sequence.blocks), left > 0, sequence.request)
-
-    def batch(self) -> list[Row]:
-        draw, planned, rows = self.draw, [], []
-        while len(self.sequences) < self.rows and draw.random() < 0.4:
-            self.sequences.append(
-                Sequence(draw.randint(1, 4 * self.chunk), draw.randrange(self.rows))
-            )
-        for sequence in list(self.sequences):
-            if draw.random() < 0.04:
-                self._end(sequence)
-            elif sequence.length and sequence.length % self.size == 0 and draw.random() < 0.3:
-                self._share(sequence, sequence.length)
-        queue = draw.sample(self.sequences, len(self.sequences))
-        while queue and len(rows) < self.rows:
-            sequence = queue.pop()
-            row = self._row(sequence) if draw.random() < 0.85 else None
-            if row is None:
-                continue
-            rows.append(row)
-            planned.append(sequence)
-            if (
-                row.stop % self.size == 0 and draw.random() < 0.2
-            ):  # before anything is in the blocks
-                queue.append(self._share(sequence, row.stop))
-        if len(rows) < min(3, self.rows) and not self.free:
-            for sequence in [s for s in self.sequences if s not in planned]:
-                self._end(sequence)
-        return rows
-
-
-TRAFFIC = [(1, 2, 1, 12), (2, 3, 1, 5), (4, 5, 2, 16), (16, 4, 1, 40), (3, 2, 1, 1)]
-
-
-@pytest.mark.parametrize("requests", [False, True])
-def test_assign_follows_the_oracle(requests):
-    """Any traffic, whose situations are counted: short prompts, shared prefixes, too few rings."""
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_assign_follows_the_oracle(drafts):
+    """Over schedules of `ring_model`, which checks what may be read besides."""
     seen = Counter()
-    for seed, (size, rings, idle, min_context) in enumerate(TRAFFIC):
-        rows, blocks = 8, 16 + 160 // size
-        tables = Tables(rings, blocks, size, 6, min_context, padded=rows + 3, idle=idle)
-        traffic = Traffic(seed, blocks, size, rows, chunk=3 * size + 1)
-        for i in range(28 if INTERPRETED else 150):
-            batch = traffic.batch()
-            pads = traffic.draw.randrange(4) if batch else 1
-            tables.step(batch, requests, i % 2 > 0, pads, loose=traffic.draw.randrange(3))
-        seen += tables.seen
-    reached = ["padding", "continued", "prefilled on", "contested", "fresh", "exhausted"]
-    reached += ["out of date", "short"] + ["another request's"] * requests
+    for seed in range(6 if INTERPRETED else 30):
+        rng, both = random.Random(seed), Both(40)
+        engine = random_engine(rng, drafts=drafts, told=seed % 2 > 0, lanes=1 + seed % 3 // 2, seed=seed, answer=both)
+        play(engine, random_schedule(rng, 120))
+        seen += engine.seen + both.seen
+    reached = ["rows", "entries read", "ring taken over", "copied", "slept"] + ["rejected"] * (drafts > 0)
     assert all(seen[what] > 3 for what in reached), seen
-
-
-def test_assign_ties():
-    """Decoding before prefilling, then the earlier row; longest unused first, then by number."""
-    tables = Tables(rings=6, blocks=40, size=4, window=8, min_context=4, padded=8)
-    rows = [Row(0, 4, [1 + i], True) for i in range(6)]
-    assert tables.step(rows[:3], requests=False) == [0, 1, 2]
-    assert tables.step([Row(4, 8, [2, 10], True)], requests=False) == [1]
-    assert tables.step(rows[3:], requests=False) == [3, 4, 5]
-    # Unused longest: 0 and 2, then 1, then 3, 4, 5; ring 0 is still its row's own.
-    assert tables.step([Row(0, 4, [20], True), Row(4, 5, [1, 21]), Row(0, 4, [22], True), Row(0, 4, [23], True)],
-                       requests=False) == [2, 0, 1, 3]  # fmt: skip
-    # Both rows share block 4, whose ring is 3's former one; only one may go on with ring 4.
-    twins = [Row(4, 6, [5, 24], True), Row(4, 5, [5, 25]), Row(4, 5, [5, 26])]
-    assert tables.step(twins, requests=False) == [5, 4, 0]
-    assert tables.seen["contested"] == 1
-
-
-def test_assign_forgets_blocks_that_are_written_anew():
-    """A row may share a block that another begins to write in the same step."""
-    tables = Tables(rings=3, blocks=9, size=4, window=8, min_context=4, padded=4)
-    tables.step([Row(0, 4, [1], True)])
-    # Another sequence now writes block 1, and a third continues from position 3 of it.
-    assert tables.step([Row(4, 5, [1, 2]), Row(0, 4, [1], True)]) == [1, 2]
-
-
-def test_assign_needs_room():
-    tables = Tables(rings=1, blocks=4, size=4, window=8, min_context=4, padded=1)
-    with pytest.raises(ValueError, match="position: 1 elements"):
-        tables.step([Row(0, 1, [1]), Row(0, 1, [2])])
 
 
 @pytest.mark.parametrize("rings", [1024, 100, 7])
 def test_assign_full_size(rings):
-    """1024 rows and rings; prompts of 16384 tokens; many rows that want a ring at once."""
-    size, blocks = 16, 20_000
-    tables = Tables(rings, blocks, size, window=64, min_context=128, padded=1024)  # most rows grow past it
-    tables.columns = 2000
-    draw = random.Random(rings)
-    long = Sequence(16_384, 5, 0, list(range(1, 1026)))
-    rest = [Sequence(1, i, 0, list(range(1030 + 15 * i, 1045 + 15 * i))) for i in range(1020)]
-    for step in range(20):
-        rows = []
-        if step < 2:
-            rows.append(Row(8192 * step, 8192 * (step + 1), long.blocks, True, 5))
-        for sequence in rest if step % 5 else rest[:50]:
-            stop = min(sequence.length + (draw.randint(1, 60) if step < 8 else 1), 15 * size)
-            if stop > sequence.length:
-                rows.append(
-                    Row(sequence.length, stop, sequence.blocks, stop < 150, sequence.request)
-                )
-                sequence.length = stop
-        tables.step(rows, pads=draw.randrange(4), loose=3)
-    assert tables.seen["continued"] and tables.seen["fresh"] and tables.seen["short"]
-    assert tables.seen["exhausted"] or rings == 1024
+    """1024 rows, most of which continue; positions up to 100,000."""
+    draw, both = random.Random(rings), Both(1024)
+    table = RingTable(rings, 64, "cpu")
+    length = [draw.randrange(100_000) for _ in range(1020)]
+    holder = [i if i < rings else -1 for i in range(1020)]
+    for step in range(8):
+        start = [max(0, n - draw.choice((0, 0, 0, 1, 70))) for n in length]
+        length = [n + draw.choice((0, 1, 1, 1, 3, 300)) for n in start]
+        flag = lambda share: [draw.random() < share for _ in start]
+        fresh = [True] * 1020 if step == 0 else flag(0.05)
+        both(table, start, length, holder, fresh, flag(0.1), flag(0.1))
+    assert both.seen["rows"] == 8 * 1020
+
+
+@pytest.mark.parametrize("short", ["position", "rings", "flags"])
+def test_assign_needs_room(short):
+    ints = lambda n: torch.zeros(n, dtype=torch.int32, device=DEVICE)
+    sizes = {name: 1 if name == short else 2 for name in ("position", "rings", "flags")}
+    with pytest.raises(ValueError, match=rf"{short}: 1 elements, choose at least as many as rows \(2\)"):
+        assign(
+            RingTable(1, 8, DEVICE), ints(3), ints(2), ints(sizes["rings"]), ints(sizes["flags"]), ints(sizes["position"]),
+            ints(2), ints(2),
+        )  # fmt: skip
 
 
 # --- record ------------------------------------------------------------------------------------

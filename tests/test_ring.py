@@ -1,7 +1,7 @@
-"""RingTable: a row never reads an entry that was recorded from another history than its own.
+"""Ownership of rings: a row never reads an entry that was recorded from another history than its own.
 
 First over whole schedules of the model in `ring_model`; then the adversarial cases one by
-one, in terms of blocks and positions only.
+one, in terms of requests, blocks and positions only.
 """
 
 import random
@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ring_model import Engine, Row, assign, make_config
+from ring_model import Engine, assign, play, random_engine, random_schedule
 
 from vllm_mac.config import MacConfig
+from vllm_mac.owners import Arrival, Growth, RingOwners
 from vllm_mac.ring import RingStore, RingTable, narrow, ring_bytes, ring_dtypes
 
 prompts = st.tuples(st.integers(0, 3), st.integers(1, 9))  # one of few contents, and a length
@@ -25,244 +26,287 @@ events = st.one_of(
     st.tuples(st.just("step"), st.just(False), st.none()),
     st.tuples(st.just("step"), st.just(False), st.none()),
     st.tuples(st.just("step"), st.just(True), st.none()),
+    st.tuples(st.sampled_from(["reset", "sleep"]), st.none(), st.none()),
 )
 shapes = st.fixed_dictionaries(
     {
         "rings": st.integers(1, 4),
         "blocks": st.integers(4, 16),
         "size": st.sampled_from([1, 2, 4]),
+        "unit": st.sampled_from([None, 1, 2]),
         "window": st.integers(1, 6),
         "min_context": st.integers(3, 7),
         "chunk": st.integers(1, 8),
-        "v2": st.booleans(),
+        "told": st.booleans(),
         "lanes": st.sampled_from([1, 1, 2]),
+        "drafts": st.sampled_from([0, 0, 1, 3]),
         "seed": st.integers(0, 1 << 16),
     }
 )
 
 
-def play(engine: Engine, schedule) -> None:
-    for event, what, extra in schedule:
-        if event in ("add", "twins"):
-            # Contents that share their first half, so that prefixes meet and part.
-            letters, length = what
-            prompt = [0, 1] * 2 + [letters // 2, letters % 2] * 3
-            for _ in range(1 + (event == "twins")):
-                engine.add(prompt[:length], extra)
-        elif event == "step":
-            engine.step(what)
-        elif engine.running:
-            engine.drop(engine.running[what % len(engine.running)], resume=event == "preempt")
-    engine.finish()
-
-
 @given(shapes, st.lists(events, min_size=10, max_size=60))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_schedule_reads_only_its_own_history(shape, schedule):
-    play(Engine(**shape), schedule)
+    unit = shape.pop("unit")
+    play(Engine(unit=unit and min(unit, shape["size"]), **shape), schedule)
 
 
-@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_long_schedules_reach_what_they_mean_to(v2, lanes):
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_long_schedules_reach_what_they_mean_to(told, lanes, drafts):
     """The same check over long random schedules, which meet every situation many times."""
     seen: Counter = Counter()
     for seed in range(36):
         rng = random.Random(seed)
-        engine = Engine(
-            rings=rng.randint(1, 4), blocks=rng.randint(10, 24), size=rng.choice([1, 2, 4]), window=rng.randint(1, 6),
-            min_context=rng.randint(3, 6), chunk=rng.randint(1, 8), v2=v2, lanes=lanes, seed=seed,
-        )  # fmt: skip
-        kinds = ["add", "twins", "abort", "preempt"] + ["step"] * 12
-        schedule = []
-        for _ in range(250):
-            kind = rng.choice(kinds)
-            prompt = rng.randrange(4), rng.randint(1, 9)
-            what = {"step": rng.random() < 0.2, "abort": rng.randrange(9), "preempt": rng.randrange(9)}
-            schedule.append((kind, what.get(kind, prompt), rng.randint(1, 12)))
-        play(engine, schedule)
+        engine = random_engine(rng, told=told, lanes=lanes, drafts=drafts, seed=seed)
+        play(engine, random_schedule(rng, 250))
         seen += engine.seen
-    reached = ["entries read", "prefix found", "preempted", "resumed as decode", "stalled", "exhausted"]
-    reached += ["ring taken over", "all rings found again"]
-    assert all(seen[what] for what in reached), seen
+    reached = ["entries read", "prefix found", "copied", "preempted", "resumed as decode", "stalled", "exhausted"]
+    reached += ["ring taken over", "reset", "slept"] + ["rejected"] * (drafts > 0)
+    assert all(seen[what] > 10 for what in reached), seen
 
 
-# --- Adversarial cases, one by one: blocks of 4 tokens, window 8 --------------------------------
+# --- Adversarial cases, one by one: blocks of 4 tokens, window 8, matching from 3 tokens ---------
 
 
-def make_table(rings: int = 2, blocks: int = 32, window: int = 8, min_context: int = 3, idle_steps: int = 1) -> RingTable:
-    return RingTable(rings, blocks, 4, make_config(window, min_context), "cpu", idle_steps)
+class Case:
+    """Requests by name, in steps of one row each unless `step` is given more."""
+
+    def __init__(self, rings: int = 2, min_context: int = 3, idle_steps: int = 1, window: int = 8, sizes=(4,)):
+        self.owners, self.table = RingOwners(rings, min_context, sizes, idle_steps), RingTable(rings, window, "cpu")
+
+    def step(self, *rows, ended=()) -> list[tuple[int, int]]:
+        """rows: `(name, start, stop, arrival's blocks or None)`. Each one's ring and first position that it may
+        read as soon as it decodes."""
+        arrived = [Arrival(name, start, (blocks,)) for name, start, _, blocks in rows if blocks is not None]
+        self.owners.begin_step(ended, arrived, (), {name: stop for name, _, stop, _ in rows})
+        held = [self.owners.ring(name) for name, *_ in rows]
+        start, stop = [row[1] for row in rows], [row[2] for row in rows]
+        first = assign(self.table, start, stop, [r for r, _ in held], [f for _, f in held], *[[False] * len(rows)] * 2)
+        return [(ring, seen) for (ring, _), seen in zip(held, first)]
+
+    def one(self, name, start, stop, blocks=None, ended=()) -> tuple[int, int]:
+        return self.step((name, start, stop, blocks), ended=ended)[0]
 
 
-def one(table: RingTable, blocks: list[int], start: int, stop: int, prefilling=False, request=None) -> tuple[int, int]:
-    """A step of one row: its ring, and the first position it may read there."""
-    row = Row(blocks, start, stop, prefilling, -1 if request is None else request)
-    (ring,), (first,) = assign(table, [row], requests=request is not None)
-    return ring, first
-
-
-def test_a_sequence_keeps_its_ring_while_rows_change_places():
-    table = make_table(rings=3)
-    a, b, c = [1, 2, 3], [4, 5, 6], [7, 8, 9]
-    rings, first = assign(table, [Row(a, 0, 3, True), Row(b, 0, 7, True), Row(c, 0, 4, True)])
-    assert sorted(rings) == [0, 1, 2] and first == [0, 0, 0]
+def test_a_request_keeps_its_ring_while_rows_change_places():
+    case = Case(rings=3)
+    rings = case.step(("a", 0, 3, [1]), ("b", 0, 7, [4, 5]), ("c", 0, 4, [7]))
+    assert sorted(ring for ring, _ in rings) == [0, 1, 2] and [first for _, first in rings] == [0, 0, 0]
+    a, b, c = (ring for ring, _ in rings)
     for step in range(3):
-        order = [Row(c, 4 + step, 5 + step), Row(a, 3 + step, 4 + step), Row(b, 7 + step, 8 + step)]
-        shift = [rings[2], rings[0], rings[1]]
-        k = step % 3
-        assert assign(table, order[k:] + order[:k])[0] == shift[k:] + shift[:k]
+        order = [("c", 4 + step, 5 + step, None), ("a", 3 + step, 4 + step, None), ("b", 7 + step, 8 + step, None)]
+        got = case.step(*order[step:], *order[:step])
+        assert [ring for ring, _ in got] == ([c, a, b] * 2)[step : step + 3]
+
+
+def test_a_block_copied_over_lends_no_ring():
+    """Copy-on-write of a partial prefix hit: the target block is one that an ended request wrote."""
+    case = Case()
+    ring, _ = case.one("a", 0, 6, [1, 2])
+    # b finds 6 tokens of another request; the second block is copied, without a slot, into a's former block 2.
+    got, first = case.one("b", 6, 7, [9, 2], ended=["a"])
+    assert first == 6
 
 
 def test_a_chunk_longer_than_the_window_may_be_read_only_where_recorded():
-    table = make_table(window=8)
-    ring, first = one(table, [1, 2, 3, 4, 5], 0, 18, True)
-    assert ring >= 0 and first == 18 - 8
-    assert one(table, [1, 2, 3, 4, 5], 18, 19) == (ring, 10)
+    case = Case(window=8)
+    ring, _ = case.one("a", 0, 18, [1, 2, 3, 4, 5])
+    assert case.one("a", 18, 19) == (ring, 10)
 
 
-def test_ended_at_a_block_boundary_then_found_again_by_a_request_with_that_prefix():
-    table = make_table()
-    ring, _ = one(table, [1, 2], 0, 7, True)
-    assert one(table, [1, 2], 7, 8) == (ring, 0)  # aborted here, block 2 full and cached
-    assert one(table, [1, 2, 3], 8, 10, True) == (ring, 0)
+def test_ended_then_found_by_a_request_with_that_prefix():
+    case = Case()
+    ring, _ = case.one("a", 0, 7, [1, 2])
+    assert case.one("a", 7, 8) == (ring, 0)
+    assert case.one("b", 8, 10, [1, 2, 3], ended=["a"]) == (ring, 0)
 
 
-def test_ended_inside_a_block_that_another_then_writes():
-    table = make_table()
-    old, _ = one(table, [1, 2], 0, 6, True)
-    new, first = one(table, [3, 2], 0, 6, True)  # position 5 in block 2 again, other content
-    assert new != old and first == 0
-    assert one(table, [3, 2], 6, 7) == (new, 0)
-    assert one(table, [1, 2], 6, 7) != (old, 0)
+def test_found_short_of_where_the_ended_request_stopped():
+    """What the ended request recorded past the shared prefix took slots, and is not read."""
+    case = Case(window=8)
+    ring, _ = case.one("a", 0, 11, [1, 2, 3])
+    # Positions 8 to 10 took the slots of 0 to 2.
+    assert case.one("b", 8, 9, [1, 2, 4], ended=["a"]) == (ring, 3)
+    for p in range(9, 13):
+        assert case.one("b", p, p + 1) == (ring, max(3, p - 8))
 
 
-def test_a_shorter_prefix_than_the_ring_went_on_to_is_not_continued():
-    table = make_table()
-    ring, _ = one(table, [1, 2, 3], 0, 10, True)
-    other, first = one(table, [1, 2, 4], 8, 9, True)
-    assert other != ring and first == 8
+def test_a_shared_block_of_an_older_request_lends_no_ring():
+    case = Case()
+    old, _ = case.one("a", 0, 8, [1, 2])
+    new, _ = case.one("b", 8, 13, [1, 2, 3, 4], ended=["a"])
+    assert new == old
+    # c shares with b only what a wrote; b's ring holds more than that, but b is not c.
+    got, first = case.one("c", 8, 9, [1, 2, 5], ended=["b"])
+    assert got != new and first == 8
 
 
-def test_ring_reassigned_while_its_old_sequence_comes_back():
-    table = make_table(rings=1)
-    ring, _ = one(table, [1, 2], 0, 8, True)
-    assert one(table, [3, 4], 0, 8, True)[0] == ring  # taken over, at the very same position
-    # Block 2 is still the one that ring recorded position 7 in, but for another sequence.
-    assert one(table, [1, 2, 5], 8, 9) == (ring, 8)
+def test_a_block_given_away_lends_no_ring():
+    case = Case(rings=3)
+    old, _ = case.one("a", 0, 8, [1, 2])
+    case.one("b", 0, 5, [7, 2], ended=["a"])  # block 2 is b's now
+    got, first = case.one("c", 8, 9, [1, 2, 5])
+    assert got != old and first == 8
 
 
-def test_a_live_sequence_wins_over_one_that_has_just_found_its_prefix():
-    table = make_table()
-    ring, _ = one(table, [1, 2], 0, 8, True)
-    rows = [Row([1, 2, 4], 8, 10, True), Row([1, 2, 3], 8, 9)]
-    rings, first = assign(table, rows)
-    assert rings == [1 - ring, ring] and first == [8, 0]
-
-
-def test_two_sequences_that_share_a_position_never_share_a_ring():
-    table = make_table()
-    ring, _ = one(table, [1, 2], 0, 8, True)
-    # V1, both resumed: nothing tells which of the two recorded the ring, and either may have it.
-    rings, first = assign(table, [Row([1, 2, 3], 8, 9), Row([1, 2, 4], 8, 9)])
-    assert rings == [ring, 1 - ring] and first == [0, 8]
-
-
-def test_identical_prompts_in_one_step_each_get_their_own_ring():
-    table = make_table()
-    rings, _ = assign(table, [Row([1, 2], 0, 7, True), Row([3, 4], 0, 7, True)])
-    assert sorted(rings) == [0, 1]
-
-
-def test_block_written_and_shared_in_the_same_step():
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_block_given_away_and_shared_in_the_same_step(turned):
     """vLLM caches a block before the step that fills it: a second request shares it at once."""
-    table = make_table(rings=3)
-    old, _ = one(table, [1, 2], 0, 8, True)  # ends at a block boundary; block 2 is given away
-    rows = [Row([3, 2, 4], 0, 9, True), Row([3, 2, 5], 8, 9, True)]
-    for order in (rows, rows[::-1]):
-        rings, first = assign(table, order)
-        assert old not in rings and sorted(first) == [1, 8]
-        table = make_table(rings=3)
-        assert one(table, [1, 2], 0, 8, True)[0] == old
+    case = Case(rings=3)
+    old, _ = case.one("a", 0, 8, [1, 2])
+    rows = [("b", 0, 9, [3, 2, 4]), ("c", 8, 9, [3, 2, 5])]
+    got = dict(zip("cb" if turned else "bc", case.step(*(rows[::-1] if turned else rows), ended=["a"])))
+    assert old not in (got["b"][0], got["c"][0])
+    assert got["b"][1] == 0 and got["c"][1] == 8
 
 
-def test_an_aborted_sequence_and_its_block_at_the_same_place_of_another():
-    table = make_table()
-    old, _ = one(table, [1, 2], 0, 8, True)
-    new, _ = one(table, [3, 2], 4, 8, True)  # block 2 again as second block, with other content
-    assert new != old
-    assert one(table, [3, 2, 4], 8, 9) == (new, 4)
+def test_a_block_that_a_growing_request_was_given_lends_no_ring():
+    case = Case(rings=3)
+    old, _ = case.one("a", 0, 8, [1, 2])
+    case.one("b", 0, 4, [6], ended=["a"])
+    case.owners.begin_step((), [Arrival("c", 8, ([6, 2, 7],))], [Growth("b", ([2],))], {"b": 5, "c": 9})
+    assert case.owners.ring("c")[1] and case.owners.ring("c")[0] not in (case.owners.ring("b")[0],)
+
+
+def test_two_requests_with_one_prefix_never_share_a_ring():
+    case = Case(rings=3)
+    ring, _ = case.one("a", 0, 8, [1, 2])
+    got = case.step(("b", 8, 9, [1, 2, 3]), ("c", 8, 9, [1, 2, 4]), ended=["a"])
+    assert [first for _, first in got] == [0, 8] and got[0][0] == ring != got[1][0]
+
+
+def test_the_ring_of_a_running_request_is_not_lent():
+    case = Case()
+    ring, _ = case.one("a", 0, 8, [1, 2])
+    got = case.step(("b", 8, 9, [1, 2, 4]), ("a", 8, 9, None))
+    assert got == [(1 - ring, 8), (ring, 0)]
+
+
+def test_every_group_must_agree():
+    """Two KV-cache groups with blocks of 4 and 8 tokens: a block of each is looked at."""
+    case = Case(rings=3, sizes=(4, 8))
+    case.owners.begin_step((), [Arrival("a", 0, ([1, 2], [1]))], (), {"a": 8})
+    ring, _ = case.owners.ring("a")
+    case.owners.begin_step(["a"], [Arrival("b", 0, ([7], [1]))], (), {"b": 3})  # the second group's block is b's
+    case.owners.begin_step((), [Arrival("c", 8, ([1, 2, 3], [1, 2]))], (), {"c": 9})
+    assert case.owners.ring("c")[1], "c was lent a ring"
 
 
 @pytest.mark.parametrize("found", [8, 0])
-def test_preempted_and_resumed_as_a_decoding_row(found):
-    """V1 resumes behind the prompt with is_prefilling False, perhaps with one token to compute."""
-    table = make_table()
-    ring, _ = one(table, [1, 2], 0, 7, True)
-    assert one(table, [1, 2], 7, 8) == (ring, 0)
+def test_preempted_and_resumed(found):
+    case = Case()
+    ring, _ = case.one("a", 0, 7, [1, 2])
+    assert case.one("a", 7, 8) == (ring, 0)
     blocks = [1, 2, 3] if found else [4, 5, 6]
-    resumed, first = one(table, blocks, found, 9)
-    assert (resumed, first) == ((ring, 0) if found else (1 - ring, 1))
+    # The scheduler of V1 does not name it when it is preempted.
+    resumed, first = case.one("a", found, 9, blocks)
+    assert (resumed == ring, first) == (bool(found), 0)
 
 
-def test_tokens_taken_back_are_not_read():
-    """Rejected speculated tokens: the row goes on before the last position that was recorded."""
-    table = make_table()
-    ring, _ = one(table, [1, 2], 0, 5, True)
-    assert one(table, [1, 2], 5, 8)[0] == ring
-    again, first = one(table, [1, 2], 6, 7)
-    assert again != ring and first == 6
+def test_a_name_that_is_used_again_has_nothing_of_its_former_owner():
+    case = Case()
+    ring, _ = case.one("a", 0, 6, [1, 2])
+    assert case.one("a", 6, 7, [3, 4], ended=["a"])[1] == 6
+    case = Case()
+    case.one("a", 0, 6, [1, 2])
+    assert case.one("a", 6, 7, [3, 4])[1] == 6
 
 
-def test_request_index_protects_a_live_ring_and_its_reuse_does_no_harm():
-    table = make_table()
-    ring, _ = one(table, [1, 2], 0, 8, True, request=5)
-    # Another request with the same prefix and history, also decoding, in an earlier row.
-    rings, _ = assign(table, [Row([1, 2, 3], 8, 9, request=6), Row([1, 2, 4], 8, 9, request=5)], requests=True)
-    assert rings == [1 - ring, ring]
-    # Index 5 is free and used again at once, by a request with another prefix.
-    again, first = one(table, [6, 7, 8], 8, 9, True, request=5)
-    assert first == 8
-    assert one(table, [6, 7, 8], 9, 10, request=5) == (again, 8)
+def test_a_gap_is_not_read_over():
+    """Rows that verify speculated tokens record nothing."""
+    case = Case()
+    ring, _ = case.one("a", 0, 5, [1, 2])
+    assert assign(case.table, [5], [8], [ring], [False], [False], [True]) == [8]
+    assert case.one("a", 7, 8) == (ring, 7)
+    assert case.one("a", 8, 9) == (ring, 7)
+
+
+def test_a_ring_given_to_a_row_that_skips_it_is_empty_afterwards():
+    case = Case(rings=1)
+    case.one("a", 0, 8, [1, 2])
+    case.owners.begin_step(["a"], [], (), {"b": 8})
+    assert assign(case.table, [6], [8], [0], [True], [False], [True]) == [8]
+    assert case.one("b", 7, 8) == (0, 7)
+
+
+def test_tokens_taken_back_are_recorded_anew_before_they_are_read():
+    case = Case(window=4)
+    ring, _ = case.one("a", 0, 5, [1, 2])
+    assert case.one("a", 5, 8) == (ring, 1)  # of which two are rejected
+    # Positions 6 and 7 took the slots of 2 and 3.
+    assert case.one("a", 6, 7) == (ring, 4)
+    assert case.one("a", 7, 8) == (ring, 4)
+    assert case.one("a", 8, 9) == (ring, 4) and case.one("a", 9, 10) == (ring, 5)
 
 
 def test_no_ring_left():
-    table = make_table(rings=1)
-    rows = [Row([1, 2], 0, 5, True), Row([3, 4], 0, 5, True)]
-    rings, first = assign(table, rows)
-    assert rings == [0, -1] and first == [0, 5]
-    assert table.states() == {"active": 1, "idle": 0, "free": 0}
-    assert one(table, [3, 4], 5, 6) == (0, 5)  # the first sequence has ended
+    case = Case(rings=1)
+    assert case.step(("a", 0, 5, [1, 2]), ("b", 0, 5, [3, 4])) == [(0, 0), (-1, 5)]
+    assert case.owners.states() == {"active": 1, "idle": 0, "free": 0}
+    assert case.one("b", 5, 6, ended=["a"]) == (0, 5)
 
 
-def test_short_sequences_take_no_ring():
-    table = make_table(rings=1, window=8, min_context=12)
-    assert one(table, [1, 2, 3], 0, 11, True) == (-1, 11)
-    assert table.states() == {"active": 0, "idle": 0, "free": 1}
+def test_short_requests_take_no_ring():
+    case = Case(rings=1, min_context=12)
+    assert case.one("a", 0, 11, [1, 2, 3]) == (-1, 11)
+    assert case.owners.states() == {"active": 0, "idle": 0, "free": 1}
     # Matching begins here, and with it recording.
-    assert one(table, [1, 2, 3], 11, 12) == (0, 11)
+    assert case.one("a", 11, 12) == (0, 11)
+
+
+def test_kept_rings_go_to_others_longest_unused_first():
+    case = Case(rings=3)
+    a, b, c = (ring for ring, _ in case.step(("a", 0, 4, [1]), ("b", 0, 4, [2]), ("c", 0, 4, [3])))
+    case.one("b", 4, 5)
+    case.step(("a", 4, 5, None), ("c", 4, 5, None), ended=["b"])
+    assert case.owners.states() == {"active": 2, "idle": 1, "free": 0}
+    assert case.one("d", 0, 4, [5], ended=["a", "c"])[0] == b
+    assert case.one("e", 0, 4, [6])[0] in (a, c)
 
 
 def test_batches_in_flight_do_not_take_each_other_s_rings():
-    table = make_table(rings=2, idle_steps=2)
-    a, _ = one(table, [1, 2, 3], 0, 4, True)
-    b, _ = one(table, [4, 5, 6], 0, 4, True)
+    case = Case(rings=2, idle_steps=2)
+    a, _ = case.one("a", 0, 4, [1])
+    b, _ = case.one("b", 0, 4, [4])
     assert {a, b} == {0, 1}
     for p in range(4, 9):
-        rings, _ = assign(table, [Row([7, 8], 0, 5, True), Row([1, 2, 3], p, p + 1)])
-        assert rings == [-1, a]
-        assert one(table, [4, 5, 6], p, p + 1) == (b, 0)
-    assert one(table, [1, 2, 3], 9, 10) == (a, 0)
+        assert case.step((f"new {p}", 0, 5, [7]), ("a", p, p + 1, None)) == [(-1, 5), (a, max(0, p - 8))]
+        assert case.one("b", p, p + 1, ended=[f"new {p}"])[0] == b
 
 
-def test_padding_rows_and_tokens_change_nothing():
-    table = make_table()
-    ring, _ = one(table, [1, 2], 0, 8, True)
-    rows = [Row([1, 2, 3], 8, 8), Row([0], 0, 0), Row([1, 2, 3], 8, 9)]
-    assert assign(table, rows, slots_unset=5) == ([-1, -1, ring], [8, 0, 0])
-    # A row of vLLM's warm-up: one token, and a length of 0.
-    assert assign(table, [Row([0], -1, 0), Row([0], 0, 0)], slots_unset=1)[0] == [-1, -1]
-    assert table.states() == {"active": 0, "idle": 1, "free": 1}
-    assert one(table, [1, 2, 3], 9, 10) == (ring, 0)
+def test_a_request_that_is_not_scheduled_gives_its_ring_to_one_that_is():
+    case = Case(rings=1)
+    case.one("a", 0, 4, [1])
+    assert case.one("b", 0, 4, [2]) == (0, 0)
+    assert case.one("a", 4, 5) == (0, 4)  # and has it back once b waits, empty
+
+
+def test_after_a_sleep_nothing_is_read():
+    case = Case()
+    case.one("a", 0, 6, [1, 2])
+    case.owners.forget()
+    case.table.first.zero_(), case.table.last.fill_(99)
+    assert case.one("a", 6, 7)[1] == 6  # one that still runs
+    assert case.one("b", 4, 5, [1, 5], ended=["a"])[1] == 4
+
+
+def test_padding_rows_change_nothing():
+    case = Case()
+    ring, _ = case.one("a", 0, 8, [1, 2])
+    before = case.table.first[:-1].clone(), case.table.last[:-1].clone()
+    assert assign(case.table, [8, 0, -1], [8, 0, 0], [-1] * 3, *[[False] * 3] * 3) == [8, 0, 0]
+    assert torch.equal(case.table.first[:-1], before[0]) and torch.equal(case.table.last[:-1], before[1])
+    assert case.one("a", 8, 9) == (ring, 0)
+
+
+def test_rows_of_the_prompt_read_nothing():
+    table = RingTable(2, 8, "cpu")
+    assert assign(table, [0], [5], [1], [True], [True], [False]) == [5]
+    assert assign(table, [5], [6], [1], [False], [True], [False]) == [6]
+    assert assign(table, [6], [7], [1], [False], [False], [False]) == [0]
 
 
 @pytest.mark.parametrize("model", [torch.float32, torch.bfloat16, torch.float16])

@@ -11,7 +11,7 @@ LONGEST = 450
 
 # Imports point one way, downwards: cli -> backend rooms -> engine rooms -> config.
 CONFIG, ENGINE, BACKEND, CLI = range(4)
-ENGINE_ROOMS = {"reference", "paged", "audit", "ring", "rope", "kernels", "flashinfer_exact", "fused"}
+ENGINE_ROOMS = {"reference", "paged", "audit", "ring", "owners", "rope", "kernels", "flashinfer_exact", "fused"}
 
 
 def modules() -> dict[str, Path]:
@@ -87,7 +87,8 @@ def test_config_knows_neither_torch_nor_vllm():
 @pytest.mark.parametrize(
     "room, stranger",
     [
-        ("ring", {"reference", "paged", "rope", "kernels"}),
+        ("ring", {"reference", "paged", "rope", "kernels", "owners"}),
+        ("owners", {"ring", "reference", "paged", "rope", "kernels"}),
         ("kernels", {"ring", "reference", "paged", "rope", "flashinfer_exact"}),
         ("flashinfer_exact", {"ring", "reference", "paged", "rope"}),
         ("rope", {"ring", "reference", "paged", "kernels"}),

@@ -85,7 +85,7 @@ def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=
             counts=torch.zeros(7, dtype=torch.int64, device=DEVICE), paused=paused,
             audited=audit.histograms(heads, DEVICE) if config.audit else None,
         ))  # fmt: skip
-    table = RingTable(rings, 50, page, config, DEVICE)
+    table = RingTable(rings, config.window, DEVICE)
     return decoder, layers, table
 
 
@@ -98,7 +98,7 @@ def caches(problem: PrefixProblem):
         yield pool.permute([order.index(i) for i in range(5)])[1]
 
 
-def serve(decoder: Decoder, layers, table: RingTable, by_request: bool) -> None:
+def serve(decoder: Decoder, layers, table: RingTable) -> None:
     """Batches of all kinds that vLLM makes, given to the kernels as `cuda` gives them."""
     p, draw = decoder.problem, random.Random(0)
     ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=DEVICE)
@@ -123,8 +123,7 @@ def serve(decoder: Decoder, layers, table: RingTable, by_request: bool) -> None:
                     out[:tokens], torch.zeros(tokens, p.heads, device=DEVICE), **rotation(layer.rotary),
                 )  # fmt: skip
             assign(
-                table, ints(p.max_rows + 1)[: rows + 1], ints(rows), torch.zeros(rows, dtype=torch.bool, device=DEVICE),
-                blocks[:rows], torch.zeros(rows + tokens, dtype=torch.int64, device=DEVICE), ints(rows) if by_request else None,
+                table, ints(p.max_rows + 1)[: rows + 1], ints(rows), ints(rows), ints(rows),
                 decoder.position, decoder.ring, decoder.first,
             )  # fmt: skip
 
@@ -132,16 +131,16 @@ def serve(decoder: Decoder, layers, table: RingTable, by_request: bool) -> None:
 LLAMA = dict(rows=70, heads=32, kv_heads=8, d=128, dtype=torch.bfloat16, window=512, band=256, min_context=2048)
 
 
-@pytest.mark.parametrize("sizes, by_request", [
-    ({}, True), ({"kv_heads": 1, "heads": 4}, False), ({"audit": 0.1, "error_budget": 0.3, "ring_dtype": "float8_e4m3fn"}, True),
-    ({"sink": 5, "reuse": "chained", "distance": "relative", "dtype": torch.bfloat16}, True), (LLAMA, False),
+@pytest.mark.parametrize("sizes", [
+    {}, {"kv_heads": 1, "heads": 4}, {"audit": 0.1, "error_budget": 0.3, "ring_dtype": "float8_e4m3fn"},
+    {"sink": 5, "reuse": "chained", "distance": "relative", "dtype": torch.bfloat16}, LLAMA,
 ])  # fmt: skip
-def test_serving_launches_what_was_compiled(variants, sizes, by_request):
+def test_serving_launches_what_was_compiled(variants, sizes):
     decoder, layers, table = make(**sizes)
-    warmup.warm_up(decoder, layers, table, by_request)
+    warmup.warm_up(decoder, layers, table)
     compiled = set(variants)
     variants.clear()
-    serve(decoder, layers, table, by_request)
+    serve(decoder, layers, table)
     count = lambda name, found=compiled: sum(x[0] == name for x in found)
     assert variants == compiled, {name: (count(name), count(name, variants)) for name in {x[0] for x in variants ^ compiled}}
     # Several variants of what depends on the rows, and one of what does not, for each kind of layer.
@@ -153,7 +152,7 @@ def test_serving_launches_what_was_compiled(variants, sizes, by_request):
 def test_every_size_has_few_variants(variants):
     """As many as are worth waiting for."""
     decoder, layers, table = make(**LLAMA | {"rows": 256})
-    warmup.warm_up(decoder, layers[:2], table, True)
+    warmup.warm_up(decoder, layers[:2], table)
     counts = {name: sum(x[0] == name for x in variants) for name in {x[0] for x in variants}}
     print(f"\n{counts}")
     assert counts["hit_kernel"] <= 10 and counts["prefix_kernel"] <= 18 and len(variants) <= 31
@@ -205,7 +204,7 @@ def test_warming_up_leaves_no_trace(keys):
     watched |= {f"arrived {i}": engine._arrived for i, engine in enumerate(engines)}
     watched |= {name: getattr(decoder, name) for name in ("position", "ring", "first")}
     before = {name: value.clone().view(torch.uint8) for name, value in watched.items()}
-    warmup.warm_up(decoder, layers, table, True)
+    warmup.warm_up(decoder, layers, table)
     changed = [name for name, value in watched.items() if not torch.equal(value.view(torch.uint8), before[name])]
     assert changed == []
     assert table.used.max() <= 0, "a ring was given away"
@@ -213,17 +212,17 @@ def test_warming_up_leaves_no_trace(keys):
 
 def test_a_decoder_is_warmed_up_once(variants):
     decoder, layers, table = make(rows=2)
-    warmup.warm_up(decoder, layers, table, False)
+    warmup.warm_up(decoder, layers, table)
     assert variants
     variants.clear()
-    warmup.warm_up(decoder, layers, table, False)
+    warmup.warm_up(decoder, layers, table)
     assert not variants
 
 
 def test_where_flashinfer_plans_on_the_host_steps_are_left_out(variants, monkeypatch):
     decoder, layers, table = make(rows=2)
     monkeypatch.setattr(Decoder, "plans_on_host", True)
-    warmup.warm_up(decoder, layers, table, False)
+    warmup.warm_up(decoder, layers, table)
     assert {x[0] for x in variants} == {"_record_kernel", "_assign_kernel"}
 
 
@@ -265,7 +264,7 @@ def test_registers_kept_in_memory_are_told(monkeypatch, caplog):
         monkeypatch.setattr(warmup, name, steps if name == "_decode" else lambda *args: None)
     monkeypatch.setattr(Decoder, "all_triton", False)  # no pass that only compiles
     with caplog.at_level("WARNING", "vllm.mac"):
-        warmup.warm_up(make(rows=2)[0], [], None, False)
+        warmup.warm_up(make(rows=2)[0], [], None)
     (record,) = caplog.records
     assert "8/2 heads of size 64 keep registers in memory, up to 22 a thread in hit_kernel." in record.message
     assert "run" not in vars(hit.hit_kernel), "what watched is gone"
@@ -315,7 +314,7 @@ def instead(kernels):
     limits.append(sorted({option["maxnreg"] for option in decoder._work.options.values()}))
 
 ahead, warmup.watching = [], instead
-warmup.warm_up(decoder, layers[:1], table, True)
+warmup.warm_up(decoder, layers[:1], table)
 variants = sum(len(getattr(module, name).device_caches[0][0]) for module, name in warmup.KERNELS)
 print(json.dumps({
     "variants": variants, "ahead": len(ahead), "more": len(threads) - len(ahead), "threads": len(set(ahead)),

@@ -41,13 +41,18 @@ class MacCPUMetadata(CPUAttentionMetadata):
 class MacCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.group = Group(layer_names, kv_cache_spec.block_size, vllm_config, device)
+        self.group = Group(layer_names, vllm_config, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> MacCPUMetadata:
         base = super().build(common_prefix_len, common_attn_metadata, fast_build)
         return MacCPUMetadata(**vars(base), step=self.group.step(common_attn_metadata))
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> CPUAttentionMetadata:
+        # Layers of a draft model are exact, and may share this builder with layers that are not: no ring may
+        # count what only the draft reads.
+        return super().build(0, common_attn_metadata, fast_build=True)
 
 
 class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):

@@ -22,10 +22,11 @@ from vllm.v1.attention.backends.flashinfer import (
 )
 
 from vllm_mac.fused import Decoder, rotation
-from vllm_mac.kernels.assign import assign
+from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
 from vllm_mac.kernels.exact import PrefixProblem
 from vllm_mac.kernels.record import record_prefill
 from vllm_mac.layers import MacLayer, mac_layers
+from vllm_mac.requests import RowRings, executing, row_rings
 from vllm_mac.steps import Group
 from vllm_mac.support import MacImpl, MacSupport
 from vllm_mac.warmup import warm_up
@@ -78,7 +79,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.group = Group(layer_names, kv_cache_spec.block_size, vllm_config, device)
+        self.group = Group(layer_names, vllm_config, device)
         self.served = [layer for layer in self.group.layers if layer.exact is None]
         self.decoder, self.all_served = None, False
         self._planned = torch.cuda.Event()
@@ -93,7 +94,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         # Whatever else an engine runs before it serves, it makes its builders. Eager mode turns vLLM's own warm-up
         # off, but its first requests would wait for the compiler just as long.
         if vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager:
-            warm_up(self.decoder, self.served, self.group.new_table(1), vllm_config.use_v2_model_runner)
+            warm_up(self.decoder, self.served, self.group.new_table())
         self.all_served = len(self.served) == len(layer_names)
         if self.all_served:
             # Nobody runs the base's decode: let it make the metadata of XQA, which needs no
@@ -110,6 +111,11 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> MacCUDAMetadata:
         return self._build(common_attn_metadata, False, capture=True)
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> FlashInferMetadata:
+        # Layers of a draft model are exact, and may share this builder with layers that are not: no ring may
+        # count what only the draft reads.
+        return super().build(0, common_attn_metadata, fast_build=True)
 
     def _build(self, common: CommonAttentionMetadata, fast_build: bool, capture: bool) -> MacCUDAMetadata:
         decoding = self.all_served and common.max_query_len <= 1
@@ -134,26 +140,27 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
                 num_actual_tokens=metadata.num_actual_tokens - metadata.num_decode_tokens,
             )  # fmt: skip
         decoder = self.decoder
-        if capture or self.group.table is None:
-            # The graph is recorded over rows that do nothing; rings stay as they are.
-            for tensor in (decoder.position, decoder.ring):
-                tensor.fill_(-1)
-        else:
+        real = not capture and executing()
+        if real:
             outputs = self._rows if mixed else (decoder.position, decoder.ring, decoder.first)
-            prefilling, request = self._row_facts(common)
+            rings = row_rings(common)
             assign(
-                self.group.table, common.query_start_loc[: rows + 1], common.seq_lens[:rows], prefilling,
-                common.block_table_tensor[:rows], common.slot_mapping, request, *outputs,
+                self.group.table, common.query_start_loc[: rows + 1], common.seq_lens[:rows],
+                self._on_device("ring", rings.ring), self._on_device("flags", self._flags(common, rings)), *outputs,
             )  # fmt: skip
             if mixed:
                 for mine, all_rows in zip((decoder.position, decoder.ring, decoder.first), outputs, strict=True):
                     mine[:decodes].copy_(all_rows[:decodes])
-                metadata.seeds = self._seeds(common, decodes)
+                metadata.seeds = self._seeds(common, decodes, np.where(rings.skips, -1, rings.ring))
                 self._planned.record()
+        else:
+            # A graph is recorded, and a dummy batch run, over rows that do nothing; rings stay as they are.
+            for tensor in (decoder.position, decoder.ring):
+                tensor.fill_(-1)
         context = self.vllm_config.compilation_config.static_forward_context
         cache = context[self.served[0].name].kv_cache
         if decodes and cache.dim() == 4:  # vLLM builds for its estimates before there is a cache
-            audited = not capture and self.group.table is not None and self.group.begin_decodes()
+            audited = real and self.group.begin_decodes()
             decoder.begin_step(metadata.block_table, cache, audited)
         return metadata
 
@@ -167,14 +174,12 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             causal=common.causal, prefill=None, decode=None,
         )  # fmt: skip
 
-    def _row_facts(self, common: CommonAttentionMetadata) -> tuple[Tensor | None, Tensor | None]:
-        """Which rows still read their prompt, and each row's request index, on the device."""
-        prefilling = request = None
-        if common.is_prefilling is not None:
-            prefilling = self._on_device("prefilling", common.is_prefilling.numpy())
-        if common.req_idx is not None:
-            request = self._on_device("request", common.req_idx.astype(np.int32))
-        return prefilling, request
+    def _flags(self, common: CommonAttentionMetadata, rings: RowRings) -> np.ndarray:
+        """`[B]` int32 for `assign`. `is_prefilling` may be shorter than a padded batch."""
+        flags = np.where(rings.fresh, FRESH.value, 0) + np.where(rings.skips, SKIPS.value, 0)
+        prefilling = common.is_prefilling.numpy()[: len(flags)]
+        flags[: len(prefilling)] += np.where(prefilling, PREFILLING.value, 0)
+        return flags.astype(np.int32)
 
     def _on_device(self, name: str, array: np.ndarray) -> Tensor:
         """Copied only when it is not what was copied last: while requests decode, it is the same step after step."""
@@ -183,13 +188,17 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self._facts[name] = content, torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
         return self._facts[name][1]
 
-    def _seeds(self, common: CommonAttentionMetadata, decodes: int) -> Seeds | None:
-        """Plan the attention over the last `window` queries of each chunk, cut to the prefix."""
+    def _seeds(self, common: CommonAttentionMetadata, decodes: int, rings: np.ndarray) -> Seeds | None:
+        """Plan the attention over the last `window` queries of each chunk that a ring records, cut to the prefix.
+
+        The host knows the lengths of these rows: those of rows that verify speculated tokens it may not know, and
+        they have no ring.
+        """
         config, page, first = self.config, self.page_size, self.decoder.problem.first
         begin = common.query_start_loc_cpu.numpy()[decodes : common.num_reqs + 1].astype(np.int64)
         length = common.seq_lens_cpu_upper_bound.numpy()[decodes : common.num_reqs].astype(np.int64)
         count = np.diff(begin)
-        taken = np.where(length >= config.min_context, np.minimum(count, config.window), 0)
+        taken = np.where(rings[decodes:] >= 0, np.minimum(count, config.window), 0)
         total = int(taken.sum())
         if not total:
             return None
@@ -199,7 +208,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         token, row, position = torch.from_numpy(facts).pin_memory().to(self.device, non_blocking=True)
         # With keys up to `length - band`, causal masking ends query p's keys at p + 1 - band.
         # A row without any is given one, and nobody reads the result.
-        keys = np.maximum(length - config.band - first, 1)
+        keys = np.where(taken > 0, np.maximum(length - config.band - first, 1), 1)
         pages = -(-keys // page)
         indptr = np.concatenate(([0], np.cumsum(pages)))
         table = common.block_table_tensor[decodes : common.num_reqs, first // page :]

@@ -57,6 +57,7 @@ def counters(worker) -> list[Sample]:
     """All samples of one worker; empty when no layer's backend is MAC."""
     # Here, not above: whoever only adds samples up, as a client does, needs no vLLM.
     from vllm_mac.layers import mac_layers
+    from vllm_mac.requests import ring_states
 
     layers = mac_layers(worker.vllm_config)
     exact: Counter[str] = Counter()
@@ -69,11 +70,7 @@ def counters(worker) -> list[Sample]:
         if layer.audited is not None:
             samples += _audited(layer)
     samples += [Sample(EXACT, {"reason": k}, v) for k, v in exact.items()]
-    rings: Counter[str] = Counter()
-    for group in {id(layer.group): layer.group for layer in layers}.values():
-        if group is not None and group.table is not None:
-            rings.update(group.table.states())
-    samples += [Sample(RINGS, {"state": k}, v) for k, v in rings.items()]
+    samples += [Sample(RINGS, {"state": k}, v) for k, v in ring_states(worker.model_runner).items()]
     return samples
 
 

@@ -1,13 +1,13 @@
-"""Rings: the memory that holds them, and which sequence may use which ring.
+"""Rings: the memory that holds them, and what a request may read in its ring.
 
-`RingStore` is one layer's memory. `RingTable` decides, once a step for all layers that share
-a block table, which ring each row of the batch uses; it runs on the device its tensors live
-on, without a host synchronisation, so that it can serve graphs and asynchronous scheduling.
+`RingStore` is one layer's memory. `owners.RingOwners` decides on the host which request holds
+which ring. `RingTable` keeps, on the device, which positions of each ring are recorded: lengths
+are known there first, under asynchronous scheduling and speculation.
 
-Letters: `R` rings, `W` window, `H` query heads, `D` head size, `B` rows of a batch, `N`
-tokens of a batch. The entry of position `p` lies in slot `p mod W`. Position `p` of ring `r`
-may be read at position `m` when `first[r] <= p`, `m - W <= p < m`: nothing else marks an
-entry as valid, so nothing is erased when a ring changes hands.
+Letters: `R` rings, `W` window, `H` query heads, `D` head size, `B` rows of a batch. The entry of
+position `p` lies in slot `p mod W`. Position `p` of ring `r` may be read at position `m` when
+`first[r] <= p`, `m - W <= p < m`: nothing else marks an entry as valid, so nothing is erased when
+a ring changes hands.
 """
 
 from dataclasses import dataclass
@@ -69,129 +69,40 @@ def narrow(query: Tensor, dtype: torch.dtype) -> Tensor:
     return query.to(dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """Which ring each row of a batch uses in this step; `B` includes rows without one.
-
-    ring: `[B]` int64, -1 where the row has none.
-    first: `[B]` int64, the oldest position of the ring that this row may read; the sequence's
-        length, so none, where it has no ring or still reads its prompt.
-    """
-
-    ring: Tensor
-    first: Tensor
-
-
 class RingTable:
-    """Ownership of `R` rings by the content of the KV blocks they were recorded from.
+    """The positions that each of `R` rings has recorded.
 
-    No request name is needed. A row that starts at position `s` continues ring `r` when
-    `s - 1` is the last position that `r` recorded, `r` recorded it in the very block that now
-    holds the row's position `s - 1`, and nobody has written into that block since. Blocks are
-    shared only between equal token histories, so such a row has the history that the ring
-    was recorded from. Of several rows that could continue one ring one does; every other row
-    gets a ring with nothing in it. Rings of sequences that went away are found again as
-    those unused for the longest time.
+    first, last: `[R + 1]` int64 on the device; a ring holds positions `first..last` without a gap,
+        as far as they lie within the window. The last element stands for rows without a ring.
     """
 
-    def __init__(self, rings: int, blocks: int, block_size: int, config: MacConfig, device, idle_steps: int = 1):
-        """`idle_steps`: a ring is taken from its sequence only when unused for this many
-        steps (the number of batches that are in flight at once)."""
-        self.block_size, self.config, self.idle_steps = block_size, config, idle_steps
-        self.step = 0
+    def __init__(self, rings: int, window: int, device):
+        self.rings, self.window = rings, window
+        self.first, self.last = (torch.zeros(rings + 1, dtype=torch.int64, device=device) for _ in "fl")
 
-        def full(n: int, value: int) -> Tensor:
-            return torch.full((n,), value, dtype=torch.int64, device=device)
+    def assign(self, start: Tensor, length: Tensor, ring: Tensor, fresh: Tensor, prefilling: Tensor, skips: Tensor) -> Tensor:
+        """The oldest position that each row may read, `[B]` int64; note what the row will record.
 
-        # One more than there are, so that absent blocks and rings have somewhere to point.
-        self.owner = full(blocks + 1, -1)
-        self.last = full(rings + 1, -1)
-        self.last_block = full(rings + 1, -1)
-        self.first = full(rings + 1, 0)
-        self.request = full(rings + 1, -1)
-        self.used = full(rings + 1, -idle_steps)
-        self.rings = rings
-
-    def assign(
-        self,
-        start: Tensor,
-        length: Tensor,
-        prefilling: Tensor,
-        block_table: Tensor,
-        slots: Tensor,
-        row_of_token: Tensor,
-        request: Tensor | None = None,
-    ) -> Assignment:
-        """Give each row its ring and record what this step will write.
+        A row whose request has just been given its ring may read nothing of what lies there. Neither
+        may a row that begins past what its ring has recorded. A row that begins before the end of it
+        goes on: its request was rejected some speculated tokens, or took the ring over from an ended
+        request whose first `start` tokens are its own. What was recorded past `start` is recorded
+        anew before any row may read it, and the positions whose slots it took are lost; where those
+        are all, the row begins anew.
 
         start, length: `[B]` int64, first position of the row and sequence length after it
             (`length == start` for padding).
-        prefilling: `[B]` bool, rows still reading their prompt.
-        block_table: `[B, *]` physical block of each logical block.
-        slots, row_of_token: `[N]` int64, the KV slot and row of each token (slot -1: none).
-        request: `[B]` int64, the runner's index of the row's request where it has one.
+        ring: `[B]` int64, the ring of the row's request, -1 for none; no ring twice.
+        fresh: `[B]` bool, whether the request was given the ring in this step, with nothing in it.
+        prefilling, skips: `[B]` bool, rows of the prompt, which read nothing, and rows that neither
+            read nor record; the answer is then `length`, as for rows without a ring.
         """
-        self.step += 1
-        rows = torch.arange(len(start), device=start.device)
-        active = (length > start) & (start >= 0)
-        absent = len(self.owner) - 1
-        # A block may be written anew and shared within one step: forget whose it was.
-        self.owner[torch.where(slots % self.block_size == 0, slots // self.block_size, absent)] = -1
-        ring = self._continued(start, active, prefilling, block_table, request, rows)
-
-        # Nothing is matched before min_context. To record what leads up to it would cost a growing
-        # sequence the reading of its band apart, for reuse that is worth little at that length.
-        wants = active & (ring < 0) & (length >= self.config.min_context)
-        fresh = self._fresh(ring, wants)
-        ring = torch.where(wants, fresh, ring)
-
-        index = torch.where(ring >= 0, ring, self.rings)
-        self.first[index] = torch.where(wants, torch.clamp(length - self.config.window, min=start), self.first[index])
-        self.last[index] = length - 1
-        self.last_block[index] = self._block(block_table, length - 1)
-        self.used[index] = self.step
-        if request is not None:
-            self.request[index] = request
-        self.last[-1] = self.request[-1] = -1
-
-        block = torch.where(slots >= 0, slots // self.block_size, absent)
-        self.owner[block] = ring[row_of_token]
-        self.owner[-1] = -1
-        # A prompt is read exactly, also where its last chunk is a single token.
-        return Assignment(ring, torch.where((ring >= 0) & ~prefilling, self.first[index], length))
-
-    def states(self) -> dict[str, int]:
-        """Rings by state: used in the latest step, idle (kept from an earlier one), free."""
-        used = self.used[:-1]
-        active = int((used == self.step).sum()) if self.step else 0
-        free = int((used <= 0).sum())
-        return {"active": active, "idle": self.rings - active - free, "free": free}
-
-    def _block(self, block_table: Tensor, position: Tensor) -> Tensor:
-        column = torch.clamp(position, min=0) // self.block_size
-        return block_table.gather(1, column[:, None].to(torch.int64))[:, 0].to(torch.int64)
-
-    def _continued(self, start, active, prefilling, block_table, request, rows) -> Tensor:
-        """`[B]` ring that each row continues, -1 for none; no ring appears twice."""
-        block = self._block(block_table, start - 1)
-        ring = torch.where(start > 0, self.owner[block], -1)
-        index = torch.where(ring >= 0, ring, self.rings)
-        ok = active & (ring >= 0) & (self.last[index] == start - 1) & (self.last_block[index] == block)
-        if request is not None:
-            ok &= self.request[index] == request
-        # A decoding row has lived before; a prefilling one may just have found its prefix in
-        # the cache. The former wins, then the earlier row.
-        index = torch.where(ok, index, self.rings)
-        claim = rows + torch.where(prefilling, len(rows), 0)
-        best = torch.full_like(self.last, 2 * len(rows)).scatter_reduce(0, index, claim, "amin")
-        return torch.where(ok & (best[index] == claim), ring, -1)
-
-    def _fresh(self, ring: Tensor, wants: Tensor) -> Tensor:
-        """`[B]` ring for each row that wants one, longest unused first, -1 when they run out."""
-        used = self.used.clone()
-        used[torch.where(ring >= 0, ring, self.rings)] = self.step
-        used[-1] = self.step
-        order = torch.argsort(used, stable=True)
-        available = (used <= self.step - self.idle_steps).sum()
-        rank = torch.cumsum(wants, 0) - 1
-        return torch.where(rank < available, order[torch.clamp(rank, 0, self.rings)], -1)
+        active = (ring >= 0) & (length > start) & (start >= 0)
+        index = torch.where(active, ring, self.rings)
+        first, last = self.first[index], self.last[index]
+        continues = active & ~fresh & (last >= start - 1) & (last + 1 - self.window < start)
+        first = torch.where(continues, torch.maximum(first, last + 1 - self.window), start)
+        end = torch.where(continues, torch.maximum(last, length - 1), length - 1)
+        self.first[index] = first
+        self.last[index] = torch.where(skips, start - 1, end)  # the next row begins past it
+        return torch.where(active & ~prefilling & ~skips, first, length)

@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_mac.audit import Audit
 from vllm_mac.layers import mac_layers
+from vllm_mac.requests import row_rings
 from vllm_mac.ring import RingTable
 
 
@@ -51,13 +52,13 @@ class Group:
         for them (per KV head). windowed: the same within each sliding window of the group.
     """
 
-    def __init__(self, layer_names: list[str], block_size: int, vllm_config: VllmConfig, device: torch.device):
+    def __init__(self, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         self.layers = [layer for layer in mac_layers(vllm_config) if layer.name in layer_names]
         self.decoded, self.context = 0, 0
         self.windowed = {layer.sliding_window: 0 for layer in self.layers if layer.sliding_window}
         for layer in self.layers:
             layer.group = self
-        self._block_size, self._vllm_config, self._device = block_size, vllm_config, device
+        self._device = device
         self._table: RingTable | None = None
         served = [layer for layer in self.layers if layer.audited is not None]
         self._audit = Audit(served[0].config, served) if served else None
@@ -68,21 +69,15 @@ class Group:
 
     @property
     def table(self) -> RingTable | None:
-        """Who owns which ring; None when no layer of the group is served, and as long as
-        vLLM, which builds metadata to estimate its memory too, has no KV cache."""
-        if self._table is None:
-            cache = self._vllm_config.cache_config
-            if cache.num_gpu_blocks and any(layer.store is not None for layer in self.layers):
-                # Block tables may address parts of the blocks that the cache is managed in.
-                self._table = self.new_table(cache.num_gpu_blocks * max(1, cache.block_size // self._block_size))
+        """What the rings hold; None when no layer of the group is served."""
+        if self._table is None and any(layer.store is not None for layer in self.layers):
+            self._table = self.new_table()
         return self._table
 
-    def new_table(self, blocks: int) -> RingTable:
-        """A table in which no ring is used, for a cache of so many blocks; some layer must be served."""
+    def new_table(self) -> RingTable:
+        """A table of rings that hold nothing; some layer must be served."""
         store = next(layer.store for layer in self.layers if layer.store is not None)
-        # With pipeline stages that many batches are in flight, each with its own rows.
-        idle = self._vllm_config.parallel_config.pipeline_parallel_size
-        return RingTable(len(store.query), blocks, self._block_size, self.layers[0].config, self._device, idle)
+        return RingTable(len(store.query), store.query.shape[2], self._device)
 
     def step(self, common: CommonAttentionMetadata) -> Step | None:
         """Plan a batch whose metadata is on the CPU; None when no layer of the group is served."""
@@ -97,23 +92,16 @@ class Group:
         self._tally(length[decodes].numpy())
         if self.table is None:
             return None
-        request = None if common.req_idx is None else torch.as_tensor(common.req_idx[:rows]).long()
-        assigned = self.table.assign(
-            start,
-            length,
-            prefilling,
-            common.block_table_tensor[:rows],
-            common.slot_mapping[: begin[-1]].long(),
-            torch.arange(rows).repeat_interleave(count),
-            request,
-        )
+        ring, fresh, skips = (torch.from_numpy(x) for x in row_rings(common))
+        first = self.table.assign(start, length, ring.long(), fresh, prefilling, skips)
+        ring = torch.where(skips, -1, ring.long())
         row = decodes.nonzero()[:, 0]
         chunks = [
-            Chunk(r, int(begin[r]), int(begin[r + 1]), int(start[r]), int(assigned.ring[r]))
+            Chunk(r, int(begin[r]), int(begin[r + 1]), int(start[r]), int(ring[r]))
             for r in ((count > 0) & ~decodes).nonzero()[:, 0].tolist()
         ]
         audited = len(row) > 0 and self.begin_decodes()
-        return Step(row, begin[row], start[row], assigned.ring[row], assigned.first[row], chunks, audited)
+        return Step(row, begin[row], start[row], ring[row], first[row], chunks, audited)
 
     def tally_host(self, common: CommonAttentionMetadata) -> None:
         """Count a batch from what the CPU knows of it (lengths may be upper bounds)."""

@@ -7,6 +7,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_mac.layers import MacLayer
+from vllm_mac.requests import follow
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
@@ -70,8 +71,10 @@ class MacImpl:
             logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks,
         ]  # fmt: skip
         super().__init__(*arguments)  # the platform's own class comes next
+        vllm_config = get_current_vllm_config()
+        follow(vllm_config)
         self.mac = MacLayer(
-            get_current_vllm_config(),
+            vllm_config,
             num_heads,
             num_kv_heads,
             head_size,

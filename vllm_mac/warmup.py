@@ -33,7 +33,7 @@ KERNELS = (
 )  # fmt: skip
 
 
-def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bool) -> None:
+def warm_up(decoder: Decoder, layers: Sequence, table: RingTable) -> None:
     """Launch every kernel of the steps of these layers in every variant; once for a decoder.
 
     Rings, counters and histograms stay as they are. Where FlashInfer plans on the host
@@ -42,8 +42,7 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bo
 
     layers: served ones that the decoder decodes for; of each `store`, `config`, `rotary`, `counts`,
         `audited` and `paused` are used.
-    table: one like theirs, of any number of blocks, that nobody else uses.
-    by_request: whether batches tell which request each row is.
+    table: one like theirs that nobody else uses.
     """
     if decoder.warm:
         return
@@ -52,7 +51,7 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable, by_request: bo
     kinds = list({layer_kind(layer.store, **rotation(layer.rotary)): layer for layer in layers}.values())
 
     def launch():
-        _assign(decoder, table, by_request)
+        _assign(decoder, table)
         _prefill(decoder, kinds)
         if not decoder.plans_on_host:
             _decode(decoder, kinds)
@@ -169,14 +168,10 @@ def _prefill(decoder: Decoder, layers: Sequence) -> None:
         )  # fmt: skip
 
 
-def _assign(decoder: Decoder, table: RingTable, by_request: bool) -> None:
+def _assign(decoder: Decoder, table: RingTable) -> None:
     """One row of no tokens. The kernel depends on the room for rows, not on how many there are."""
-    ints = lambda *size, dtype=torch.int32: torch.zeros(size, dtype=dtype, device=decoder.position.device)
-    outputs = [torch.empty_like(decoder.position) for _ in range(3)]
-    assign(
-        table, ints(2), ints(1), ints(1, dtype=torch.bool), ints(1, 1), ints(1, dtype=torch.int64),
-        ints(1) if by_request else None, *outputs,
-    )  # fmt: skip
+    ints = lambda size: torch.zeros(size, dtype=torch.int32, device=decoder.position.device)
+    assign(table, ints(2), ints(1), ints(1), ints(1), *(torch.empty_like(decoder.position) for _ in range(3)))
 
 
 def _cache(decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:

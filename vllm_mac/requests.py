@@ -1,0 +1,160 @@
+"""Which request each row of a batch belongs to, and which ring that request holds.
+
+Attention metadata names no requests: a row's place changes from step to step, and V2's request
+index is given to another request at once. vLLM's model runners know them, so `follow` wraps
+their `execute_model`, which every executor calls with the scheduler's output. The wrapping goes when
+vLLM's metadata names requests.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from vllm_mac.layers import mac_layers
+from vllm_mac.owners import Arrival, Growth, RingOwners
+
+RUNNERS = {False: "vllm.v1.worker.gpu_model_runner", True: "vllm.v1.worker.gpu.model_runner"}  # V1, V2
+
+
+class Batch(NamedTuple):
+    """The batch that a runner is executing."""
+
+    runner: object
+    scheduled: SchedulerOutput
+
+
+class Followed(NamedTuple):
+    """What is kept of a runner. groups: its KV-cache groups that hold a layer which MAC serves."""
+
+    owners: RingOwners
+    groups: tuple[int, ...]
+
+
+class RowRings(NamedTuple):
+    """Of each row of a batch: its request's ring, -1 for none (int32); whether the request has just been given it,
+    with nothing in it; and whether the row neither reads nor records, as those that verify speculated tokens do."""
+
+    ring: np.ndarray
+    fresh: np.ndarray
+    skips: np.ndarray
+
+
+_batch: Batch | None = None
+_followed: WeakKeyDictionary = WeakKeyDictionary()  # model runner -> Followed, or None where MAC serves no layer
+
+
+def follow(vllm_config: VllmConfig) -> None:
+    """Have the model runner of this configuration tell what it executes; once a process."""
+    runner = importlib.import_module(RUNNERS[bool(vllm_config.use_v2_model_runner)]).GPUModelRunner
+    original = runner.execute_model
+    if hasattr(original, "followed_by_mac"):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def execute_model(self, *args, **kwargs):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        if arguments.get("dummy_run"):
+            return original(self, *args, **kwargs)
+        with _executing(self, arguments["scheduler_output"]):
+            return original(self, *args, **kwargs)
+
+    execute_model.followed_by_mac = True
+    runner.execute_model = execute_model
+
+
+def executing() -> bool:
+    """Whether a batch of requests is being executed, as opposed to a dummy one or a graph's capture."""
+    return _batch is not None
+
+
+def row_rings(common: CommonAttentionMetadata) -> RowRings:
+    """The rings of a batch's rows; none where no batch of requests is being executed."""
+    rows = common.num_reqs
+    rings = RowRings(np.full(rows, -1, dtype=np.int32), np.zeros(rows, dtype=bool), np.zeros(rows, dtype=bool))
+    if _batch is not None:
+        owners, verifying = _followed[_batch.runner].owners, _batch.scheduled.scheduled_spec_decode_tokens
+        for row, request in enumerate(_requests(common)):
+            rings.ring[row], rings.fresh[row] = owners.ring(request)
+            rings.skips[row] = request in verifying
+    return rings
+
+
+def ring_states(runner) -> dict[str, int]:
+    """See `RingOwners.states`; empty before a runner's first batch and where MAC serves none of its layers."""
+    followed = _followed.get(runner)
+    return followed.owners.states() if followed is not None else {}
+
+
+def forget_rings(runner) -> None:
+    """Empty a runner's rings: what they held is gone."""
+    if (followed := _followed.get(runner)) is not None:
+        followed.owners.forget()
+
+
+def _requests(common: CommonAttentionMetadata) -> list[str]:
+    """The request of each row; padding at the end is left out."""
+    if common.req_idx is not None:  # V2
+        names = _batch.runner.req_states.index_to_req_id
+        return [names[i] for i in common.req_idx.tolist()]
+    return _batch.runner.input_batch.req_ids
+
+
+@contextmanager
+def _executing(runner, scheduled: SchedulerOutput) -> Iterator[None]:
+    global _batch
+    if runner not in _followed:
+        _followed[runner] = _make(runner)
+    if (followed := _followed[runner]) is None:
+        yield
+        return
+    _note(followed, scheduled)
+    _batch = Batch(runner, scheduled)
+    try:
+        yield
+    finally:
+        _batch = None
+
+
+def _make(runner) -> Followed | None:
+    served = [layer for layer in mac_layers(runner.vllm_config) if layer.store is not None]
+    if not served:
+        return None
+    names = {layer.name for layer in served}
+    all_groups = runner.kv_cache_config.kv_cache_groups
+    groups = tuple(i for i, group in enumerate(all_groups) if names & set(group.layer_names))
+    sizes = tuple(all_groups[i].kv_cache_spec.block_size for i in groups)
+    # With pipeline stages that many batches are in flight, each with its own requests.
+    stages = runner.vllm_config.parallel_config.pipeline_parallel_size
+    return Followed(RingOwners(len(served[0].store.query), served[0].config.min_context, sizes, stages), groups)
+
+
+def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
+    """Tell the owners what the scheduler says of a step."""
+    of_groups = lambda blocks: tuple(blocks[i] for i in followed.groups)
+    going_on = scheduled.scheduled_cached_reqs
+    arrived = [Arrival(x.req_id, x.num_computed_tokens, of_groups(x.block_ids)) for x in scheduled.scheduled_new_reqs]
+    grown, length = [], {x.req_id: x.num_computed_tokens for x in scheduled.scheduled_new_reqs}
+    for request, blocks, computed in zip(
+        going_on.req_ids, going_on.new_block_ids, going_on.num_computed_tokens, strict=True
+    ):
+        length[request] = computed
+        if request in going_on.resumed_req_ids:  # V1; the blocks are all that it has
+            arrived.append(Arrival(request, computed, of_groups(blocks)))
+        elif blocks is not None:
+            grown.append(Growth(request, of_groups(blocks)))
+    followed.owners.begin_step(
+        {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())},
+        arrived,
+        grown,
+        {request: length[request] + tokens for request, tokens in scheduled.num_scheduled_tokens.items()},
+    )
