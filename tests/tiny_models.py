@@ -105,6 +105,17 @@ def _gemma3():
     )
 
 
+def _lfm2():
+    """Layers of short convolutions, whose states vLLM caches at boundaries inside a KV block, and one of attention."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = {k: v for k, v in COMMON.items() if k not in ("head_dim", "intermediate_size")} | {"num_attention_heads": 4}
+    return Lfm2ForCausalLM, Lfm2Config(
+        **config, intermediate_size=256, block_auto_adjust_ff_dim=False, rope_theta=10000.0, conv_dim=HIDDEN, block_dim=HIDDEN,
+        layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+
+
 def _deepseek():
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -150,10 +161,11 @@ BUILDERS = {
     "phi3": _phi3,
     "glm4": _glm4,
     "gemma3": _gemma3,
+    "lfm2": _lfm2,
     "deepseek": _deepseek,
     "bert": _bert,
 }
-DECODERS = [name for name in BUILDERS if name not in ("deepseek", "bert")]
+DECODERS = [name for name in BUILDERS if name not in ("lfm2", "deepseek", "bert")]
 
 
 def write(name: str, folder: str | Path, seed: int = 0) -> Path:
