@@ -168,6 +168,10 @@ class TritonExact:
         self._options = self.tuning.options()
         self._found: dict = {}  # which of them each variant of the kernel takes
 
+    def lasting(self) -> dict[str, Tensor]:
+        """By name, what a launch must find as the one before left it: the counters of arrival, all 0."""
+        return {"misses_arrived": self._arrived}
+
     def begin_step(self, block_table: Tensor, position: Tensor, kv: Tensor) -> None:
         """Once a step, before the layers. This engine has nothing to prepare."""
 

@@ -60,6 +60,15 @@ class Preempt:
 
 
 @dataclass(frozen=True)
+class Sleep:
+    """Put the engine to sleep and wake it, from level 2 with weights loaded again; running requests are
+    computed anew, as after `Preempt`."""
+
+    step: int
+    level: int
+
+
+@dataclass(frozen=True)
 class Limits:
     """Limits of one schedule, narrower than its engine's, so that one engine serves many."""
 
@@ -213,6 +222,12 @@ def _apply(llm, run: Run, event, logprobs: int) -> None:
     elif isinstance(event, Abort):
         run.aborted[event.id] = len(run.tokens[event.id])
         llm.llm_engine.abort_request([event.id])
+    elif isinstance(event, Sleep):
+        llm.sleep(level=event.level, mode="keep")
+        llm.wake_up(tags=["weights"])
+        if event.level == 2:
+            llm.collective_rpc("reload_weights")
+        llm.wake_up(tags=["kv_cache"])
     else:
         llm.reset_prefix_cache(reset_running_requests=True)
 

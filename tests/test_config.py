@@ -291,11 +291,14 @@ def test_thresholds_of_layers(thresholds, found, yaml_file):
         assert {one.model_copy(update={"threshold": 0.85}) for one in own} == {config}
 
 
-def test_patterns_of_thresholds_that_match_no_layer_are_known():
+def test_patterns_that_match_no_layer_are_known():
     thresholds = {"*": 0.5, "2-3": 0.6, 7: 0.5, "*.mlp": 0.5, "8-9": 0.5}
-    config = resolve({"layers": {"threshold": thresholds}}, {})
-    layers = ((NAME.format(i), i) for i in range(8))
-    assert config.idle_thresholds(layers) == ["*.mlp", "8-9"]
+    config = resolve({"layers": {"include": ["0-3", 8], "exclude": ["*.mlp", "*.1.*"], "threshold": thresholds}}, {})
+    layers = [(NAME.format(i), i) for i in range(8)]
+    assert config.idle_patterns("threshold", layers) == ["*.mlp", "8-9"]
+    assert config.idle_patterns("include", layers) == [8]
+    assert config.idle_patterns("exclude", layers) == ["*.mlp"]
+    assert resolve({}, {}).idle_patterns("include", layers) == []
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, "0.5", None, True, float("nan"), [0.5]])

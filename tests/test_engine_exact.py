@@ -12,9 +12,11 @@ import os
 from contextlib import ExitStack
 
 import pytest
-from engine import engine, first_divergence, mac_counters, run_schedule
-from scenarios import SCENARIOS
+from engine import Add, engine, first_divergence, mac_counters, run_schedule, worker
+from scenarios import SCENARIOS, text
 from tiny_models import DECODERS, write
+
+from vllm_mac.layers import mac_layers
 
 pytestmark = pytest.mark.cpu
 BACKEND = os.environ.get("MAC_TEST_BACKEND", "MAC") or None
@@ -101,3 +103,13 @@ def test_tokens_equal_exact_attention(engines, model, runner, caching, name):
     if BACKEND:
         assert after["miss"] > before["miss"], "MAC never looked for a match"
         assert after["hit"] == 0
+
+
+def test_layers_with_attention_sinks_are_exact(engines):
+    """vLLM's backend for CPUs attends to sinks, so such layers are its own, and the model is not refused."""
+    events = [Add(0, "a", text("a", 150), 8)]
+    exact = run_schedule(engines.get("gptoss", "v1", True, None), events, logprobs=2)
+    llm = engines.get("gptoss", "v1", True, "MAC")
+    run = run_schedule(llm, events, logprobs=2)
+    assert [layer.exact for layer in mac_layers(worker(llm).vllm_config)] == ["sliding_window", "attention_sinks"]
+    assert run.tokens == exact.tokens and run.logprobs == exact.logprobs

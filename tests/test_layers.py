@@ -8,26 +8,34 @@ import torch
 from vllm_mac import layers
 from vllm_mac.config import MacConfigError, resolve
 from vllm_mac.layers import MacLayer
+from vllm_mac.rope import Rotary
 
 NAME = "model.layers.{}.self_attn.attn"
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """Makes `count` layers under the keys of `mac`, loads all on `device`, and returns them."""
-    monkeypatch.setattr(layers, "find_rotary", lambda *_: None)
+    """Makes `count` layers under the keys of `mac`, loads all on `device`, and returns them.
 
-    def load(count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=()) -> list[MacLayer]:
-        vllm_config = SimpleNamespace(
+    after: the layers of a model that has been loaded, which this one drafts for. backend: by name, the one that
+    `speculative_config` chooses for the draft model.
+    """
+    monkeypatch.setattr(layers, "find_rotary", lambda *_: Rotary(None))
+
+    def load(
+        count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None
+    ) -> list[MacLayer]:
+        drafting = SimpleNamespace(attention_backend=backend and SimpleNamespace(name=backend))
+        vllm_config = after[0].vllm_config if after else SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={}),
             model_config=SimpleNamespace(hf_text_config=SimpleNamespace()),
             parallel_config=SimpleNamespace(pipeline_parallel_size=stages, use_ubatching=False),
             scheduler_config=SimpleNamespace(max_num_seqs=2),
-            speculative_config=None,
+            speculative_config=drafting if backend else None,
             additional_config={"mac": {"window": 8, "band": 4, "min_context": 16} | mac},
-        )
+        )  # fmt: skip
         made = []
-        for i in range(count):
+        for i in range(len(after), len(after) + count):
             window = 8 if i in exact else None
             layer = MacLayer(
                 vllm_config, 2, 1, 32, 1.0,
@@ -35,7 +43,8 @@ def load(monkeypatch):
             )  # fmt: skip
             layer.bind(None, NAME.format(i))
             made.append(layer)
-            attention = SimpleNamespace(impl=SimpleNamespace(mac=layer))
+            attention = torch.nn.Module()
+            attention.impl = SimpleNamespace(mac=layer)
             vllm_config.compilation_config.static_forward_context[layer.name] = attention
         for layer in made:
             layer.load(dtype, torch.device(device))
@@ -47,7 +56,14 @@ def load(monkeypatch):
 @pytest.fixture
 def warnings(monkeypatch):
     found = []
-    monkeypatch.setattr(layers.logger, "warning", lambda text, *args: found.append(text % args))
+    monkeypatch.setattr(layers.logger, "warning", lambda text, *args, **_: found.append(text % args))
+    return found
+
+
+@pytest.fixture
+def said(monkeypatch):
+    found = []
+    monkeypatch.setattr(layers.logger, "info", lambda text, *args, **_: found.append(text % args))
     return found
 
 
@@ -64,6 +80,72 @@ def test_a_threshold_that_no_served_layer_has_is_warned_of(load, warnings, stage
     load(3, {"layers": {"threshold": {0: 0.5, 1: 0.5, "7-8": 0.5}}}, stages, exact=[1])
     expected = ["MAC: layers.threshold: no layer that MAC serves matches 1, '7-8'"]
     assert warnings == (expected if stages == 1 else [])
+
+
+def test_include_and_exclude_that_match_no_layer_are_warned_of(load, warnings):
+    """A layer that is exact anyway is a layer; what is excluded is not served, but was meant."""
+    load(3, {"layers": {"include": ["0-2", 40], "exclude": ["*.mlp", 1, 2]}}, exact=[2])
+    assert warnings == ["MAC: layers.include: no layer matches 40", "MAC: layers.exclude: no layer matches '*.mlp'"]
+    warnings.clear()
+    load(2, {"layers": {"include": [7]}})
+    assert warnings == [
+        "MAC: layers.include: no layer matches 7", "MAC serves none of 2 attention layers; exact: 2 (excluded)",
+    ]  # fmt: skip
+    warnings.clear()
+    load(2, {"layers": {"include": [0, 7]}}, stages=2)  # another worker may have it
+    assert warnings == []
+
+
+def state(made: list[MacLayer]) -> list[tuple]:
+    return [(x.exact, x.config, x.rotary, x.store, x.counts) for x in made]
+
+
+def same(now: list[tuple], then: list[tuple]) -> bool:
+    return all(x is y for one, other in zip(now, then, strict=True) for x, y in zip(one, other, strict=True))
+
+
+def test_a_draft_model_leaves_the_model_it_drafts_for_as_it_was(load, warnings, said):
+    size = 2 * 8 * (2 * 4 * 32 + 8)  # one ring of one layer
+    mac = {"ring_memory_gib": 2.5 * size / 2**30, "max_sequences": 8, "layers": {"threshold": {0: 0.5}}, "audit": 1.0}
+    target = load(2, mac, exact=[1])
+    before, lines = state(target), len(said)
+    assert [x.exact for x in target] == [None, "sliding_window"] and len(target[0].store.query) == 2
+    warnings.clear()
+    # The second layer of the draft would have a reason of its own.
+    drafts = [load(2, {}, after=target, exact=[3])]
+    drafts.append(load(1, {}, after=[*target, *drafts[0]]))  # and there may be several models
+    assert [[x.exact for x in draft] for draft in drafts] == [["draft", "draft"], ["draft"]]
+    assert not any(x.store is not None or x.counts is not None for draft in drafts for x in draft)
+    assert same(state(target), before)
+    assert not warnings and said[lines:] == [f"MAC leaves {n} attention layers of a draft model exact" for n in (2, 1)]
+
+
+def test_weights_that_are_loaded_again_change_nothing(load, warnings, said):
+    target = load(2, {}, exact=[1])
+    draft = load(1, {}, after=target)
+    before, lines = state([*target, *draft]), len(said)
+    for layer in (*target, *draft):
+        layer.load(torch.float32, torch.device("cpu"))
+    assert same(state([*target, *draft]), before)
+    assert len(said) == lines and not warnings
+
+
+def test_a_draft_model_cannot_choose_mac(load):
+    """Where the model that it drafts for runs without MAC, the draft's layers are the first that MAC sees."""
+    load(1, {}, backend="FLASHINFER")
+    with pytest.raises(MacConfigError, match="speculative_config.attention_backend: received MAC"):
+        load(1, {}, backend="MAC")
+
+
+@pytest.mark.parametrize("mac, kept", [({}, {"counts"}), ({"audit": 0.5, "error_budget": 0.1}, {"counts", "audited", "paused"})])
+def test_what_outlasts_sleep_is_a_buffer_of_the_layer(load, mac, kept):
+    served, windowed = load(2, mac, exact=[1])
+    context = served.vllm_config.compilation_config.static_forward_context
+    buffers = dict(context[served.name].named_buffers())
+    assert buffers.keys() == {f"mac_{name}" for name in kept}
+    assert all(buffers[f"mac_{name}"] is getattr(served, name) for name in kept)
+    assert not context[served.name].state_dict()  # no checkpoint has them
+    assert not dict(context[windowed.name].named_buffers())
 
 
 def test_thresholds_of_a_model_that_is_not_served_need_no_warning(load, warnings):

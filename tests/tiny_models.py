@@ -116,6 +116,20 @@ def _lfm2():
     )  # fmt: skip
 
 
+def _gptoss():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    rope = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=1024, **THETA)
+    rope |= dict(beta_fast=32.0, beta_slow=1.0, truncate=False)
+    return GptOssForCausalLM, GptOssConfig(
+        **COMMON | {"rope_parameters": rope, "intermediate_size": 128},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+
+
 def _deepseek():
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -161,11 +175,13 @@ BUILDERS = {
     "phi3": _phi3,
     "glm4": _glm4,
     "gemma3": _gemma3,
+    "gptoss": _gptoss,
     "lfm2": _lfm2,
     "deepseek": _deepseek,
     "bert": _bert,
 }
-DECODERS = [name for name in BUILDERS if name not in ("lfm2", "deepseek", "bert")]
+DECODERS = [name for name in BUILDERS if name not in ("gptoss", "lfm2", "deepseek", "bert")]
+SINK = 6.0  # weighs as much as several hundred keys of an average score
 
 
 def write(name: str, folder: str | Path, seed: int = 0) -> Path:
@@ -178,8 +194,10 @@ def write(name: str, folder: str | Path, seed: int = 0) -> Path:
         model_class, config = BUILDERS[name]()
         config.dtype = "float32"
         model = model_class(config).float()
-        if name in DECODERS:
+        if name in (*DECODERS, "gptoss"):
             rescale(model, config)
+        for parameter in (p for key, p in model.named_parameters() if key.endswith("sinks")):
+            parameter.data.fill_(SINK)
     model.save_pretrained(path)
     write_tokenizer(path, context=8192)
     (path / "done").touch()

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
@@ -243,11 +243,10 @@ class MacConfig(_Section):
                 threshold = value
         return self if threshold == self.threshold else self.model_copy(update={"threshold": threshold})
 
-    def idle_thresholds(self, layers: Iterable[tuple[str, int]]) -> list[int | str]:
-        """Patterns of `layers.threshold` that match none of these (name, index)."""
-        layers = list(layers)
-        matched = lambda pattern: any(_pattern_matches(pattern, *layer) for layer in layers)
-        return [pattern for pattern, _ in self.layers.threshold if not matched(pattern)]
+    def idle_patterns(self, key: str, layers: Sequence[tuple[str, int]]) -> list[int | str]:
+        """Patterns of `layers.KEY` (include, exclude or threshold) that match none of these (name, index)."""
+        patterns = dict(self.layers.threshold) if key == "threshold" else getattr(self.layers, key) or ()
+        return [p for p in patterns if not any(_pattern_matches(p, *layer) for layer in layers)]
 
     def describe(self) -> str:
         """One line for the log: every key with its value, `layers` by its dotted keys."""

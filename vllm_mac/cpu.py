@@ -18,12 +18,17 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_mac import audit, paged
+from vllm_mac.capabilities import BUILDER, pinning
 from vllm_mac.layers import HIT, MISS, NO_RING, OVER_BUDGET, READ, SHORT_CONTEXT, SKIPPED
 from vllm_mac.steps import Group, Step
 from vllm_mac.support import MacImpl, MacSupport
 
 
 class MacCPUBackend(MacSupport, CPUAttentionBackend):
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True  # CPU_ATTN attends to them in its kernel, though it does not say so
+
     @staticmethod
     def get_impl_cls() -> type["MacCPUImpl"]:
         return MacCPUImpl
@@ -38,6 +43,7 @@ class MacCPUMetadata(CPUAttentionMetadata):
     step: Step | None = None
 
 
+@pinning(BUILDER)
 class MacCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -61,7 +67,7 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
         self.mac.load(act_dtype, torch.device("cpu"))
 
     def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-        if self.mac.store is None:
+        if not self.mac.served:
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         token = (slot_mapping >= 0).nonzero()[:, 0]
         slot, size = slot_mapping[token], kv_cache.shape[2]
@@ -80,12 +86,14 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        if attn_metadata is None or self.mac.store is None:
+        if attn_metadata is None or not self.mac.served:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("MAC does not quantise its output")
+        if getattr(attn_metadata, "step", None) is None:
+            raise self._unprepared()
         step, blocks = attn_metadata.step, attn_metadata.block_table
         for chunk in step.chunks:
             output[chunk.begin : chunk.end] = self._prefill(query, kv_cache, blocks[chunk.row], chunk)

@@ -12,7 +12,7 @@ import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.flashinfer import (
     FlashInferBackend,
     FlashInferDecodeKernel,
@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.flashinfer import (
     FlashInferMetadataBuilder,
 )
 
+from vllm_mac.capabilities import BUILDER, pinning
 from vllm_mac.fused import Decoder, rotation
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
 from vllm_mac.kernels.exact import PrefixProblem
@@ -33,6 +34,10 @@ from vllm_mac.warmup import warm_up
 
 
 class MacCUDABackend(MacSupport, FlashInferBackend):
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
+        return [size for size in FlashInferBackend.get_supported_kernel_block_sizes(kv_cache_spec) if size <= 64]
+
     @staticmethod
     def get_impl_cls() -> type["MacCUDAImpl"]:
         return MacCUDAImpl
@@ -68,6 +73,7 @@ class MacCUDAMetadata(FlashInferMetadata):
     seeds: Seeds | None = None
 
 
+@pinning(BUILDER)
 class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec) -> AttentionCGSupport:
@@ -80,7 +86,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.group = Group(layer_names, vllm_config, device)
-        self.served = [layer for layer in self.group.layers if layer.exact is None]
+        self.served = [layer for layer in self.group.layers if layer.served]
         self.decoder, self.all_served = None, False
         self._planned = torch.cuda.Event()
         if not self.served:
@@ -101,8 +107,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             # planning, instead of a plan.
             self.use_trtllm_decode_attention = self.use_xqa = True
             self.flashinfer_trtllm_api_decode_kernel = FlashInferDecodeKernel.XQA
-            self.use_trtllm_gen_varlen_decode = self.supports_draft_decode_metadata_update = False
+            self.use_trtllm_gen_varlen_decode = False
         self.reorder_batch_threshold = 1
+        self.supports_draft_decode_metadata_update = False
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -258,8 +265,9 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         mac = self.mac
         device = mac.vllm_config.device_config.device
         mac.load(act_dtype, torch.device(device))
-        if mac.exact is None and all(x.decoder is None for x in mac_layers(mac.vllm_config)):
+        if mac.served and all(x.decoder is None for x in mac_layers(mac.vllm_config)):
             mac.decoder = make_decoder(mac, mac.vllm_config.cache_config.block_size, torch.device(device))
+            mac.keep(**mac.decoder.lasting())
 
     def forward(
         self,
@@ -273,10 +281,12 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        if attn_metadata is None or self.mac.store is None:
+        if attn_metadata is None or not self.mac.served:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
+        if getattr(attn_metadata, "decoder", None) is None:
+            raise self._unprepared()
         rows = attn_metadata.num_decodes
         if attn_metadata.num_prefills:
             super().forward(layer, query[rows:], key, value, kv_cache, attn_metadata.rest, output[rows:])

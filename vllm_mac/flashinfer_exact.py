@@ -96,6 +96,10 @@ class FlashInferExact:
         """Whether the plan is written on the device (else: the public path)."""
         return self._public is None
 
+    def lasting(self) -> dict[str, Tensor]:
+        """By name, what every step must find as it was made: the part of a plan that is the same in all of them."""
+        return {"query_tiles": self._plan.qo_tile_indices} if self.device_planned else {}
+
     def begin_step(self, block_table: Tensor, position: Tensor, kv: Tensor) -> None:
         """Once a step, before its layers: the page table of the virtual requests.
 

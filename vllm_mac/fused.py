@@ -55,6 +55,14 @@ class Decoder:
         """Whether the engine for misses makes a plan on the host in every step, one for each number of rows."""
         return isinstance(self._exact, FlashInferExact) and not self._exact.device_planned
 
+    def lasting(self) -> dict[str, Tensor]:
+        """By name, what a step must find as the step before left it, or as it was made: counters of arrival, which
+        are all 0 between steps, and constants. Whatever else there is, a step writes before it reads it."""
+        found = {"hits_arrived": self._work.arrived, **self._exact.lasting()}
+        if self._auditor is not None:
+            found |= self._auditor.lasting()
+        return found
+
     def begin_step(self, block_table: Tensor, kv: Tensor, audited: bool = False) -> None:
         """block_table: `[B, *]` int32. kv: any layer's cache, `[blocks, K, page, 2 D]`. audited:
         whether this step is, in a decoder whose configuration says that steps may be."""
@@ -107,6 +115,10 @@ class Auditor:
         self._out = torch.empty(rows, heads, problem.head_size, dtype=torch.float32, device=device)
         self._lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
         self._edges = audit.edges(device)
+
+    def lasting(self) -> dict[str, Tensor]:
+        """See `Decoder.lasting`."""
+        return {"edges": self._edges} | {f"audits_{name}": x for name, x in self._whole.lasting().items()}
 
     def begin_step(self, position: Tensor, audited: bool) -> None:
         """position: `[rows]` int32, all of the decoder's."""

@@ -2,7 +2,10 @@
 
 vLLM builds its attention layers one by one, loads the weights, and then lets each layer
 finish. Only then are all layers known and their rotations complete, so that is when the
-layers are settled and the rings allocated; vLLM profiles its memory after that.
+layers are settled, once and for all, and the rings allocated; vLLM profiles its memory after that.
+
+A model that drafts for another one is built when that one has finished, in the same process and
+with the same table of layers. So whatever is built after the first layers were settled is a draft's.
 """
 
 from collections import Counter
@@ -16,6 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mac.audit import histograms
 from vllm_mac.config import MacConfig, MacConfigError, resolve
+from vllm_mac.plugin import NAME
 from vllm_mac.ring import RingStore, ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
 
@@ -31,9 +35,9 @@ class MacLayer:
     """What MAC keeps for one `Attention` layer of one worker.
 
     config: the layer's own once it is settled, with its threshold (`MacConfig.for_layer`).
-    exact: why no step of the layer uses MAC, or None when it is served. Reasons that depend
-        on the row of a batch instead (`short_context`, `no_ring`), or come and go (`error_budget`),
-        are counted, not kept.
+    exact: why no step of the layer uses MAC, or None when it is served; for good once `settled`.
+        Reasons that depend on the row of a batch instead (`short_context`, `no_ring`), or come and
+        go (`error_budget`), are counted, not kept.
     counts: `[7]` int64 on the layer's device, totals over decode steps: heads hit, missed,
         exact for a short context, exact for want of a ring, exact over their error budget; KV
         tokens read and skipped, each once per KV head.
@@ -64,6 +68,7 @@ class MacLayer:
         self.scale = scale
         self.sliding_window = sliding_window
         own = {
+            "draft": any(layer.settled for layer in mac_layers(vllm_config)),
             "disabled": not self.config.enabled,
             # Each micro-batch has a metadata builder, and the rings have one owner.
             "micro_batches": vllm_config.parallel_config.use_ubatching,
@@ -90,25 +95,33 @@ class MacLayer:
         """Note the module that holds the layer, where its rotation is found, and its name."""
         self.holder, self.name = holder, name
 
+    @property
+    def served(self) -> bool:
+        """Whether the layer has rings, so that its steps may use MAC."""
+        return self.store is not None
+
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Settle whether the layer is served and allocate its rings; `dtype` is the model's.
 
-        Raises MacConfigError where the byte budget does not hold one ring, and where the device
-        does not know the rings' dtype.
+        Raises MacConfigError where the byte budget does not hold one ring, where the device
+        does not know the rings' dtype, and where MAC is chosen for a draft model by name.
         """
-        if self.store is not None:
+        if self.served:
             return  # weights were reloaded
         layers = mac_layers(self.vllm_config)
         if not self.settled:
-            settle(layers, dtype)
+            settle([layer for layer in layers if not layer.settled], dtype)
         if self.exact is None:
             query_dtype, out_dtype = ring_dtypes(self.config, dtype)
             check_device(query_dtype, device)
             self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
+            self.keep(counts=self.counts)
             if self.config.audit:
                 self.audited = histograms(self.num_heads, device)
+                self.keep(audited=self.audited)
             if self.config.error_budget is not None:
                 self.paused = torch.zeros(1, dtype=torch.int32, device=device)
+                self.keep(paused=self.paused)
             self.store = RingStore.allocate(
                 ring_count(layers, dtype),
                 self.num_heads,
@@ -119,6 +132,17 @@ class MacLayer:
                 out_dtype,
             )
 
+    def keep(self, **tensors: Tensor) -> None:
+        """Have vLLM keep the content of these tensors through sleep level 2, in place.
+
+        That level discards what was allocated while the model was loaded, but for the buffers of its
+        modules. Rings need no keeping: KV caches are discarded too, and vLLM forgets what was in them,
+        so that whatever is read of a ring afterwards was written afterwards.
+        """
+        attention = self.vllm_config.compilation_config.static_forward_context[self.name]
+        for name, tensor in tensors.items():
+            attention.register_buffer(f"mac_{name}", tensor, persistent=False)
+
 
 def mac_layers(vllm_config: VllmConfig) -> list[MacLayer]:
     """The layers of this worker whose backend is MAC, in the model's order."""
@@ -127,8 +151,24 @@ def mac_layers(vllm_config: VllmConfig) -> list[MacLayer]:
 
 
 def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
-    """Decide which layers are served, find their rotations, and log all of it once."""
+    """Decide which layers of one model are served, find their rotations, and log all of it once.
+
+    Raises MacConfigError where `speculative_config` chooses MAC for the draft model: no layer of such
+    a model is served, and where the model that it drafts for runs without MAC it could not be told from one.
+    """
     vllm_config, config = layers[0].vllm_config, layers[0].config
+    speculation = vllm_config.speculative_config
+    chosen = None if speculation is None else speculation.attention_backend
+    if chosen is not None and chosen.name == NAME:
+        raise MacConfigError(
+            f"speculative_config.attention_backend: received {NAME}, which serves no draft model; "
+            "leave it out, or choose another backend"
+        )
+    if layers[0].exact == "draft":
+        for layer in layers:
+            layer.settled, layer.holder = True, None
+        logger.info("MAC leaves %d attention layers of a draft model exact", len(layers))
+        return
     context = vllm_config.compilation_config.static_forward_context
     targets = {getattr(x, "kv_sharing_target_layer_name", None) for x in context.values()}
     text_config = vllm_config.model_config.hf_text_config
@@ -151,9 +191,8 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     for layer in served:
         layer.config = config.for_layer(layer.name, extract_layer_index(layer.name))
     logger.info("MAC configuration: %s", config.describe())
-    idle = config.idle_thresholds((layer.name, extract_layer_index(layer.name)) for layer in served)
-    if served and idle and vllm_config.parallel_config.pipeline_parallel_size == 1:
-        logger.warning("MAC: layers.threshold: no layer that MAC serves matches %s", ", ".join(map(repr, idle)))
+    if config.enabled and vllm_config.parallel_config.pipeline_parallel_size == 1:
+        _warn_of_idle_patterns(config, layers)
     for error, names in unknown.items():
         logger.warning("MAC leaves %s exact: %s", ", ".join(names), error)
     if vllm_config.speculative_config is not None:
@@ -169,6 +208,17 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
         "MAC serves %d of %d attention layers%s; %d rings, %.1f MiB",
         len(served), len(layers), exact, rings, size / 2**20,
     )  # fmt: skip
+
+
+def _warn_of_idle_patterns(config: MacConfig, layers: list[MacLayer]) -> None:
+    """Warn of the patterns under `layers` that match no layer (of one pipeline stage, which is all)."""
+    served = [layer for layer in layers if layer.exact is None]
+    for key, of, whose in (
+        ("include", layers, "layer"), ("exclude", layers, "layer"), ("threshold", served, "layer that MAC serves"),
+    ):  # fmt: skip
+        idle = config.idle_patterns(key, [(layer.name, extract_layer_index(layer.name)) for layer in of])
+        if of and idle:
+            logger.warning("MAC: layers.%s: no %s matches %s", key, whose, ", ".join(map(repr, idle)))
 
 
 def exact_reasons(layers: list[MacLayer]) -> dict[str, int]:

@@ -1,17 +1,20 @@
 """What MAC's backends have in common on every platform: what they support, and their layers."""
 
-from typing import ClassVar
+import inspect
+from typing import Any, ClassVar
 
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 
+from vllm_mac.capabilities import BACKEND, IMPL, pinning, refusals
 from vllm_mac.layers import MacLayer
 from vllm_mac.requests import follow
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 
+@pinning(BACKEND)
 class MacSupport:
     """Goes before a platform's own backend class, whose other answers stand."""
 
@@ -30,15 +33,6 @@ class MacSupport:
         return attn_type == AttentionType.DECODER
 
     @classmethod
-    def supports_non_causal(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        # Ring ownership follows writes into KV blocks, and a connector's are not seen.
-        return False
-
-    @classmethod
     def supports_combination(
         cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix, device_capability
     ) -> str | None:  # fmt: skip
@@ -48,7 +42,14 @@ class MacSupport:
             head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix, device_capability
         )
 
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        validate = super().validate_configuration
+        reasons = validate(*args, **kwargs)
+        return reasons + refusals(inspect.signature(validate).bind(*args, **kwargs).arguments)
 
+
+@pinning(IMPL)
 class MacImpl:
     """Goes before a platform's own implementation of a layer, and adds the layer's MAC state."""
 
@@ -85,3 +86,7 @@ class MacImpl:
             sinks=sinks,
             kv_sharing=kv_sharing_target_layer_name,
         )
+
+    def _unprepared(self) -> RuntimeError:
+        """What `forward` raises for a served layer in a batch that was not planned for it: nobody would write its output."""
+        return RuntimeError(f"MAC serves {self.mac.name}, but the metadata of this batch is for layers that it does not serve")

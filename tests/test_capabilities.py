@@ -1,0 +1,158 @@
+"""What vLLM asks a backend, and that MAC has decided each of it, in every supported version.
+
+The names are read from vLLM's sources; the answers from MAC's classes, the GPU's among them with a mock of FlashInfer.
+"""
+
+import ast
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from source_tree import Tree, assigned
+from stub_flashinfer import gpu_backend
+from vllm_sources import VERSIONS, folder
+
+from vllm_mac import capabilities
+from vllm_mac.capabilities import BACKEND, BUILDER, IMPL, _NOTHING
+
+pytestmark = pytest.mark.cpu
+BASE, GPU, CPU = "vllm.v1.attention.backend", "vllm.v1.attention.backends.flashinfer", "vllm.v1.attention.backends.cpu_attn"
+# Each table, and the classes whose names it decides: those that all backends have, and the platforms' own.
+TABLES = {
+    "BACKEND": (BACKEND, [f"{BASE}.AttentionBackend", f"{GPU}.FlashInferBackend", f"{CPU}.CPUAttentionBackend"]),
+    "IMPL": (
+        IMPL,
+        [f"{BASE}.AttentionImplBase", f"{BASE}.AttentionImpl", f"{GPU}.FlashInferImpl", f"{CPU}.CPUAttentionBackendImpl"],
+    ),
+    "BUILDER": (
+        BUILDER,
+        [f"{BASE}.AttentionMetadataBuilder", f"{GPU}.FlashInferMetadataBuilder", f"{CPU}.CPUAttentionMetadataBuilder"],
+    ),
+}
+
+
+def names(tree: Tree, cls: str) -> set[str]:
+    """Public methods, and attributes with a value, of a class's body. What only objects have, vLLM cannot ask of all."""
+    body = tree.find(cls).node.body
+    found = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    found |= {name for node in body if getattr(node, "value", None) is not None for name in assigned(node)}
+    return {name for name in found if not name.startswith("_")}
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def tree(request):
+    return Tree({"vllm": folder(request.param) / "vllm"})
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_name_is_decided(tree, table):
+    decided, classes = TABLES[table]
+    found = set().union(*(names(tree, cls) for cls in classes))
+    assert len(found) > 12 and found - decided.keys() == set()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_no_decision_outlives_its_name(table):
+    decided, classes = TABLES[table]
+    trees = [Tree({"vllm": folder(version) / "vllm"}) for version in VERSIONS]
+    assert decided.keys() - set().union(*(names(one, cls) for one in trees for cls in classes)) == set()
+
+
+def test_a_new_flag_is_noticed(tmp_path):
+    """How these tests read classes: methods and attributes, of vLLM's base and of the platforms' own."""
+    for module, cls, text in (
+        ("backend", "AttentionBackend", "    @classmethod\n    def supports_rewind(cls): ...\n    def _own(self): ...\n"),
+        ("flashinfer", "FlashInferBackend", "    supports_undo: bool = True\n    size: int\n    tiles = 3\n"),
+        ("cpu_attn", "CPUAttentionBackend", "    @staticmethod\n    def is_slow() -> bool:\n        return True\n"),
+    ):
+        path = tmp_path.joinpath(*f"vllm.v1.attention.{'' if module == 'backend' else 'backends.'}{module}".split("."))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".py").write_text(f"class {cls}:\n{text}")
+    found = Tree({"vllm": tmp_path / "vllm"})
+    assert [names(found, cls) for cls in TABLES["BACKEND"][1]] == [{"supports_rewind"}, {"supports_undo", "tiles"}, {"is_slow"}]
+
+
+def test_vllm_asks_by_these_parameters(tree):
+    validate = tree.member(tree.find(f"{BASE}.AttentionBackend"), "validate_configuration")
+    parameters = {argument.arg for argument in validate.args.args}
+    asked = {one.asked: name for name, one in BACKEND.items() if one.asked is not None}
+    assert asked.keys() <= parameters
+    text = ast.unparse(validate)
+    assert [name for parameter, name in asked.items() if f"{parameter} and (not cls.{name}())" not in text] == []
+
+
+@pytest.fixture(scope="module")
+def classes():
+    """MAC's classes by platform: backend, implementation, builder."""
+    from vllm_mac import cpu
+
+    cuda = gpu_backend()
+    return {
+        "gpu": (cuda.MacCUDABackend, cuda.MacCUDAImpl, cuda.MacCUDAMetadataBuilder),
+        "cpu": (cpu.MacCPUBackend, cpu.MacCPUImpl, cpu.MacCPUMetadataBuilder),
+    }
+
+
+@pytest.mark.parametrize("place, table", list(enumerate(TABLES)))
+def test_classes_are_as_decided(classes, place, table):
+    """What is MAC's own is in the body of a class of MAC's; what is inherited is in none; what is pinned is what it says."""
+    ours = [c for role in classes.values() for c in role[place].__mro__ if c.__module__.startswith("vllm_mac.")]
+    for name, decision in TABLES[table][0].items():
+        within = [vars(cls)[name] for cls in ours if name in vars(cls)]
+        if decision.pinned is not _NOTHING:
+            assert within and all(one is decision.pinned for one in within), name
+            for role in classes.values():
+                assert inspect.getattr_static(role[place], name) is decision.pinned, name
+        elif table == "BUILDER" and name in ("reorder_batch_threshold", "supports_draft_decode_metadata_update"):
+            assert f"self.{name} = " in inspect.getsource(classes["gpu"][place].__init__)  # where a layer is served
+        else:
+            assert bool(within) != decision.inherited, name
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+@pytest.mark.parametrize("name, decision", [(name, one) for name, one in BACKEND.items() if one.asked is not None])
+def test_what_is_refused_is_refused_with_its_reason(classes, platform, name, decision):
+    from vllm.platforms.interface import DeviceCapability
+
+    backend = classes[platform][0]
+    plain = dict(
+        head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=32, use_mla=False, has_sink=False, use_sparse=False,
+        use_mm_prefix=False, use_per_head_quant_scales=False, device_capability=DeviceCapability(9, 0), attn_type="decoder",
+    )  # fmt: skip
+    assert backend.validate_configuration(**plain) == []
+    assert getattr(backend, name)() is False
+    reasons = backend.validate_configuration(**plain | {decision.asked: True})
+    assert f"{decision.asked}: {decision.because}" in reasons
+    assert len(reasons) >= 2  # vLLM's own words first
+    # Also where arguments come by place.
+    in_order = inspect.signature(backend.__mro__[2].validate_configuration).parameters
+    values = [(plain | {decision.asked: True}).get(p.name, p.default) for p in in_order.values()]
+    assert backend.validate_configuration(*values) == reasons
+
+
+def test_large_pages_are_not_offered(classes, monkeypatch):
+    backend = classes["gpu"][0]
+    base = backend.__mro__[2]
+    assert base.__name__ == "FlashInferBackend"
+    monkeypatch.setattr(base, "get_supported_kernel_block_sizes", staticmethod(lambda spec=None: [16, 32, 64, 128, 1024]))
+    assert backend.get_supported_kernel_block_sizes() == [16, 32, 64]
+
+
+@pytest.mark.parametrize("platform, metadata", [("cpu", {"step": None}), ("cpu", {}), ("gpu", {"decoder": None}), ("gpu", {})])
+def test_a_served_layer_in_an_unplanned_batch_raises(classes, platform, metadata):
+    """Nothing would write its output, which would stay what it was."""
+    cls = classes[platform][1]
+    impl = object.__new__(cls)
+    impl.mac = SimpleNamespace(served=True, store=object(), name="model.layers.3.self_attn.attn")
+    counts = dict(num_decodes=0, num_prefills=0, block_table=None)
+    query = torch.zeros(5, 8, 64)
+    with pytest.raises(RuntimeError, match=r"MAC serves model\.layers\.3\.self_attn\.attn, but the metadata"):
+        impl.forward(None, query, None, None, None, SimpleNamespace(**counts, **metadata), torch.empty_like(query))
+
+
+def test_reasons_are_short():
+    found = [one.because for table in (BACKEND, IMPL, BUILDER) for one in table.values()]
+    assert all(0 < len(text) <= 120 and not text.endswith(".") for text in found)
+    said = capabilities.refusals({"use_dcp": True, "use_pcp": False, "unknown": True})
+    assert said == [f"use_dcp: {BACKEND['supports_dcp'].because}"]

@@ -1,0 +1,166 @@
+"""What MAC says of each thing that vLLM asks an attention backend, and why.
+
+A backend, its layers' implementation and its metadata builder tell vLLM by attributes and methods what they
+can do. MAC's classes inherit those of a platform's own backend, and a True inherited unseen would be a promise
+that nobody checked. So there is one line here for each name, and the tests hold the names against the sources
+of every supported vLLM: a name that a later version adds has to be decided here first.
+
+vLLM also treats some backends by name. What it does for "FLASHINFER" (no prefix cache where results must not
+depend on the batch; a warm-up of FlashInfer's kernels) "MAC" neither gets nor needs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+_NOTHING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """because: in a few words; for what is refused, those that the user reads.
+    pinned: what MAC's class has under the name, whatever the platform's has; `_NOTHING` where it has what its
+        own body says, or what it inherits (`inherited`).
+    asked: the parameter of `validate_configuration` by which vLLM asks whether a user's choice can be served.
+    """
+
+    because: str
+    pinned: Any = _NOTHING
+    inherited: bool = False
+    asked: str | None = None
+
+
+def platform(because: str) -> Decision:
+    """The platform's own answer is right for MAC too, whatever it is."""
+    return Decision(because, inherited=True)
+
+
+def own(because: str) -> Decision:
+    """MAC's classes say so themselves (on one platform at least; on the other the platform's answer is right)."""
+    return Decision(because)
+
+
+def refused(because: str, asked: str | None = None) -> Decision:
+    """A method of the backend's class, False."""
+    return Decision(because, classmethod(lambda cls: False), asked=asked)
+
+
+def lacking(because: str) -> Decision:
+    """An attribute, False."""
+    return Decision(because, False)
+
+
+def never(because: str) -> Decision:
+    """A method of an object, False."""
+    return Decision(because, lambda self, *_: False)
+
+
+_SHARDS = "each rank holds a part of a request's keys, and a ring's summaries are of all of them"
+_FUSED = "such a kernel writes keys and values as the platform lays them out, and hides the query from MAC"
+_EXACT = "such layers are exact: the platform's own to run"
+
+BACKEND = {
+    "customize_spec": platform("changes quantised KV caches only"),
+    "forward_includes_kv_cache_update": lacking("keys and values are written before forward, which reads the cache alone"),
+    "full_cls_name": platform("names the class"),
+    "get_builder_cls": own("names MAC's class"),
+    "get_dtype_for_flashinfer": platform("of quantised KV caches"),
+    "get_impl_cls": own("names MAC's class"),
+    "get_name": own("MAC"),
+    "get_preferred_block_size": platform("follows the block sizes"),
+    "get_supported_head_sizes": platform("what the platform runs and MAC does not is exact"),
+    "get_supported_kernel_block_sizes": own("pages beyond 64 are read by kernels that return no LSE only"),
+    "is_mla": platform("no"),
+    "is_sparse": platform("no"),
+    "is_ssm": platform("no"),
+    "supported_dtypes": platform("MAC's kernels take them all"),
+    "supported_kv_cache_dtypes": own("MAC's kernels read unquantised keys and values"),
+    "supported_kv_cache_layouts": platform("MAC's kernels take any strides"),
+    "supports_alibi_sqrt": platform(_EXACT),
+    "supports_attn_type": own("rings are of decoders"),
+    "supports_batch_invariance": refused("how a row's work is cut up depends on the rows beside it", "use_batch_invariant"),
+    "supports_block_size": platform("follows the block sizes"),
+    "supports_combination": own("names the KV cache's dtype in its reason"),
+    "supports_compute_capability": platform("MAC's kernels compile for all of them"),
+    "supports_dcp": refused(_SHARDS, "use_dcp"),
+    "supports_device_cpu_query_lens_mismatch": refused(
+        "decodes are told from prompts by the query lengths that the host knows", "use_adaptive_verification"
+    ),
+    "supports_dtype": platform("MAC's kernels take them all"),
+    "supports_head_size": platform("what the platform runs and MAC does not is exact"),
+    "supports_kv_cache_dtype": own("MAC's kernels read unquantised keys and values"),
+    "supports_kv_cache_update_bypass": platform("forward reads the cache alone, in the platform's layout on GPUs"),
+    "supports_kv_connector": refused(
+        "a connector writes into KV blocks what no layer here has attended to, and no ring has seen", "use_kv_connector"
+    ),
+    "supports_mm_prefix": refused("tokens of an image attend to later ones, and a ring's summaries do not", "use_mm_prefix"),
+    "supports_non_causal": refused("a ring's summaries end before the query", "use_non_causal"),
+    "supports_non_causal_dcp": refused(_SHARDS),
+    "supports_pcp": refused(_SHARDS, "use_pcp"),
+    "supports_per_head_quant_scales": refused("MAC's kernels read unquantised keys and values", "use_per_head_quant_scales"),
+    "supports_rswa": refused("a query sees a window and the prompt, and a ring's summaries are of all between", "use_rswa"),
+    "supports_sink": own(_EXACT + "; vLLM's backend for CPUs runs them without saying so"),
+    "supports_sliding_window": platform(_EXACT),
+    "validate_configuration": own("adds the reasons of this table"),
+}
+
+IMPL = {
+    "can_return_lse_for_decode": lacking("what MAC computes of a row without a ring is completed in one launch"),
+    "do_kv_cache_update": own("MAC reads plain rows on CPUs"),
+    "do_qk_norm_mrope_kvcache_update": platform("never called"),
+    "do_qk_norm_rope_kvcache_update": platform("never called"),
+    "do_rope_and_kv_cache_update": platform("never called"),
+    "forward": own("the method"),
+    "fused_output_quant_supported": never("outputs are written in the query's dtype"),
+    "fused_qk_norm_mrope_kvcache_supported": never(_FUSED),
+    "fused_qk_norm_rope_kvcache_supported": never(_FUSED),
+    "fused_rope_kvcache_supported": never(_FUSED),
+    "get_impl_variants": platform("there is one"),
+    "get_xqa_bmm1_scale": platform("of exact layers"),
+    "is_sparse": platform("no"),
+    "kv_quant_mode": platform("of unquantised KV caches: none"),
+    "lse_base_on_e": platform("nobody is given an LSE"),
+    "maybe_quant_query": platform("of exact layers"),
+    "need_to_return_lse_for_decode": platform("follows can_return_lse_for_decode"),
+    "prepare_for_batch": platform("nothing to prepare"),
+    "process_weights_after_loading": own("settles the layers"),
+    "set_interleaved_v_cache": never(_FUSED),
+    "supports_dcp": lacking(_SHARDS),
+    "supports_dense_mha_prefill": platform("of MLA"),
+    "supports_mtp_with_cp_non_trivial_interleave_size": lacking(_SHARDS),
+    "supports_pcp": lacking(_SHARDS),
+    "supports_quant_query_input": platform("with quantised KV caches only"),
+}
+
+BUILDER = {
+    "build": own("plans MAC's steps"),
+    "build_for_cudagraph_capture": own("records graphs over rows that do nothing"),
+    "build_for_drafting": own("a draft model's layers are exact, and no ring may count what only they read"),
+    "get_cudagraph_support": own("graphs are of steps that decode one token a row"),
+    "get_q_data_type": platform("with quantised KV caches only"),
+    "get_varlen_cudagraph_max_query_len": own("graphs are of steps that decode one token a row"),
+    "kv_cache_layout": platform("MAC's kernels take any strides"),
+    "reorder_batch_threshold": own("rows of one token come first"),
+    "requires_block_table_width": platform("for the platform's own use"),
+    "set_workspace_buffer": platform("for the platform's own use"),
+    "supports_draft_decode_metadata_update": own("where a layer is served, metadata is made by building"),
+    "supports_update_block_table": lacking("a step is planned for one block table, while building"),
+    "update_block_table": platform("never called"),
+    "update_draft_decode_metadata": platform("of groups in which all layers are exact"),
+}
+
+
+def pinning(decisions: dict[str, Decision]):
+    """Decorates a class that goes before a platform's own: it answers as the table has it."""
+
+    def pinned(cls: type) -> type:
+        for name, decision in decisions.items():
+            if decision.pinned is not _NOTHING:
+                setattr(cls, name, decision.pinned)
+        return cls
+
+    return pinned
+
+
+def refusals(asked: dict[str, Any]) -> list[str]:
+    """Why MAC cannot serve what a user chose. asked: arguments of `validate_configuration` by name."""
+    return [f"{one.asked}: {one.because}" for one in BACKEND.values() if one.asked is not None and asked.get(one.asked)]
