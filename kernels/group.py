@@ -148,19 +148,14 @@ def hit_kernel(
         )
         rest, rest_total, rest_acc = combine(rest, rest_total, rest_acc, peak, total, acc)
 
-    if matching:
-        o_s = tl.arange(0, SP)
-        o_key = ((i_row * H + o_h) * S)[:, None] + o_s[None, :]
-        m_key = m_g[:, None] & (o_s < S)[None, :]
-        keys = tl.load(p_key + o_key, mask=m_key, other=NO_KEY, cache_modifier=".cg")
-        lses = tl.load(p_key_lse + o_key, mask=m_key, other=float("-inf"), cache_modifier=".cg")
-        key = tl.min(keys, 1)
-        ring_lse = tl.max(tl.where((keys == key[:, None]) & (keys < NO_KEY), lses, float("-inf")), 1)
-        source = tl.where(key < NO_KEY, -(key & LAST).to(tl.int32) + LAST, -1)
-    else:
-        key = tl.full((M,), NO_KEY, tl.int64)
-        ring_lse = tl.full((M,), float("-inf"), tl.float32)
-        source = tl.full((M,), -1, tl.int32)
+    o_s = tl.arange(0, SP)
+    o_key = ((i_row * H + o_h) * S)[:, None] + o_s[None, :]
+    m_key = (o_g < tl.where(matching, G, 0))[:, None] & (o_s < S)[None, :]
+    keys = tl.load(p_key + o_key, mask=m_key, other=NO_KEY, cache_modifier=".cg")
+    lses = tl.load(p_key_lse + o_key, mask=m_key, other=float("-inf"), cache_modifier=".cg")
+    key = tl.min(keys, 1)
+    ring_lse = tl.max(tl.where((keys == key[:, None]) & (keys < NO_KEY), lses, float("-inf")), 1)
+    source = tl.where(key < NO_KEY, -(key & LAST).to(tl.int32) + LAST, -1)
     if WEIGHED:
         # `scan` let in what a summary without mass may be off by, and gave the part of it that it is.
         part = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -198,8 +193,10 @@ def hit_kernel(
     near_total = tl.zeros((MP,), tl.float32)
     near_acc = tl.zeros((MP, DP), tl.float32)
     begin = tl.sum(tl.where(o_r[:, None] == o_g[None, :], begin[None, :], 0), 1)  # [MP]
-    for i in tl.range(least, stop, BT, num_stages=NEAR_STAGES):
-        token = i + tl.arange(0, BT)
+    # From 0: Triton 3.7 to 3.9 can lose the alignment of addresses in a loop that begins at a computed value, and then
+    # read KV one element at a time.
+    for i in tl.range(0, stop - least, BT, num_stages=NEAR_STAGES):
+        token = least + i + tl.arange(0, BT)
         m_i = token < stop
         block = tl.gather(pages, tl.where(m_i, token // PAGE - page, 0), 0)
         seen = m_r[:, None] & m_i[None, :] & (token[None, :] >= begin[:, None])

@@ -1,7 +1,12 @@
 """Compiles the kernels for a GPU that need not be there: `python tests/compiled.py ARCH`, 80 for sm80.
 
-Prints a JSON line for each kernel variant that the warm-up of a small server launches: its name, the shared
-memory that a program takes and the memory that a thread does, both in bytes.
+Prints a JSON line for each kernel variant that the warm-up of a small server launches:
+
+triton: the version that compiles. kernel, launch: its name, and what it is launched with that is compiled in.
+shared, stack: bytes of shared memory that a program takes, and of memory that a thread does.
+registers: of a thread. passed_over: faster ways to launch it under which threads would lack registers.
+instructions: in all. loads, copies: how many of them read 16 bytes a thread into registers, and into shared memory.
+itemsize: bytes of an element of the KV cache and, where it reads rings, of a recorded query.
 """
 
 import dataclasses
@@ -12,6 +17,7 @@ import sys
 import tempfile
 
 import torch
+import triton
 from test_warmup import fill_plans, make
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -19,17 +25,19 @@ from triton.runtime import driver
 
 from vllm_mac import warmup
 from vllm_mac.fused import rotation
-from vllm_mac.kernels import complete, registers
+from vllm_mac.kernels import complete, exact, hit, registers
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.hit import Workspace
 
 # Most shared memory of a program, and multiprocessors, by the CUDA C++ Programming Guide: A100, L4, H200, B200.
 GPUS = {80: (163 << 10, 108), 89: (99 << 10, 58), 90: (227 << 10, 132), 100: (227 << 10, 148)}
-# GQA groups of 16 with heads of 256, the largest there are, groups that are no power of two, and batches of all sizes.
+# GQA groups of 16 with heads of 256, the largest there are, groups that are no power of two, and batches of all sizes of
+# what `hit._tune` was measured with.
 SHAPES = [
     {"rows": 2, "heads": 64, "kv_heads": 4, "d": 256, "dtype": torch.bfloat16, "sink": 4},
     {"rows": 2, "heads": 28, "kv_heads": 4, "d": 128, "dtype": torch.float16, "audit": 0.1},
-    {"rows": 40, "heads": 32, "kv_heads": 4, "d": 128, "dtype": torch.bfloat16, "mass_floor": 0.2},
+    {"rows": 1, "heads": 32, "kv_heads": 4, "d": 128, "dtype": torch.bfloat16, "mass_floor": 0.2},
+    {"rows": 40, "heads": 32, "kv_heads": 8, "d": 128, "dtype": torch.bfloat16},
 ]
 
 
@@ -45,46 +53,69 @@ class Driver:
 class Compiled:
     """In place of a kernel: a launch compiles it."""
 
-    def __init__(self, kernel, seen: set):
-        self.kernel, self.warmup, self.seen = kernel, kernel.warmup, seen
+    def __init__(self, kernel, seen: set, passed_over: dict):
+        self.kernel, self.warmup, self.seen, self.passed_over = kernel, kernel.warmup, seen, passed_over
 
     def __getitem__(self, grid):
         def launch(*args, launch_pdl=False, **kwargs):
             made = self.kernel.warmup(*args, grid=grid, **kwargs)
-            if made.hash not in self.seen:
-                self.seen.add(made.hash)
-                row = {"kernel": self.kernel.fn.__name__, "shared": made.metadata.shared, "stack": stack(made.asm["cubin"])}
-                print(json.dumps(row), flush=True)
+            if made.hash in self.seen:
+                return
+            self.seen.add(made.hash)
+            tensors = [kwargs[name] for name in ("p_kv", "kv", "p_ring_query") if name in kwargs]
+            row = {
+                "triton": triton.__version__, "kernel": self.kernel.fn.__name__, "shared": made.metadata.shared, **measure(made.asm["cubin"]),
+                "itemsize": [tensor.element_size() for tensor in tensors], "passed_over": self.passed_over.pop(self.kernel, 0),
+                "launch": {k: v for k, v in kwargs.items() if isinstance(v, int) and (k.isupper() or k == "num_warps")},
+            }  # fmt: skip
+            print(json.dumps(row), flush=True)
 
         return launch
 
 
-def stack(cubin: bytes) -> int:
-    """What a thread keeps in memory, mostly for want of registers."""
+def enough(passed_over: dict):
+    """`registers.enough`, which notes how many options it passed over for a kernel that is launched next."""
+
+    def noted(kernel, grid, launch, options, found, kind):
+        option = registers.enough(kernel, grid, launch, options, found, kind)
+        passed_over[kernel.kernel] = options.index(option)
+        return option
+
+    return noted
+
+
+def measure(cubin: bytes) -> dict:
+    """What the assembly of a kernel tells. A thread has memory of its own mostly for want of registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    (found,) = re.findall(r"REG:\d+ STACK:(\d+)", usage.stdout + usage.stderr)
-    return int(found)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    ((used, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][A-Z0-9_.]*)", done.stdout, re.M)
+    count = lambda name: sum(x.split(".")[0] == name and "128" in x.split(".") for x in names)
+    return {
+        "registers": int(used), "stack": int(stack), "instructions": len(names), "loads": count("LDG"), "copies": count("LDGSTS"),
+    }  # fmt: skip
 
 
 def main(arch: int) -> None:
     driver.set_active(Driver(arch))
-    (shared, sms), pdl, seen = GPUS[arch], arch >= 90, set()
+    (shared, sms), pdl, seen, passed_over = GPUS[arch], arch >= 90, set(), {}
     for module, name in warmup.KERNELS:
-        setattr(module, name, Compiled(getattr(module, name), seen))
-    registers._spills = lambda made: stack(made.asm["cubin"])
+        setattr(module, name, Compiled(getattr(module, name), seen, passed_over))
+    registers._spills = lambda made: measure(made.asm["cubin"])["stack"]
+    hit.enough = exact.enough = enough(passed_over)
     allocate, default, init = Workspace.allocate.__func__, Tuning.default.__func__, TritonExact.__init__
     Workspace.allocate = classmethod(lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=3 * sms, pdl=pdl))
     Tuning.default = classmethod(lambda cls, *args: default(cls, *args, shared))
 
-    def exact(self, problem, device, **more):
+    def init_for(self, problem, device, **more):
         tuning = Tuning.default(problem.head_size, problem.dtype, problem.group)
         init(self, problem, device, programs=sms * tuning.per_sm, tuning=tuning, **more)
         self.pdl = pdl
 
-    TritonExact.__init__ = exact
+    TritonExact.__init__ = init_for
     for shape in SHAPES if arch == 90 else SHAPES[:2]:
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch >= 89 and shape["dtype"] == torch.float16 else {}
         decoder, layers, table = make(window=512, band=256, min_context=2048, **shape, **float8)

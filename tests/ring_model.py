@@ -132,12 +132,9 @@ class Engine:
     def sleep(self) -> None:
         """Rings and tables lose what they held, which is then anything."""
         self.reset()
-        self.owners.forget()
         self.table.first.random_(0, 99)
         self.table.last.random_(0, 99)
         self.recorded = [{} for _ in self.recorded]
-        self.used = [-self.lanes] * len(self.used)
-        self.holder = [None] * len(self.holder)
         self.seen["slept"] += 1
 
     def _allocate(self, request: Request, stop: int, cacheable: int) -> bool:

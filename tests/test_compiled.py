@@ -1,8 +1,11 @@
-"""Every kernel compiles for the GPUs that are supported, and fits into their shared memory; no GPU is needed."""
+"""Every kernel compiles for the GPUs that are supported, by each Triton that users have there, into what it was cut for; no
+GPU is needed."""
 
+import functools
 from pathlib import Path
 
 import pytest
+import tritons
 from compiled import GPUS
 from test_warmup import compiles
 
@@ -11,13 +14,84 @@ KERNELS = {
     "hit_kernel", "prefix_kernel", "_complete_kernel", "_tally_kernel", "_record_kernel", "_assign_kernel",
     "_pages_kernel", "_plan_kernel",
 }  # fmt: skip
+# Each of `tritons.VERSIONS`, and each GPU with one of them.
+RUNS = [(80, "3.8.0"), (89, "3.6.0"), (90, "3.6.0"), (90, "3.8.0"), (100, "3.8.0")]
 
 
-@pytest.mark.parametrize("arch", GPUS)
-def test_kernels_compile_and_fit(arch, tmp_path):
-    found = compiles(tmp_path, str(HERE / "compiled.py"), str(arch))
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """`compiled(arch, triton)`: the rows of `compiled.py`."""
+    cache = functools.partial(tmp_path_factory.mktemp, "cache")
+    return functools.cache(
+        lambda arch, triton: compiles(cache(), str(HERE / "compiled.py"), str(arch), first=tritons.folder(triton))
+    )
+
+
+@pytest.mark.parametrize("arch, triton", RUNS)
+def test_kernels_compile_and_fit(arch, triton, compiled):
+    found = compiled(arch, triton)
+    assert {row["triton"] for row in found} == {triton}
     assert {row["kernel"] for row in found} == KERNELS and len(found) >= 10
     assert all(row["shared"] <= GPUS[arch][0] for row in found), found
     assert max(row["shared"] for row in found) > 0
     # ptxas 12.8 and 12.9 lose some of what threads keep in memory for want of registers, so none may: see `registers`.
     assert all(row["stack"] == 0 for row in found), found
+
+
+@pytest.mark.parametrize("arch, triton", RUNS)
+def test_loops_read_ahead_and_16_bytes_at_a_time(arch, triton, compiled):
+    for row in compiled(arch, triton):
+        if row["kernel"] in LOOPS:
+            ahead, at_once = LOOPS[row["kernel"]](row["launch"], *row["itemsize"])
+            assert row["copies"] == ahead and row["copies"] + row["loads"] >= ahead + at_once, (row, ahead, at_once)
+
+
+def hit_loops(launch: dict, kv: int, ring: int) -> tuple[int, int]:
+    """Instructions that read blocks into shared memory ahead of their turn, and those that read them when it comes.
+
+    A pipeline of so many stages has a copy of the reading for each: in the loop, and before it for the turns ahead.
+    """
+    n, ahead, at_once = launch, 0, 0
+    scanned = n["BW"] * n["DP"] * ring
+    if n["HALVES"]:
+        scanned //= 2
+        at_once += scanned // _at_once(n)  # the second half, where the first says so
+    for size, stages in (
+        (2 * n["BT"] * n["DP"] * kv, n["NEAR_STAGES"]), (2 * n["BB"] * n["DP"] * kv, n["BAND_STAGES"]), (scanned, n["SCAN_STAGES"]),
+    ):  # fmt: skip
+        if stages > 1:
+            ahead += stages * size // _at_once(n)
+        else:
+            at_once += size // _at_once(n)
+    return ahead, at_once
+
+
+def prefix_loops(launch: dict, kv: int, ring: int | None = None) -> tuple[int, int]:
+    """As `hit_loops`; see `exact.Tuning.default` for the stages."""
+    return (launch["STAGES"] - 2) * 2 * launch["BN"] * launch["BD"] * kv // _at_once(launch), 0
+
+
+LOOPS = {"hit_kernel": hit_loops, "prefix_kernel": prefix_loops}
+
+
+def _at_once(launch: dict) -> int:
+    """Bytes that all threads of a program read by one instruction."""
+    return 16 * 32 * launch["num_warps"]
+
+
+@pytest.mark.parametrize("arch, triton", RUNS)
+def test_as_many_programs_run_at_once_as_were_meant_to(arch, triton, compiled):
+    """The fastest way to launch a kernel leaves its threads enough registers."""
+    assert [row for row in compiled(arch, triton) if row["passed_over"]] == []
+
+
+def test_no_triton_makes_far_more_of_a_kernel_than_another(compiled):
+    """On the GPU for which both compile; by a quarter more they would be at odds about how to do something."""
+    counts = [
+        {(row["kernel"], str(row["launch"]), str(row["itemsize"])): row["instructions"] for row in compiled(90, triton)}
+        for triton in tritons.VERSIONS
+    ]  # fmt: skip
+    assert counts[0].keys() == counts[1].keys()
+    far = {kernel: (count, counts[1][kernel]) for kernel, count in counts[0].items()
+           if 4 * abs(count - counts[1][kernel]) > min(count, counts[1][kernel])}  # fmt: skip
+    assert far == {}

@@ -284,15 +284,6 @@ def test_a_request_that_is_not_scheduled_gives_its_ring_to_one_that_is():
     assert case.one("a", 4, 5) == (0, 4)  # and has it back once b waits, empty
 
 
-def test_after_a_sleep_nothing_is_read():
-    case = Case()
-    case.one("a", 0, 6, [1, 2])
-    case.owners.forget()
-    case.table.first.zero_(), case.table.last.fill_(99)
-    assert case.one("a", 6, 7)[1] == 6  # one that still runs
-    assert case.one("b", 4, 5, [1, 5], ended=["a"])[1] == 4
-
-
 def test_padding_rows_change_nothing():
     case = Case()
     ring, _ = case.one("a", 0, 8, [1, 2])

@@ -270,9 +270,13 @@ def test_registers_kept_in_memory_are_told(monkeypatch, caplog):
     assert "run" not in vars(hit.hit_kernel), "what watched is gone"
 
 
-def compiles(cache: Path, *arguments: str) -> list[dict]:
-    """The JSON lines that Python prints where Triton compiles, into a cache of its own, also without a GPU."""
-    path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent / "examples", HERE.parent))
+def compiles(cache: Path, *arguments: str, first: Path | None = None) -> list[dict]:
+    """The JSON lines that Python prints where Triton compiles, into a cache of its own, also without a GPU.
+
+    first: where packages are, before those installed.
+    """
+    folders = [HERE, HERE.parent / "examples", HERE.parent, *([first] if first else [])]
+    path = os.pathsep.join(str(folder) for folder in folders)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)

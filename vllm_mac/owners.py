@@ -20,7 +20,8 @@ ways of vLLM 0.32 and 0.33, and why none of them can put a ring into the wrong h
     swapped out, loaded by a KV connector   refused (`supports_kv_connector`): what was loaded would
                                             look like a prefix that was found
     draft tokens rejected                   the same request; `RingTable` goes by device lengths
-    discarded by sleep                      `RingOwners.forget`
+    discarded by sleep                      vLLM preempts all requests and clears the prefix cache: they
+                                            arrive anew, and find no prefix
     request index, batch row reused         neither is looked at
 """
 
@@ -72,10 +73,6 @@ class RingOwners:
         self._writer = [np.zeros(0, dtype=np.int64) for _ in block_sizes]  # arrival that a block was given to
         self._step = 0
         self._arrivals = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Empty all rings: what they held is gone, as after vLLM has slept."""
         self._arrival: dict[str, int] = {}  # of each running request, its number
         self._ring: dict[str, int] = {}  # of each running request that holds one
         self._fresh: set[str] = set()
@@ -96,12 +93,11 @@ class RingOwners:
         for request in (*ended, *(x.request for x in arrived)):
             self._end(request)
         for request, computed, blocks in arrived:
-            self._arrive(request)
+            self._arrivals += 1
+            self._arrival[request] = self._arrivals
             for i, size in enumerate(self.block_sizes):
                 self._give(request, i, blocks[i][computed // size :])
         for request, blocks in grown:
-            if request not in self._arrival:  # forgotten in mid-run
-                self._arrive(request)
             for i in range(len(self.block_sizes)):
                 self._give(request, i, blocks[i])
         # Only now: a block found in the cache may have been given to another request in this step.
@@ -123,10 +119,6 @@ class RingOwners:
         active = self._used.count(self._step) if self._step else 0
         free = len(self._free)
         return {"active": active, "idle": self.rings - active - free, "free": free}
-
-    def _arrive(self, request: str) -> None:
-        self._arrivals += 1
-        self._arrival[request] = self._arrivals
 
     def _end(self, request: str) -> None:
         arrival, ring = self._arrival.pop(request, None), self._ring.pop(request, None)

@@ -95,12 +95,6 @@ def ring_states(runner) -> dict[str, int]:
     return followed.owners.states() if followed is not None else {}
 
 
-def forget_rings(runner) -> None:
-    """Empty a runner's rings: what they held is gone."""
-    if (followed := _followed.get(runner)) is not None:
-        followed.owners.forget()
-
-
 def _requests(common: CommonAttentionMetadata) -> list[str]:
     """The request of each row; padding at the end is left out."""
     if common.req_idx is not None:  # V2
