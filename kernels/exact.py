@@ -19,7 +19,7 @@ from torch import Tensor
 from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.hit import Workspace
 from vllm_mac.kernels.prefix import prefix_kernel
-from vllm_mac.kernels.registers import REGISTERS, enough, layer_kind
+from vllm_mac.kernels.registers import REGISTERS, launch, power_of_two
 
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -75,13 +75,16 @@ class Completion:
     cos_sin: Tensor | None = None
     is_neox: bool = True
 
-    def arguments(self) -> dict:
+    def pointers(self) -> dict:
         store, work = self.store, self.work
         return dict(
             ring=self.ring, cos_sin=self.cos_sin, left_out=work.part_out, left_lse=work.part_lse,
             ring_query=store.query, ring_out=store.out, ring_lse=store.lse, ring_chain=store.chain,
-            W=store.query.shape[2], ROTARY=0 if self.cos_sin is None else self.cos_sin.shape[-1], NEOX=self.is_neox,
         )  # fmt: skip
+
+    def constants(self) -> dict:
+        rotary = 0 if self.cos_sin is None else self.cos_sin.shape[-1]
+        return dict(W=self.store.query.shape[2], ROTARY=rotary, NEOX=self.is_neox)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class Tuning:
     per_sm: int
 
     def options(self) -> list[dict]:
-        """How to launch the kernel, for `registers.enough`: ptxas may also keep registers in memory for the sake of more
+        """How to launch the kernel, for `registers.launch`: ptxas may also keep registers in memory for the sake of more
         programs than there are; otherwise a shorter pipeline or more threads have enough of them."""
         most, short = REGISTERS[-1], max(self.stages - 1, min(self.stages, 3))
         return [
@@ -113,9 +116,9 @@ class Tuning:
         Page numbers and KV are loaded one after the other, so that `stages` hold `stages - 2`
         blocks of KV. Blocks of 32 KB measured best: 64 tokens of head size 128.
         """
-        width = triton.next_power_of_2(head_size)
+        width = power_of_two(head_size)
         # The outputs of larger groups leave four warps too few registers for the rest.
-        warps = 4 if triton.next_power_of_2(group) * width <= 2048 else 8
+        warps = 4 if power_of_two(group) * width <= 2048 else 8
         token = 2 * width * dtype.itemsize
         block, stages = max((32 << 10) // token, 16), 5
 
@@ -202,24 +205,27 @@ class TritonExact:
             raise ValueError(f"query: {rows} rows, choose at most max_rows ({self.problem.max_rows})")
         p, t = self.problem, self.tuning
         groups = rows * p.kv_heads
-        heads, width = triton.next_power_of_2(p.group), triton.next_power_of_2(p.head_size)
-        launch = dict(
+        heads, width = power_of_two(p.group), power_of_two(p.head_size)
+        s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
+        pointers = dict(
             query=query, kv=kv, block_table=block_table, position=position, hit=hit, out=out, lse=lse,
-            part_out=self._part_out, part_lse=self._part_lse, arrived=self._arrived,
-            groups=groups, first_token=p.first, band=p.band, scale_log2=p.scale * LOG2_E.value,
-            stride_qb=query.stride(0), stride_qh=query.stride(1),
-            stride_page=kv.stride(0), stride_head=kv.stride(1), stride_token=kv.stride(2),
-            stride_table=block_table.stride(0), stride_ob=out.stride(0), stride_oh=out.stride(1),
+            **({} if completion is None else completion.pointers()),
+        )  # fmt: skip
+        sizes = dict(
+            first_token=p.first, band=p.band, stride_qb=s_query[0], stride_qh=s_query[1],
+            stride_page=s_kv[0], stride_head=s_kv[1], stride_token=s_kv[2], stride_ob=s_out[0], stride_oh=s_out[1],
             stride_lb=0 if lse is None else lse.stride(0),
+        )  # fmt: skip
+        others = dict(
+            part_out=self._part_out, part_lse=self._part_lse, arrived=self._arrived,
+            groups=groups, stride_table=block_table.stride(0), scale_log2=p.scale * LOG2_E.value,
+        )  # fmt: skip
+        constants = dict(
             K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
-            BN=t.block, BG=max(16, heads), BM=heads, BD=width, BR=max(16, triton.next_power_of_2(groups)),
+            BN=t.block, BG=max(16, heads), BM=heads, BD=width, BR=max(16, power_of_two(groups)),
             P=self._block, UNROLL=max(1, min(8, 4096 // (heads * width))),
             DOT=self._dot, PDL=self.pdl, OF_HITS=self.of_hits,
-            **({} if completion is None else {**completion.arguments(), "SINK": p.sink}),
+            **({} if completion is None else {**completion.constants(), "SINK": p.sink}),
             **({"launch_pdl": True} if self.pdl else {}),
         )  # fmt: skip
-        # Of the number of rows a variant depends by BR only.
-        kind = launch["BR"], out.dtype, completion and layer_kind(completion.store, completion.cos_sin, completion.is_neox)
-        grid = (self.programs,)
-        options = enough(prefix_kernel, grid, launch, self._options, self._found, kind)
-        prefix_kernel[grid](**launch, **options)
+        launch(prefix_kernel, (self.programs,), pointers, sizes, others, constants, self._options, self._found)

@@ -11,11 +11,10 @@ step is one launch, and the last part of one group overlaps the first parts of t
 from dataclasses import dataclass, field
 
 import torch
-import triton
 
 from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.group import hit_kernel
-from vllm_mac.kernels.registers import REGISTERS, enough, layer_kind
+from vllm_mac.kernels.registers import REGISTERS, launch, power_of_two
 
 COUNTERS = (
     "heads_hit",
@@ -26,6 +25,10 @@ COUNTERS = (
     "tokens_read",
     "tokens_skipped",
 )
+
+# How the kernel may be launched, by the registers that a thread is to have.
+OPTIONS = {wanted: [{"maxnreg": limit} for limit in REGISTERS if limit >= wanted] for wanted in REGISTERS}
+OPTIONS[None] = [{"maxnreg": None}]
 
 
 @dataclass(slots=True)
@@ -43,7 +46,7 @@ class Workspace:
     programs of a group that are done; all 0 between steps.
     slots: programs that the device runs at once. pdl: launch the kernels before their predecessors
     end (programmatic dependent launch); they wait before they read. tune: overrides `_tune`.
-    options: how each variant of the kernel is launched, see `registers.enough`.
+    options: how each variant of the kernel is launched, see `registers.launch`.
     """
 
     source: torch.Tensor
@@ -132,47 +135,50 @@ def decode_hits(
     kv_heads, page = kv.shape[1], kv.shape[2]
     group, window = heads // kv_heads, store.query.shape[2]
     tune = work.tune or _tune(rows, heads, kv_heads, work.slots, d, window, store.query.dtype.itemsize)
-    splits = max(1, min(tune["splits"], work.MAX_SPLITS, triton.cdiv(window, 16)))
+    splits = max(1, min(tune["splits"], work.MAX_SPLITS, -(-window // 16)))
     bn = tune["bn"]
-    tail = triton.cdiv(config.band + config.sink, bn)
+    tail = -(-(config.band + config.sink) // bn)
     bands = max(1, min(tune["bands"], work.MAX_BANDS, tail))
-    span = triton.cdiv(window, splits)
+    span = -(-window // splits)
     relative = config.distance == "relative"
     bound = 2.0 * (1 if relative else d) * (1.0 - config.threshold) ** 2
     # The limit of a summary without mass is so much looser, see `reference.relief`.
     loosest = 1.0 if config.mass_floor is None else (1.0 + 1.0 / config.mass_floor) ** 2
-    launch = dict(
+    s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
+    pointers = dict(
         p_query=query, p_cos_sin=cos_sin, p_position=position, p_ring=ring, p_first=first, p_table=block_table, p_kv=kv,
         p_ring_query=store.query, p_ring_out=store.out, p_ring_lse=store.lse, p_ring_chain=store.chain,
-        p_out=out, p_source=work.source, p_hit=work.hit, p_counters=counters, p_key=work.key, p_key_lse=work.key_lse,
+        p_out=out, p_counters=counters, p_paused=paused,
+    )  # fmt: skip
+    sizes = dict(
+        s_query_row=s_query[0], s_query_head=s_query[1],
+        s_block=s_kv[0], s_head=s_kv[1], s_token=s_kv[2], s_out_row=s_out[0], s_out_head=s_out[1],
+    )  # fmt: skip
+    others = dict(
+        p_source=work.source, p_hit=work.hit, p_key=work.key, p_key_lse=work.key_lse,
         p_band_acc=work.band_acc, p_band_sum=work.band_sum, p_part_out=work.part_out, p_part_lse=work.part_lse,
-        p_arrived=work.arrived, p_paused=paused,
-        s_query_row=query.stride(0), s_query_head=query.stride(1), s_table=block_table.stride(0),
-        s_block=kv.stride(0), s_head=kv.stride(1), s_token=kv.stride(2), s_out_row=out.stride(0), s_out_head=out.stride(1),
+        p_arrived=work.arrived, s_table=block_table.stride(0),
         log2_scale=scale * LOG2_E.value, bound=bound * loosest, strict=1.0 / loosest,
         lag_weight=config.lag_weight / loosest, mass_floor=config.mass_floor or 0.0,
+    )  # fmt: skip
+    constants = dict(
         K=kv_heads, G=group, D=d, W=window, PAGE=page,
         BAND=config.band, SINK=config.sink, WHOLE=work.whole, MIN_CONTEXT=config.min_context,
         MAX_CHAIN=config.max_chain or 0,
         LAGGED=config.lag_weight > 0, RELATIVE=relative, ANCHORED=config.reuse == "anchored",
         WEIGHED=config.mass_floor is not None,
         ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
-        S=splits, BW=min(tune["bw"], triton.next_power_of_2(span)), SPAN=span,
+        S=splits, BW=min(tune["bw"], power_of_two(span)), SPAN=span,
         HALVES=tune["halves"], SCAN_STAGES=tune["scan_stages"],
-        NB=bands, BB=bn, CHUNK=triton.cdiv(tail, bands) * bn, BT=tune["bt"],
-        MP=max(16, triton.next_power_of_2(group)), M=triton.next_power_of_2(group),
-        DP=triton.next_power_of_2(d), SP=triton.next_power_of_2(splits),
-        TP=triton.next_power_of_2(window // page + 2),
+        NB=bands, BB=bn, CHUNK=-(-tail // bands) * bn, BT=tune["bt"],
+        MP=max(16, power_of_two(group)), M=power_of_two(group),
+        DP=power_of_two(d), SP=power_of_two(splits),
+        TP=power_of_two(window // page + 2),
         BAND_STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"],
         PDL=work.pdl, num_warps=tune["warps"], **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
     grid = (bands + group * splits, kv_heads, rows)
-    # All that may make another variant of it, among steps that share a workspace.
-    kind = rows, paused is None, *layer_kind(store, cos_sin, is_neox)
-    wanted = tune["registers"]
-    limits = [None] if wanted is None else [limit for limit in REGISTERS if limit >= wanted]
-    options = [{"maxnreg": limit} for limit in limits]
-    hit_kernel[grid](**launch, **enough(hit_kernel, grid, launch, options, work.options, kind))
+    launch(hit_kernel, grid, pointers, sizes, others, constants, OPTIONS[tune["registers"]], work.options)
 
 
 def _tune(
@@ -188,7 +194,7 @@ def _tune(
     scan_stages, stages, near_stages: depth of the software pipelines of the three loops.
     registers: per thread, if they are enough; None for what the compiler takes.
     """
-    dp = triton.next_power_of_2(d)
+    dp = power_of_two(d)
     # Up to `slots` programs run at once; a few more than that would cost as much as twice as many.
     splits = max(1, min(8, slots * 3 // 4 // (rows * heads)))
     splits = 1 << splits.bit_length() - 1

@@ -12,37 +12,53 @@ import triton
 REGISTERS = (128, 168, 255)
 
 
-def layer_kind(store, cos_sin, is_neox: bool = True) -> tuple:
-    """What kernels are compiled for in which layers of the same shapes may differ: rings and rotation."""
-    rotation = None if cos_sin is None else (cos_sin.dtype, cos_sin.shape[-1])
-    return store.query.dtype, store.out.dtype, rotation, is_neox
-
-
-def enough(kernel, grid: tuple, launch: dict, options: Sequence[dict], found: dict[tuple, dict], kind: tuple) -> dict:
-    """The first of `options` under which no thread does, or the last where under all some do.
+def launch(
+    kernel, grid: tuple, pointers: dict, sizes: dict, others: dict, constants: dict, options: Sequence[dict], found: dict
+) -> None:  # fmt: skip
+    """Launch a kernel under the first of `options` under which no thread does, or the last where under all some do.
 
     Args:
-        kernel, grid, launch: what is launched as `kernel[grid](**launch, **option)`.
-        options: further arguments, the fastest first.
-        found: what was found earlier by `kind`, which says all that may make another variant of the kernel; added to.
+        pointers, sizes, constants: the arguments by which Triton tells variants of the kernel: tensors or None; integers;
+            what is compiled in: every constexpr that is no option, and what `kernel[grid]` takes beside arguments.
+        others: those by which it tells none: numbers that it does not specialise on, and buffers of whoever keeps `found`.
+        options: further arguments, the fastest first, which says what the others are.
+        found: what was found earlier of each variant; added to.
     """
-    if kind in found:
-        return found[kind]
+    # Of an integer Triton looks at whether it is 1 or a multiple of 16. A finer key costs one more question, to which
+    # Triton has the answer.
+    variant = (
+        *options[0].values(),
+        *constants.values(),
+        *sizes.values(),
+        *[x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in pointers.values()],
+    )
+    option = found.get(variant)
+    if option is None:
+        option = _enough(kernel, grid, pointers | sizes | others | constants, options, found, variant)
+    kernel[grid](**pointers, **sizes, **others, **constants, **option)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest that is no less than `least`, 1 or more. Triton's function takes microseconds, and launches several."""
+    return 1 << (least - 1).bit_length()
+
+
+def _enough(kernel, grid: tuple, arguments: dict, options: Sequence[dict], found: dict, variant: tuple) -> dict:
     for option in options[:-1]:
-        variant = kernel.warmup(**launch, **option, grid=grid)
-        if isinstance(variant, triton.FutureKernel):  # being compiled: see `warmup.compiling`
+        compiled = kernel.warmup(**arguments, **option, grid=grid)
+        if isinstance(compiled, triton.FutureKernel):  # being compiled: see `warmup.compiling`
             return option
-        if not _spills(variant):
+        if not _spills(compiled):
             break
     else:
         option = options[-1]
-    found[kind] = option
+    found[variant] = option
     return option
 
 
-def _spills(variant) -> int:
+def _spills(compiled) -> int:
     """Registers of a thread that a compiled kernel keeps in memory."""
-    if variant is None:  # Triton's interpreter compiles nothing
+    if compiled is None:  # Triton's interpreter compiles nothing
         return 0
-    variant._init_handles()  # only the driver tells
-    return variant.n_spills
+    compiled._init_handles()  # only the driver tells
+    return compiled.n_spills

@@ -25,7 +25,7 @@ from triton.runtime import driver
 
 from vllm_mac import warmup
 from vllm_mac.fused import rotation
-from vllm_mac.kernels import complete, exact, hit, registers
+from vllm_mac.kernels import complete, registers
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.hit import Workspace
 
@@ -39,6 +39,8 @@ SHAPES = [
     {"rows": 1, "heads": 32, "kv_heads": 4, "d": 128, "dtype": torch.bfloat16, "mass_floor": 0.2},
     {"rows": 40, "heads": 32, "kv_heads": 8, "d": 128, "dtype": torch.bfloat16},
 ]
+# The longest window, whose page numbers a program holds all at once, where there is least shared memory.
+LONG = {"rows": 1, "heads": 16, "kv_heads": 1, "d": 256, "dtype": torch.bfloat16, "sink": 4, "window": 65536, "rings": 1}
 
 
 class Driver:
@@ -73,12 +75,13 @@ class Compiled:
         return launch
 
 
-def enough(passed_over: dict):
-    """`registers.enough`, which notes how many options it passed over for a kernel that is launched next."""
+def noting(passed_over: dict):
+    """`registers._enough`, which notes how many options it passed over for a kernel that is launched next."""
+    enough = registers._enough
 
-    def noted(kernel, grid, launch, options, found, kind):
-        option = registers.enough(kernel, grid, launch, options, found, kind)
-        passed_over[kernel.kernel] = options.index(option)
+    def noted(kernel, grid, arguments, options, found, variant):
+        option = enough(kernel, grid, arguments, options, found, variant)
+        passed_over[kernel.kernel] = list(options).index(option)
         return option
 
     return noted
@@ -105,7 +108,7 @@ def main(arch: int) -> None:
     for module, name in warmup.KERNELS:
         setattr(module, name, Compiled(getattr(module, name), seen, passed_over))
     registers._spills = lambda made: measure(made.asm["cubin"])["stack"]
-    hit.enough = exact.enough = enough(passed_over)
+    registers._enough = noting(passed_over)
     allocate, default, init = Workspace.allocate.__func__, Tuning.default.__func__, TritonExact.__init__
     Workspace.allocate = classmethod(lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=3 * sms, pdl=pdl))
     Tuning.default = classmethod(lambda cls, *args: default(cls, *args, shared))
@@ -116,10 +119,10 @@ def main(arch: int) -> None:
         self.pdl = pdl
 
     TritonExact.__init__ = init_for
-    for shape in SHAPES if arch == 90 else SHAPES[:2]:
+    for shape in SHAPES if arch == 90 else SHAPES[:2] + [LONG] * (arch == 89):
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch >= 89 and shape["dtype"] == torch.float16 else {}
-        decoder, layers, table = make(window=512, band=256, min_context=2048, **shape, **float8)
-        warmup.warm_up(decoder, layers[:1], table, True)
+        decoder, layers, table = make(**{"window": 512, "band": 256, "min_context": 2048} | shape | float8)
+        warmup.warm_up(decoder, layers[:1], table)
         # What goes before and after FlashInfer, which is not asked to plan without a GPU.
         fill_plans(2, shape["kv_heads"], sms, pdl, columns=37, block_pages=8, head_pages=1)
         query = torch.empty(2, shape["heads"], shape["d"], dtype=shape["dtype"])

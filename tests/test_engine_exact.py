@@ -20,7 +20,8 @@ from vllm_mac.layers import mac_layers
 
 pytestmark = pytest.mark.cpu
 BACKEND = os.environ.get("MAC_TEST_BACKEND", "MAC") or None
-CONFIG = {"mac": {"threshold": 1.0, "window": 32, "band": 16, "min_context": 64}} if BACKEND else {}
+SMALL = {"threshold": 1.0, "window": 32, "band": 16, "min_context": 64}
+CONFIG = {"mac": SMALL} if BACKEND else {}
 HYBRID = ("gemma3",)
 ON_V2_TOO = {("gemma3", name) for name in ("chunked33", "prefix", "preempt")}
 # Two engines agree on logits to about 3e-5 here: a gap above this decides a token on any machine.
@@ -113,3 +114,23 @@ def test_layers_with_attention_sinks_are_exact(engines):
     run = run_schedule(llm, events, logprobs=2)
     assert [layer.exact for layer in mac_layers(worker(llm).vllm_config)] == ["sliding_window", "attention_sinks"]
     assert run.tokens == exact.tokens and run.logprobs == exact.logprobs
+
+
+def test_sequences_longer_than_the_rotary_cache(engines, monkeypatch):
+    """vLLM goes on where its rotation ends, and so does MAC, all layers exact, instead of ending the engine."""
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    engines.close()
+    model, found = write("llama", engines.folder), {}
+    # At most 512 tokens: served. The same with room for more: not even a sequence of 512 is.
+    for length in (512, 1024):
+        mac, override = SMALL | {"threshold": 0.4}, {"max_position_embeddings": 512}
+        with engine(model, "v1", "MAC", {"mac": mac}, max_model_len=length, hf_overrides=override) as llm:
+            layers = mac_layers(worker(llm).vllm_config)
+            served = [layer for layer in layers if layer.rotary]
+            assert [len(layer.rotary.module.cos_sin_cache) for layer in served] == [512, 512] * (length == 512)
+            run = run_schedule(llm, [Add(0, "a", [7 * i % 200 for i in range(length // 2)], length // 2 - 8)])
+            found[length] = mac_counters(llm), {layer.exact for layer in layers}
+            assert len(run.tokens["a"]) == length // 2 - 8
+    (reused, reasons), (left, why) = found[512], found[1024]
+    assert reused["hit"] > 0 and reasons == {None}
+    assert left["hit"] == left["miss"] == 0 and why == {"rotary"}

@@ -6,13 +6,18 @@
   model itself: how far evaluations in the engine's dtype and in float32 lie apart, on the same tokens.
 * With reuse on, every row of every layer equals `paged` beside it (`gpu_shadow`), counters too, and
   graphs give what eager steps give.
+* As vLLM runs by default (asynchronous scheduling, compiled in pieces, full graphs of decode steps) MAC gives the tokens of
+  FLASHINFER run alike, and with reuse on it hits as often as in eager steps.
 * On two GPUs each has half of the heads, and both the tokens and the counters are those of one.
 
     python -m pytest tests/test_engine_gpu.py -m gpu -s
 """
 
 import random
-from contextlib import ExitStack
+import statistics
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import engine as harness
 import pytest
@@ -20,13 +25,15 @@ import torch
 from byte_model import write_model, write_tokenizer
 from engine import Add, mac_counters, run_schedule
 from scenarios import SCENARIOS
+from vllm.compilation.counter import compilation_counter
 
 pytestmark = pytest.mark.gpu
 
 WIDE = {"threshold": 0.5, "mass_floor": None, "miss_engine": "flashinfer", "sink": 20}  # default window, band and min_context
 SMALL = {"window": 32, "band": 16, "min_context": 64, "threshold": 0.5, "mass_floor": 0.2}
+DEFAULT_SIZES = (1, 2, 4, 8, 16, 1024)  # vLLM's own for eight sequences, and one that whole chunks of prompts replay
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-# backend, dtype, MAC's configuration, batch sizes captured (none: eager)
+# backend, dtype, MAC's configuration, batch sizes captured (none: eager). A "default" engine is told nothing else.
 ENGINES = {
     "flashinfer": ("FLASHINFER", "float16", {}, ()),
     "exact": ("MAC", "float16", {"threshold": 1.0}, ()),
@@ -36,6 +43,9 @@ ENGINES = {
     # Every size of its own, so that each kernel runs as in eager steps, bit for bit: a hit that turns
     # into a miss by rounding would change tokens by more than rounding.
     "small graphs": ("MAC", "float16", SMALL, (1, 2, 3, 4, 5, 6, 7, 8)),
+    "default flashinfer": ("FLASHINFER", "float16", {}, DEFAULT_SIZES),
+    "default exact": ("MAC", "float16", {"threshold": 1.0}, DEFAULT_SIZES),
+    "default small": ("MAC", "float16", SMALL, DEFAULT_SIZES),
     "two flashinfer": ("FLASHINFER", "float16", {}, ()),
     "two exact graphs": ("MAC", "float16", {"threshold": 1.0}, (1, 2, 4, 8)),
     "two small graphs": ("MAC", "float16", SMALL, (1, 2, 3, 4, 5, 6, 7, 8)),
@@ -73,10 +83,13 @@ class Engines:
         if self.name != name:
             self.close()
             backend, dtype, config, sizes = ENGINES[name]
-            graphs = {"compilation_config": GRAPHS | {"cudagraph_capture_sizes": list(sizes)}} if sizes else {}
+            default = name.startswith("default ")
+            graphs = {"compilation_config": ({} if default else GRAPHS) | {"cudagraph_capture_sizes": list(sizes)}} if sizes else {}
+            if default:  # the harness turns the compiler off, for the sake of quick starts
+                self.stack.enter_context(patch.dict(harness.ENVIRONMENT, TORCHDYNAMO_DISABLE="0"))
             self.llm = self.stack.enter_context(harness.engine(
                 self.model, "v2", backend, {"mac": config} if config else {}, chunk=1024, prefix_caching=True,
-                max_model_len=6144, dtype=dtype, memory=256 << 20, enforce_eager=not sizes, async_scheduling=False,
+                max_model_len=6144, dtype=dtype, memory=256 << 20, enforce_eager=not sizes, async_scheduling=None if default else False,
                 tensor_parallel_size=2 if name.startswith("two ") else 1,
                 worker_extension_cls="vllm_mac.metrics.WorkerExtension", **graphs,
             ))  # fmt: skip
@@ -208,6 +221,63 @@ def test_graphs_give_what_eager_steps_give(engines, rounding):
     run, counts = engines.run("small graphs")
     assert counts["hit"] > 1000 and counts["miss"] > 100
     agree(expected, run, rounding)
+
+
+@contextmanager
+def graphs_run(llm):
+    """How many steps ran in which kind of graph meanwhile: `full`, or in `pieces`."""
+    manager, ran = harness.worker(llm).model_runner.cudagraph_manager, Counter()
+    full, pieces = manager.run_fullgraph, manager.run_pw_graph
+    manager.run_fullgraph = lambda *args, **kwargs: (ran.update(["full"]), full(*args, **kwargs))[1]
+    manager.run_pw_graph = lambda *args, **kwargs: (ran.update(["pieces"]), pieces(*args, **kwargs))[1]
+    try:
+        yield ran
+    finally:
+        del manager.run_fullgraph, manager.run_pw_graph
+
+
+def run_as_by_default(engines, name: str):
+    """The run of a "default" engine, and its counters if it has any; all that vLLM does by default was really done."""
+    if name not in engines.runs:
+        llm = engines.get(name)
+        config = llm.llm_engine.vllm_config
+        assert config.scheduler_config.async_scheduling
+        assert config.compilation_config.mode.name == "VLLM_COMPILE"
+        assert config.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
+        seen = compilation_counter.num_graphs_seen + compilation_counter.num_aot_artifacts_loaded
+        assert seen > 0, "nothing was compiled"
+        with graphs_run(llm) as ran:
+            engines.run(name)
+        print(f"\n{name}: {dict(ran)} steps in graphs, {seen} graphs compiled or loaded so far")
+        assert ran["full"] > NEW and ran["pieces"] > 2
+    return engines.run(name)
+
+
+def test_vllms_default_gives_flashinfers_tokens(engines, rounding):
+    """Both engines compiled and scheduled alike, so that attention alone may differ."""
+    expected, _ = run_as_by_default(engines, "default flashinfer")
+    run, counts = run_as_by_default(engines, "default exact")
+    assert counts["miss"] > 1000 and counts["hit"] == 0 and counts["exact"] > 0 and counts["skipped"] == 0
+    agree(expected, run, rounding)
+
+
+def test_vllms_default_reuses_what_eager_steps_reuse(engines, rounding):
+    """Compiled code rounds otherwise, and so does a padded batch: a hit may turn into a miss, and then texts part."""
+    expected, before = engines.run("small")
+    run, counts = run_as_by_default(engines, "default small")
+    tried = counts["hit"] + counts["miss"]
+    assert counts["hit"] > 1000 and tried == pytest.approx(before["hit"] + before["miss"], rel=0.02)
+    assert counts["hit"] / tried == pytest.approx(before["hit"] / (before["hit"] + before["miss"]), abs=0.05)
+    assert counts["read"] + counts["skipped"] == pytest.approx(before["read"] + before["skipped"], rel=0.02)
+    apart = []
+    for name, ours in run.tokens.items():
+        pairs = list(zip(ours, expected.tokens[name], strict=True))
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), NEW)
+        apart += [abs(run.logprobs[name][i] - expected.logprobs[name][i]) for i in range(at)]
+    tokens, middle = NEW * len(run.tokens), statistics.median(apart)
+    print(f"\nagreed tokens: {len(apart)} of {tokens}; apart by {middle:.4f}, at most {max(apart):.4f}")
+    # Where the texts are one, most tokens are decoded from the same reuse.
+    assert len(apart) >= tokens / 4 and middle <= rounding
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_mac import layers
 from vllm_mac.config import MacConfigError, resolve
@@ -18,17 +20,19 @@ def load(monkeypatch):
     """Makes `count` layers under the keys of `mac`, loads all on `device`, and returns them.
 
     after: the layers of a model that has been loaded, which this one drafts for. backend: by name, the one that
-    `speculative_config` chooses for the draft model.
+    `speculative_config` chooses for the draft model. holders: the modules that hold them. media: whether
+    the model takes images.
     """
     monkeypatch.setattr(layers, "find_rotary", lambda *_: Rotary(None))
 
     def load(
-        count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None
-    ) -> list[MacLayer]:
+        count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None,
+        holders=None, media=False,
+    ) -> list[MacLayer]:  # fmt: skip
         drafting = SimpleNamespace(attention_backend=backend and SimpleNamespace(name=backend))
         vllm_config = after[0].vllm_config if after else SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={}),
-            model_config=SimpleNamespace(hf_text_config=SimpleNamespace()),
+            model_config=SimpleNamespace(hf_text_config=SimpleNamespace(), max_model_len=64, supports_multimodal_inputs=media),
             parallel_config=SimpleNamespace(pipeline_parallel_size=stages, use_ubatching=False),
             scheduler_config=SimpleNamespace(max_num_seqs=2),
             speculative_config=drafting if backend else None,
@@ -41,7 +45,7 @@ def load(monkeypatch):
                 vllm_config, 2, 1, 32, 1.0,
                 sliding_window=window, logits_soft_cap=None, alibi_slopes=None, sinks=None, kv_sharing=None,
             )  # fmt: skip
-            layer.bind(None, NAME.format(i))
+            layer.bind(holders and holders[i], NAME.format(i))
             made.append(layer)
             attention = torch.nn.Module()
             attention.impl = SimpleNamespace(mac=layer)
@@ -151,6 +155,21 @@ def test_what_outlasts_sleep_is_a_buffer_of_the_layer(load, mac, kept):
 def test_thresholds_of_a_model_that_is_not_served_need_no_warning(load, warnings):
     load(1, {"enabled": False, "layers": {"threshold": {0: 0.5}}})
     assert warnings == ["MAC serves none of 1 attention layers; exact: 1 (disabled)"]
+
+
+@pytest.mark.parametrize("media", [True, False])
+def test_rotation_by_several_positions_needs_text_alone(load, warnings, monkeypatch, media):
+    """As of Qwen2-VL: where a request may hold an image, attention does not know by what its queries are rotated."""
+    monkeypatch.undo()  # the layers' real rotations, and nobody to hear what is said
+    monkeypatch.setattr(layers.logger, "warning", lambda text, *args: warnings.append(text % args))
+    with set_current_vllm_config(VllmConfig()):
+        several = {"rope_type": "default", "mrope_section": [4, 6, 6]}
+        modules = [get_rope(32, 64, rope_parameters=keys, dtype=torch.float32) for keys in (several, {"rope_type": "default"})]
+        made = load(2, {}, holders=[SimpleNamespace(rotary_emb=module) for module in modules], media=media)
+    assert [layer.exact for layer in made] == (["mrope", None] if media else [None, None])
+    assert made[1].rotary.module is modules[1] and (made[0].store is None) == media
+    said = f"MAC leaves {NAME.format(0)} exact: MRotaryEmbedding rotates by positions that attention is not told"
+    assert [text.startswith(said) and "--language-model-only" in text for text in warnings] == [True] * media
 
 
 def test_float8_rings(load):

@@ -10,8 +10,9 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor import models
 from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope_scaled_rope
+from vllm_sources import VERSIONS, folder
 
-from vllm_mac.rope import ROTATES, Rotary, RotaryError, check, find_rotary
+from vllm_mac.rope import ROTATES, SECTIONS, Rotary, RotaryError, check, find_rotary
 
 HEADS, SIZE, LENGTH = 3, 64, 512
 U32 = 2.0**-24
@@ -31,6 +32,11 @@ KINDS = {
     "mrope": {"rope_type": "default", "mrope_section": [8, 12, 12]},
     "mrope, interleaved": {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True},
 }  # fmt: skip
+
+
+def find(holder, has_rope: bool, head_size: int, length: int = LENGTH, media: bool = False) -> Rotary:
+    """As for requests of text, no longer than the modules below are made for."""
+    return find_rotary(holder, has_rope, head_size, length, media)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +83,7 @@ def test_undo_inverts_the_module_that_the_model_runs(kind, dtype, neox):
     rotated = rotated.view_as(query)
     assert (rotated - query).abs().max() > 0.5, "nothing was rotated"
 
-    rotary = find_rotary(SimpleNamespace(rotary_emb=module), True, SIZE)
+    rotary = find(SimpleNamespace(rotary_emb=module), True, SIZE)
     before = rotated.clone()
     undone = rotary.undo(rotated, position)
     assert undone.dtype == torch.float32 and torch.equal(rotated, before)
@@ -123,6 +129,58 @@ def test_mrope_on_text_is_undone_by_its_one_position():
     assert ((undone - query).abs() <= bound(pairs(query, module), U32)).all()
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("mrope")])
+def test_positions_after_an_image_are_not_the_sequence_s(kind):
+    """So a module that takes several is left alone wherever a request may hold an image, and only there."""
+    module = make(kind)
+    query = torch.randn(2, HEADS, SIZE, generator=torch.Generator().manual_seed(3))
+    index = torch.tensor([40, 41])  # after an image of 30 tokens, whose rows and columns end at 11
+    for position in (torch.stack((index, index - 19, index - 20)), (index - 19).expand(3, -1)):  # within it, and after it
+        rotated, _ = module(position, query.flatten(1).clone(), query.flatten(1).clone())
+        undone = Rotary(module).undo(rotated.view_as(query), index)
+        assert (undone - query).norm() > 0.2 * query.norm()
+    assert find(Holder(rotary_emb=module), True, SIZE).module is module
+    said = "MRotaryEmbedding rotates by positions that attention is not told.*--language-model-only"
+    with pytest.raises(RotaryError, match=said) as e:
+        find(Holder(rotary_emb=module), True, SIZE, media=True)
+    assert e.value.reason == "mrope"
+    plain = make("llama3")  # a model that takes images, and counts their tokens like others
+    assert find(Holder(rotary_emb=plain), True, SIZE, media=True).module is plain
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_module_of_several_positions_is_known_by_its_sections(version):
+    """In vLLM's sources: a class that asks how many rows its positions have has the attribute, or inherits it."""
+    classes = {}
+    for path in (folder(version) / "vllm/model_executor/layers/rotary_embedding").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                classes[node.name] = node
+
+    def mentions(name: str, attribute: str, of: str) -> bool:
+        return any(ast.unparse(node) == f"{of}.{attribute}" for node in ast.walk(classes[name]) if isinstance(node, ast.Attribute))
+
+    def has_sections(name: str) -> bool:
+        bases = [base.id for base in classes[name].bases if isinstance(base, ast.Name) and base.id in classes]
+        return mentions(name, SECTIONS, "self") or any(map(has_sections, bases))
+
+    several = [name for name in classes if mentions(name, "ndim", "positions")]
+    assert {"MRotaryEmbedding", "BailingMRotaryEmbedding", "Ernie4_5_VLRotaryEmbedding"} <= set(several)
+    assert all(map(has_sections, several))
+
+
+@pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
+def test_a_cache_shorter_than_sequences_is_refused(dtype):
+    """Where vLLM reads what lies behind it (VLLM_ALLOW_LONG_MAX_MODEL_LEN), nothing is undone."""
+    module = make("default", dtype)
+    assert find(Holder(rotary_emb=module), True, SIZE, length=512).module is module
+    with pytest.raises(RotaryError, match="RotaryEmbedding.cos_sin_cache holds 512 positions, and --max-model-len is 513") as e:
+        find(Holder(rotary_emb=module), True, SIZE, length=513)
+    assert e.value.reason == "rotary"
+    assert len(make("linear").cos_sin_cache) == 1024
+    find(Holder(rotary_emb=make("linear")), True, SIZE, length=1024)
+
+
 # --- find_rotary --------------------------------------------------------------------------------
 
 
@@ -142,24 +200,24 @@ def undoes_nothing(rotary: Rotary) -> bool:
 
 
 def test_a_model_without_rope():
-    assert undoes_nothing(find_rotary(Holder(), has_rope=False, head_size=SIZE))
+    assert undoes_nothing(find(Holder(), has_rope=False, head_size=SIZE))
 
 
 def test_rope_somewhere_else_is_refused():
     with pytest.raises(RotaryError, match="Holder has no rotary_emb"):
-        find_rotary(Holder(), has_rope=True, head_size=SIZE)
+        find(Holder(), has_rope=True, head_size=SIZE)
 
 
 def test_a_layer_without_rotation_in_a_model_with_rope():
-    assert undoes_nothing(find_rotary(Holder(rotary_emb=None), has_rope=True, head_size=SIZE))
+    assert undoes_nothing(find(Holder(rotary_emb=None), has_rope=True, head_size=SIZE))
 
 
 @pytest.mark.parametrize("flag", ROTATES)
 def test_a_flag_of_the_model_turns_rotation_off(flag):
     module = make("default")
     off = Holder(rotary_emb=module, **{flag: False})
-    assert undoes_nothing(find_rotary(off, has_rope=True, head_size=SIZE))
-    on = find_rotary(Holder(rotary_emb=module, **{flag: True}), has_rope=True, head_size=SIZE)
+    assert undoes_nothing(find(off, has_rope=True, head_size=SIZE))
+    on = find(Holder(rotary_emb=module, **{flag: True}), has_rope=True, head_size=SIZE)
     assert on.module is module
 
 
@@ -209,7 +267,7 @@ class Lying(nn.Module):
 @pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
 def test_a_cache_that_lies_is_found_out(dtype):
     with pytest.raises(RotaryError, match="not undone by its cos_sin_cache"):
-        find_rotary(Holder(rotary_emb=Lying(make("default", dtype))), True, SIZE)
+        find(Holder(rotary_emb=Lying(make("default", dtype))), True, SIZE)
 
 
 def test_the_wrong_pairing_is_found_out():
@@ -247,4 +305,4 @@ def test_longrope_is_refused(monkeypatch, max_model_len):
     module = get_rope(SIZE, LENGTH, rope_parameters=parameters, dtype=torch.float32)
     assert type(module).__name__ == "Phi3LongRoPEScaledRotaryEmbedding"
     with pytest.raises(RotaryError, match="Phi3LongRoPEScaledRotaryEmbedding has no cos_sin_cache"):
-        find_rotary(Holder(rotary_emb=module), True, SIZE)
+        find(Holder(rotary_emb=module), True, SIZE)

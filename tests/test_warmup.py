@@ -43,6 +43,7 @@ class Variants:
         kept = getattr(kernel, "kwargs", None) or {name: getattr(kernel, name) for name in names}
         function = JITFunction(kernel.fn, **{name: kept[name] for name in names})
         self.name, self.found = kernel.fn.__name__, found
+        self.params = function.params
         self.bind = create_function_from_signature(function.signature, function.params, BACKEND)
 
     def warmup(self, *args, **kwargs):
@@ -149,6 +150,105 @@ def test_serving_launches_what_was_compiled(variants, sizes):
     assert count("_tally_kernel") == int("audit" in sizes)
 
 
+class Looked(Variants):
+    """In place of a kernel whose threads keep nothing in memory: notes which variants it is asked about and launched in."""
+
+    def __init__(self, kernel, asked: list, launched: list):
+        super().__init__(kernel, set())
+        self.asked, self.launched = asked, launched
+
+    def variant(self, *args, **kwargs) -> tuple:
+        _, specialization, options = self.bind(*args, **kwargs)
+        return self.name, str(specialization), str(sorted(options.items()))
+
+    def warmup(self, *args, grid, **kwargs):
+        self.asked.append(self.variant(*args, **kwargs))
+        return SimpleNamespace(_init_handles=lambda: None, n_spills=0)
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launched.append(self.variant(*args, **kwargs))
+
+
+# What may change between two launches, from either side of it.
+CHANGES = {
+    "reuse": ("anchored", "chained"), "mass_floor": (None, 0.2), "lag_weight": (0.0, 1.0), "max_chain": (None, 2),
+    "distance": ("absolute", "relative"), "threshold": (0.5, 0.7), "min_context": (64, 80), "sink": (0, 5), "band": (24, 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", [
+    *CHANGES, "calibrated", "rows", "rotation", "strides", "alignment", "layout", "paused", "ring dtype",
+])  # fmt: skip
+def test_no_variant_is_launched_that_nobody_looked_at(changed, monkeypatch):
+    """Before a variant is launched it is seen that none of its threads keeps registers in memory, once."""
+    asked, launched = [], []
+    for module, name in ((hit, "hit_kernel"), (exact, "prefix_kernel")):
+        monkeypatch.setattr(module, name, Looked(getattr(module, name), asked, launched))
+    allocate = Workspace.allocate.__func__
+    as_h200 = lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=396)
+    monkeypatch.setattr(Workspace, "allocate", classmethod(as_h200))
+    decoder, layers, _ = make()
+    p, layer = decoder.problem, layers[0]
+    kvs = list(caches(p))
+    query = torch.zeros(p.max_rows, p.heads, p.head_size, dtype=p.dtype, device=DEVICE)
+    table = torch.zeros(p.max_rows, 8, dtype=torch.int32, device=DEVICE)
+    wide = torch.zeros(p.max_rows, p.heads + 1, p.head_size + 1, dtype=p.dtype, device=DEVICE)
+    paused = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    config = layer.config
+    plain = dict(query=query, kv=kvs[0], block_table=table, store=layer.store, config=config, rotary=layer.rotary,
+                 counts=layer.counts, out=torch.zeros_like(query), paused=None)  # fmt: skip
+    with_rows = lambda rows: plain | {name: plain[name][:rows] for name in ("query", "block_table", "out")}
+    first, other = {
+        "calibrated": [plain | {"config": config.model_copy(update=keys)} for keys in (
+            {"reuse": "anchored", "mass_floor": 0.2, "lag_weight": 0.0},
+            {"reuse": "chained", "mass_floor": None, "lag_weight": 0.5},
+        )],
+        "rows": [with_rows(1), plain],
+        "rotation": [plain, plain | {"rotary": layers[2].rotary}],
+        "strides": [plain, plain | {"query": wide[:, : p.heads, : p.head_size]}],
+        "alignment": [plain, plain | {"query": wide.flatten()[1 : 1 + query.numel()].view_as(query)}],
+        "layout": [plain, plain | {"kv": kvs[2]}],
+        "paused": [plain, plain | {"paused": paused}],
+        "ring dtype": [plain, plain | {"store": dataclasses.replace(layer.store, query=layer.store.query.float())}],
+    }.get(changed) or [plain | {"config": config.model_copy(update={changed: value})} for value in CHANGES[changed]]  # fmt: skip
+    decoder.decode(**first), decoder.decode(**other)
+    assert set(launched) <= set(asked)
+    # The limit of a distance is an argument; a layout's strides are multiples of 16 like another's.
+    assert (len(set(launched)) > 2) == (changed not in ("threshold", "layout"))
+    asked.clear()
+    decoder.decode(**first), decoder.decode(**other)
+    assert not asked, "found before"
+
+
+@pytest.mark.parametrize("module, name", [(hit, "hit_kernel"), (exact, "prefix_kernel")])
+def test_variants_are_told_by_what_triton_tells_them_by(module, name, monkeypatch):
+    """So that a new constexpr, or a number that Triton specialises on, cannot be left out of what tells them."""
+    kernel, seen = Variants(getattr(module, name), set()), []
+    monkeypatch.setattr(module, "launch", lambda *arguments: seen.append(arguments))
+    decoder, (layer, *_), _ = make()
+    query = torch.zeros(1, decoder.problem.heads, decoder.problem.head_size, dtype=decoder.problem.dtype, device=DEVICE)
+    table = torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)
+    kv = next(caches(decoder.problem))
+    for rotary in (layer.rotary, Rotary(None)):
+        decoder.decode(query, kv, table, layer.store, layer.config, rotary, layer.counts, query)
+    for _, _, pointers, sizes, others, constants, options, _ in seen:
+        for option in options:
+            assert option.keys() == options[0].keys()
+        for param in kernel.params:
+            value = others.get(param.name)
+            if param.is_constexpr:
+                assert param.name in (constants | options[0])
+            elif isinstance(value, torch.Tensor):  # nobody else's
+                assert any(value is own for owner in (decoder._work, decoder._exact) for own in attributes(owner))
+            else:
+                assert param.name in (pointers | sizes) or isinstance(value, float) or param.do_not_specialize, param.name
+    assert len(seen) == 2
+
+
+def attributes(owner) -> list:
+    return list(vars(owner).values()) if hasattr(owner, "__dict__") else [getattr(owner, name) for name in owner.__slots__]
+
+
 def test_every_size_has_few_variants(variants):
     """As many as are worth waiting for."""
     decoder, layers, table = make(**LLAMA | {"rows": 256})
@@ -207,7 +307,7 @@ def test_warming_up_leaves_no_trace(keys):
     warmup.warm_up(decoder, layers, table)
     changed = [name for name, value in watched.items() if not torch.equal(value.view(torch.uint8), before[name])]
     assert changed == []
-    assert table.used.max() <= 0, "a ring was given away"
+    assert not table.first.any() and not table.last.any(), "a ring was given away"
 
 
 def test_a_decoder_is_warmed_up_once(variants):

@@ -171,7 +171,8 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
         return
     context = vllm_config.compilation_config.static_forward_context
     targets = {getattr(x, "kv_sharing_target_layer_name", None) for x in context.values()}
-    text_config = vllm_config.model_config.hf_text_config
+    model = vllm_config.model_config
+    text_config = model.hf_text_config
     has_rope = any(getattr(text_config, key, None) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
     unknown: dict[str, list[str]] = {}
     for layer in layers:
@@ -182,9 +183,11 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
             layer.exact = "excluded"
         if layer.exact is None:
             try:
-                layer.rotary = find_rotary(layer.holder, has_rope, layer.head_size)
+                layer.rotary = find_rotary(
+                    layer.holder, has_rope, layer.head_size, model.max_model_len, model.supports_multimodal_inputs
+                )
             except RotaryError as error:
-                layer.exact = "rotary"
+                layer.exact = error.reason
                 unknown.setdefault(str(error), []).append(layer.name)
         layer.holder = None
     served = [layer for layer in layers if layer.exact is None]

@@ -82,7 +82,7 @@ def match(
     # The latest position before `position` that falls into each slot.
     p = position[:, None] - 1 - (position[:, None] - 1 - slot) % window
     usable = (ring[:, None] >= 0) & (p >= first[:, None]) & (p + 1 - config.band > config.sink)
-    usable &= (position[:, None] + 1 >= config.min_context) & (p >= 0)
+    usable &= position[:, None] + 1 >= config.min_context
     bound = limit(d, config)
     if config.distance == "relative":
         bound = limit((pre_query**2).sum(-1, keepdim=True), config)

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 # A layer whose module has one of them, and false, rotates nothing.
 ROTATES = ("use_rope", "_use_rope", "use_rotary", "force_rope", "apply_rope_all_layers", "is_local_attention", "v1")
 
+# A module with it, and not empty, takes several positions for each token (M-RoPE), which are one number only in text.
+SECTIONS = "mrope_section"
+
 
 class RotaryError(ValueError):
-    """The rotation of a layer cannot be undone; the message says why."""
+    """The rotation of a layer cannot be undone; the message says why, `reason` in one word."""
+
+    def __init__(self, message: str, reason: str = "rotary"):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,13 @@ class Rotary:
         return torch.cat((parts, kept), -1)
 
 
-def find_rotary(attention: nn.Module, has_rope: bool, head_size: int) -> Rotary:
+def find_rotary(attention: nn.Module, has_rope: bool, head_size: int, length: int, media: bool) -> Rotary:
     """The rotation that the module which holds an attention layer applies to its queries.
 
     attention: the model's own attention module (`LlamaAttention`, ...), which holds both the
     attention layer and `rotary_emb`. has_rope: whether the model's configuration mentions
-    RoPE at all. Raises RotaryError where the rotation is unknown or cannot be undone, which
+    RoPE at all. length: tokens that a sequence may have. media: whether requests may hold images,
+    videos and the like. Raises RotaryError where the rotation is unknown or cannot be undone, which
     is tried on random queries.
     """
     if any(not getattr(attention, flag, True) for flag in ROTATES):
@@ -67,7 +75,20 @@ def find_rotary(attention: nn.Module, has_rope: bool, head_size: int) -> Rotary:
     if attention.rotary_emb is None:
         return Rotary(None)
     rotary = Rotary(attention.rotary_emb)
+    name = type(rotary.module).__name__
+    if media and getattr(rotary.module, SECTIONS, None):
+        # Attention is told the index of a token only. From an image on, what it is rotated by is another number.
+        raise RotaryError(
+            f"{name} rotates by positions that attention is not told once a request holds an image, a video or sound. "
+            "Where requests hold text alone, --language-model-only lets MAC serve them",
+            "mrope",
+        )
     check(rotary, head_size)
+    known = len(rotary.module.cos_sin_cache)
+    if known < length:
+        raise RotaryError(
+            f"{name}.cos_sin_cache holds {known} positions, and --max-model-len is {length}; up to {known} MAC serves it"
+        )
     return rotary
 
 

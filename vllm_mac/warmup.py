@@ -23,7 +23,6 @@ from vllm_mac.kernels import assign as assign_kernels
 from vllm_mac.kernels import audit, complete, exact, hit, plan, record
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.record import record_prefill
-from vllm_mac.kernels.registers import layer_kind
 from vllm_mac.ring import RingTable
 
 logger = logging.getLogger("vllm.mac")
@@ -48,7 +47,7 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable) -> None:
         return
     decoder.warm = True
     begin = time.perf_counter()
-    kinds = list({layer_kind(layer.store, **rotation(layer.rotary)): layer for layer in layers}.values())
+    kinds = list({_kind(layer): layer for layer in layers}.values())
 
     def launch():
         _assign(decoder, table)
@@ -76,6 +75,14 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable) -> None:
             problem.heads, problem.kv_heads, problem.head_size,
             ", ".join(f"{most} a thread in {name}" for name, most in spilled.items()),
         )  # fmt: skip
+
+
+def _kind(layer) -> tuple:
+    """What kernels are compiled for in which layers of one decoder may differ: rings and rotation."""
+    rope = rotation(layer.rotary)
+    cache = rope.pop("cos_sin")
+    rotates = None if cache is None else (cache.dtype, cache.shape[-1], rope["is_neox"])
+    return layer.store.query.dtype, layer.store.out.dtype, rotates
 
 
 @contextmanager
