@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SinkFullAttentionSpec
 
 from vllm_mac import layers
 from vllm_mac.config import MacConfigError, resolve
@@ -21,13 +22,13 @@ def load(monkeypatch):
 
     after: the layers of a model that has been loaded, which this one drafts for. backend: by name, the one that
     `speculative_config` chooses for the draft model. holders: the modules that hold them. media: whether
-    the model takes images.
+    the model takes images. specs: the kinds of KV cache of some, by their index.
     """
     monkeypatch.setattr(layers, "find_rotary", lambda *_: Rotary(None))
 
     def load(
         count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None,
-        holders=None, media=False,
+        holders=None, media=False, specs={},
     ) -> list[MacLayer]:  # fmt: skip
         drafting = SimpleNamespace(attention_backend=backend and SimpleNamespace(name=backend))
         vllm_config = after[0].vllm_config if after else SimpleNamespace(
@@ -49,6 +50,7 @@ def load(monkeypatch):
             made.append(layer)
             attention = torch.nn.Module()
             attention.impl = SimpleNamespace(mac=layer)
+            attention.get_kv_cache_spec = lambda _, kind=specs.get(i, FullAttentionSpec): object.__new__(kind)
             vllm_config.compilation_config.static_forward_context[layer.name] = attention
         for layer in made:
             layer.load(dtype, torch.device(device))
@@ -209,3 +211,10 @@ def test_the_refusal_names_every_other_dtype(monkeypatch):
     with pytest.raises(MacConfigError) as caught:
         resolve({"ring_dtype": "x"}, {})
     assert str(caught.value).endswith(", ".join([*choices, "float8_e4m3fn"]))
+
+
+def test_layers_of_chunked_local_attention_are_exact(load):
+    """vLLM gives them each request as several rows of a batch, which are no requests."""
+    made = load(3, {}, specs={1: ChunkedLocalAttentionSpec, 2: SinkFullAttentionSpec})
+    assert [layer.exact for layer in made] == [None, "local_attention", "local_attention"]
+    assert [layer.served for layer in made] == [True, False, False]

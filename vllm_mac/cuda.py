@@ -198,8 +198,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     def _seeds(self, common: CommonAttentionMetadata, decodes: int, rings: np.ndarray) -> Seeds | None:
         """Plan the attention over the last `window` queries of each chunk that a ring records, cut to the prefix.
 
-        The host knows the lengths of these rows: those of rows that verify speculated tokens it may not know, and
-        they have no ring.
+        rings: `[B]`, -1 for rows that record nothing, among them those that verify speculated tokens: the host
+        knows the lengths of all others.
         """
         config, page, first = self.config, self.page_size, self.decoder.problem.first
         begin = common.query_start_loc_cpu.numpy()[decodes : common.num_reqs + 1].astype(np.int64)
@@ -211,8 +211,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             return None
         row = np.repeat(np.arange(decodes, common.num_reqs), taken)
         back = np.concatenate([np.arange(n, 0, -1) for n in taken])  # tokens from the end of the chunk
-        facts = np.stack((np.repeat(begin[1:], taken) - back, row, np.repeat(length, taken) - back)).astype(np.int32)
-        token, row, position = torch.from_numpy(facts).pin_memory().to(self.device, non_blocking=True)
+        facts = np.stack((np.repeat(begin[1:], taken) - back, row, back)).astype(np.int32)
+        token, row, back = torch.from_numpy(facts).pin_memory().to(self.device, non_blocking=True)
+        position = common.seq_lens[row] - back
         # With keys up to `length - band`, causal masking ends query p's keys at p + 1 - band.
         # A row without any is given one, and nobody reads the result.
         keys = np.where(taken > 0, np.maximum(length - config.band - first, 1), 1)

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_mac.audit import histograms
 from vllm_mac.config import MacConfig, MacConfigError, resolve
@@ -179,6 +180,9 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
         layer.settled = True
         if layer.exact is None and layer.name in targets:
             layer.exact = "kv_sharing"
+        # Chunked local attention (Llama 4) gets each request as several rows, which are not the runner's.
+        if layer.exact is None and type(context[layer.name].get_kv_cache_spec(vllm_config)) is not FullAttentionSpec:
+            layer.exact = "local_attention"
         if layer.exact is None and not config.covers(layer.name, extract_layer_index(layer.name)):
             layer.exact = "excluded"
         if layer.exact is None:

@@ -1,0 +1,58 @@
+"""Which tokens of a batch the GPU backend records in rings beside decoding, and at which positions."""
+
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+from stub_flashinfer import gpu_backend
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_mac.config import MacConfig
+
+pytestmark = pytest.mark.cpu
+PAGE, WINDOW, BAND = 16, 32, 16
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    made = object.__new__(gpu_backend().MacCUDAMetadataBuilder)
+    vars(made).update(
+        config=MacConfig(window=WINDOW, band=BAND, min_context=64), page_size=PAGE, device=torch.device("cpu"),
+        decoder=SimpleNamespace(problem=SimpleNamespace(first=0)), _seed_wrapper=MagicMock(), _rows=[None, "rings", None],
+        num_qo_heads=8, num_kv_heads=2, head_dim=64, sm_scale=1.0, q_data_type_prefill=None, kv_cache_dtype=None,
+    )  # fmt: skip
+    return made
+
+
+def batch(counts: list[int], lengths: list[int], believed: list[int]) -> CommonAttentionMetadata:
+    """Rows of so many tokens, which end at `lengths` on the device, and at `believed` by the host."""
+    begin = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    ints = lambda values: torch.tensor(values, dtype=torch.int32)
+    table = torch.arange(len(counts) * 20, dtype=torch.int32).view(len(counts), 20)
+    return CommonAttentionMetadata(
+        query_start_loc=begin, query_start_loc_cpu=begin, seq_lens=ints(lengths), num_reqs=len(counts),
+        num_actual_tokens=sum(counts), max_query_len=max(counts), max_seq_len=max(believed), block_table_tensor=table,
+        slot_mapping=torch.zeros(sum(counts), dtype=torch.int64), seq_lens_cpu_upper_bound=ints(believed),
+    )  # fmt: skip
+
+
+def test_chunks_with_a_ring_are_recorded_at_the_device_s_positions(builder):
+    """A decoding row, a chunk longer than the window, one without a ring, one that verifies speculated tokens."""
+    common = batch([1, 40, 9, 4], [90, 100, 70, 150], [90, 102, 70, 153])
+    seeds = builder._seeds(common, 1, np.array([0, 3, -1, -1]))
+    assert set(seeds.row.tolist()) == {1} and seeds.ring == "rings"
+    assert seeds.token.tolist() == list(range(1 + 40 - WINDOW, 1 + 40))
+    assert seeds.position.tolist() == list(range(100 - WINDOW, 100))
+    assert all(x.dtype == torch.int32 for x in (seeds.token, seeds.row, seeds.position))
+    queries, pages, *_ = builder._seed_wrapper.plan.call_args.args
+    # Rows that record nothing bring no query, and as little of a cache as FlashInfer takes.
+    assert queries.tolist() == [0, WINDOW, WINDOW, WINDOW] and pages.diff().tolist()[1:] == [1, 1]
+
+
+def test_nothing_is_attended_to_where_nothing_is_recorded(builder):
+    common = batch([1, 9, 4], [90, 70, 150], [90, 70, 153])
+    assert builder._seeds(common, 1, np.array([0, -1, -1])) is None
+    builder._seed_wrapper.plan.assert_not_called()
