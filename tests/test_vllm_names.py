@@ -20,6 +20,8 @@ from packaging.specifiers import SpecifierSet
 from source_tree import Tree, assigned, disagreement, fields, members, misfit, signature, statements
 from vllm_sources import VERSIONS, folder
 
+from vllm_mac import requests
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # As installed: `kernels` is a package within ours.
@@ -262,7 +264,7 @@ WRONG_REPORTS = [
 ]  # fmt: skip
 # Changes to vLLM, and what must be reported after each.
 CHANGES = [
-    ("config/cache.py", " num_gpu_blocks: ", " num_blocks: ", "`num_gpu_blocks`"),
+    ("v1/core/sched/output.py", " scheduled_spec_decode_tokens: ", " drafts: ", "`scheduled_spec_decode_tokens`"),
     ("config/compilation.py", " static_forward_context: ", " context: ", "`static_forward_context`"),
     ("config/model.py", "hf_text_config", "hf_config_of_text", "`hf_text_config`"),
     ("config/parallel.py", " pipeline_parallel_size: ", " stages: ", "`pipeline_parallel_size`"),
@@ -299,3 +301,22 @@ def test_these_tests_notice_changes(tmp_path):
     expected = WRONG_REPORTS + [report for *_, report in CHANGES]
     missed = [text for text in expected if not any(text in report for report in reports)]
     assert missed == [], "\n".join(reports)
+
+
+@pytest.mark.parametrize("module", requests.RUNNERS.values())
+def test_model_runners_have_what_names_the_requests_of_a_batch(vllm, module):
+    """What `requests` reaches without an import that a type checker could follow."""
+    tree = ast.parse((vllm.path / Path(*module.split("."))).with_suffix(".py").read_text())
+    (runner,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GPUModelRunner")
+    methods = {node.name: node for node in runner.body if isinstance(node, ast.FunctionDef)}
+    parameters = [a.arg for a in methods["execute_model"].args.args]
+    assert "scheduler_output" in parameters
+    assert ("dummy_run" in parameters) == (module == requests.RUNNERS[True]), "V1 runs dummy batches by another method"
+    assigned = {ast.unparse(t) for node in ast.walk(runner) if isinstance(node, ast.Assign) for t in node.targets}
+    assigned |= {ast.unparse(node.target) for node in ast.walk(runner) if isinstance(node, ast.AnnAssign)}
+    assert {"self.kv_cache_config", "self.vllm_config"} <= assigned
+    holder = "self.req_states" if module == requests.RUNNERS[True] else "self.input_batch"
+    assert holder in assigned
+    folder = vllm.path / "vllm" / "v1" / "worker"
+    states, batch = (folder / "gpu" / "states.py").read_text(), (folder / "gpu_input_batch.py").read_text()
+    assert "self.index_to_req_id" in states and re.search(r"def req_ids\(self\)", batch)
