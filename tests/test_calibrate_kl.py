@@ -3,13 +3,15 @@
 # ruff: noqa: F811 (fixtures are arguments)
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_calibrate import invoke, models, quick, said  # noqa: F401, models and quick are fixtures
 
-from vllm_mac.calibrate import CalibrateError, knapsack
+from vllm_mac import options
+from vllm_mac.calibrate import CalibrateError, by_kl, knapsack
 from vllm_mac.calibrate.divergence import Run, _calibrate
 from vllm_mac.calibrate.journal import Journal
 from vllm_mac.calibrate.knapsack import Option
@@ -233,3 +235,39 @@ def test_a_journal_reads_what_it_wrote_and_nothing_else(tmp_path):
 def test_wrong_options_are_named(args, message, tmp_path):
     result = invoke("--model", "m", "--tasks", "niah_single", *args, "--out", tmp_path / "mac.yaml")
     assert result.exit_code == 2 and message in said(result).replace("Invalid value for ", "")
+
+
+def test_progress_ends_at_its_total():
+    """As far as is known: a search takes what it takes."""
+    for budget in (0.04, 10.0, 0.013):
+        said = []
+        spec = {"thresholds": [0.1, 0.45], "budget": budget, "saving": None, "min_saving": 0.05, "paper": True}
+        _calibrate(Told(COSTS, READS), spec, range(2), lambda **told: said.append(told))
+        passes = 2 * 2 + 2 + 1  # each layer by itself, all together, and the paper's setting
+        assert said[0]["total"] == passes and sum(told["advance"] for told in said) == said[-1]["total"] > passes
+        done = 0
+        for told in said:
+            done += told["advance"]
+            assert done <= told["total"]
+
+
+def test_few_tokens_are_warned_of(tmp_path):
+    assert by_kl.few(by_kl.FEW) is None and "40 tokens to choose from are few" in by_kl.few(40)
+    run = {"kl": 1e-4, "kl_max": 0.1, "read": 0.5, "same_best": 1.0}
+    results = {"chosen": run | {"tokens": 40}, "held_out": run | {"tokens": 4000}, "about": {"rule": {"budget": 1.0}}}
+    assert [line for line in by_kl.summary(results) if "are few" in line] == [by_kl.few(40)]
+    assert not any("are few" in line for line in by_kl.summary(results | {"chosen": run | {"tokens": 1000}}))
+    asked = [SimpleNamespace(max_tokens=most) for most in (5, 99, 300, 99)]
+    grid = SimpleNamespace(steps=256)
+    # The first and third prompt choose; without a reply the prompt's end is decoded.
+    assert by_kl.decoded(SimpleNamespace(grid=grid, reply=None), asked) == 5 + 256
+    assert by_kl.decoded(SimpleNamespace(grid=grid, reply=0), asked) == 2 * 256
+
+
+def test_a_log_says_how_much_of_what_is_done(capsys):
+    with options.progress(True, None, done=True) as tell:
+        tell("starting", 0)
+        tell("first", 1, 3)
+        tell("second", 1)
+        tell("more", 1, 4)
+    assert [line.split("s  ")[1] for line in capsys.readouterr().err.splitlines()] == ["starting", "[1/3] first", "[2/3] second", "[3/4] more"]

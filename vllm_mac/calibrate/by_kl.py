@@ -23,6 +23,7 @@ COMMAND = (sys.executable, "-P", "-m", "vllm_mac.calibrate.divergence")
 # Thresholds change from run to run, which graphs would not see, and every run reads whole prompts.
 FIXED = {"attention_backend": "MAC", "enforce_eager": True, "enable_prefix_caching": False}
 SEQUENCES = 16  # decoded together unless --engine says otherwise
+FEW = 1000  # tokens: a mean KL hangs on about one token in a hundred, whose share fewer do not tell
 PAPER_SHAPE = {"window": PAPER_WINDOW, "band": PAPER.setting.band, "sink": PAPER.setting.sink}
 NOTE = (
     "KL: divergence of the next token's distribution from exact attention's under teacher forcing, in nats; mean over a text's tokens, and "
@@ -33,7 +34,7 @@ NOTE = (
 
 def measure(
     options: Options, made: list[requests.Request], budget: float | None, saving: float | None, min_saving: float, environment: dict,
-    tell: Callable[[str, int], None], keep: Path | None = None,
+    tell: Callable[[str, int, int | None], None], keep: Path | None = None,
 ) -> dict:  # fmt: skip
     """Everything that is reported, as JSON has it. One of budget, in nats a token, and saving is given.
 
@@ -97,9 +98,23 @@ def write_config(results: dict, path: Path) -> None:
     write_yaml(about, said, results["config"], path)
 
 
+def decoded(options: Options, made: list[requests.Request]) -> int:
+    """Most tokens that the choice can be made from: half of the prompts' replies, or of their ends."""
+    return sum(reply(options, request) or options.grid.steps for request in made[::2])
+
+
+def few(tokens: int) -> str | None:
+    """A warning where so many tokens are few to choose from."""
+    if tokens >= FEW:
+        return None
+    return f"{tokens} tokens to choose from are few, and a mean KL hangs on the worst of them: give at least {FEW}, by --samples, --reply or --steps"
+
+
 def summary(results: dict) -> list[str]:
     chosen, held = results["chosen"], results["held_out"]
     said = [f"where it was chosen: KL {chosen['kl']:.3g}, {chosen['read']:.1%} of KV tokens read ({chosen['tokens']} tokens decoded)"]
+    if warning := few(chosen["tokens"]):
+        said.append(warning)
     if held is None:
         return [*said, "one prompt only: nothing was held out, so the figures flatter the choice"]
     said.append(f"on held-out prompts: KL {held['kl']:.3g}, {held['read']:.1%} of KV tokens read ({held['tokens']} tokens decoded)")

@@ -6,8 +6,11 @@ the prompt is read, layers are simulated one after the other, on the worker's de
 then keys and values of the whole prompt and queries of its end are held, about the size of its KV cache.
 """
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -21,9 +24,14 @@ class CalibrateWorker:
     """Extension of vLLM's worker: `worker_extension_cls`. Methods are called by `collective_rpc`."""
 
     vllm_config: VllmConfig  # the worker's
+    get_model: Callable[[], nn.Module]  # the worker's
 
-    def calibrate_start(self, grid: dict, paper: bool) -> dict:
-        """Watch the layers that MAC serves. Returns {"layers": [(name, index)], "exact": {reason: layers}}."""
+    def calibrate_start(self, grid: dict, paper: bool, output: bool = False) -> dict:
+        """Watch the layers that MAC serves. Returns {"layers": [(name, index)], "exact": {reason: layers}}.
+
+        output: watch what their blocks are given too, for the error of their output. Raises RuntimeError where that
+        cannot be told.
+        """
         layers = mac_layers(self.vllm_config)
         self.calibrate_grid = grid_of(grid)
         self.calibrate_candidates = self.calibrate_grid.candidates(paper)
@@ -32,6 +40,9 @@ class CalibrateWorker:
         }
         context = self.vllm_config.compilation_config.static_forward_context
         for name, watch in self.calibrate_watches.items():
+            if output:
+                block, watch.project = _place(self.get_model(), context[name])
+                block.register_forward_pre_hook(watch.enter, with_kwargs=True)
             context[name].register_forward_pre_hook(watch, with_kwargs=True)
         return {
             "layers": [(name, extract_layer_index(name)) for name in self.calibrate_watches], "exact": exact_reasons(layers),
@@ -56,8 +67,30 @@ class CalibrateWorker:
             return simulate.measure(watch.take(), self.calibrate_candidates, self.calibrate_grid.steps, dtypes)
 
 
+def _place(model: nn.Module, attention: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The block of the model that an attention layer lies in, and its `W_O`.
+
+    The block is the entry of the model's list of layers, `W_O` the one row-parallel matrix beside the attention layer.
+    Raises RuntimeError for models that are built otherwise.
+    """
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    name = next((name for name, module in model.named_modules() if module is attention), "")
+    above = [model.get_submodule(name[:i]) for i in range(len(name)) if name[i] == "."]
+    blocks = [block for several, block in pairwise([model, *above]) if isinstance(several, nn.ModuleList)]
+    matrices = [child for child in above[-1].children() if isinstance(child, RowParallelLinear)] if above else []
+    if not blocks or len(matrices) != 1 or matrices[0].tp_size != 1:
+        raise RuntimeError(
+            f"layer {name or '?'}: found {len(blocks)} blocks around it, {len(matrices)} row-parallel matrices beside it; --metric output "
+            "needs one matrix, whole on one worker"
+        )
+    matrix = matrices[0]
+    return blocks[-1], lambda x: matrix.quant_method.apply(matrix, x.to(matrix.params_dtype)).float()
+
+
 class _Watch:
-    """Pre-hook of one attention layer: collects one prompt, given in chunks."""
+    """Pre-hook of one attention layer: collects one prompt, given in chunks. project: its `W_O`, where its output is
+    wanted; then `enter` is the pre-hook of its block."""
 
     def __init__(self, layer: MacLayer, grid):
         self.layer, self.wanted = layer, grid.window + grid.steps
@@ -65,10 +98,19 @@ class _Watch:
         self.query: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.project: Callable[[Tensor], Tensor] | None = None
+        self.residual: list[Tensor] = []
 
     def begin(self, tokens: int) -> None:
         self.tokens, self.seen = tokens, 0
-        self.query, self.keys, self.values = [], [], []
+        self.query, self.keys, self.values, self.residual = [], [], [], []
+
+    def enter(self, _module, args: tuple, kwargs: dict) -> None:
+        """Blocks are given the residual stream, or what is to be added to it and the stream before."""
+        if self.seen < self.tokens:
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2]
+            stream = sum(x.float() for x in given[:2])
+            self.residual.append((stream[: self.tokens - self.seen] ** 2).sum(-1))
 
     def __call__(self, _module, args: tuple, kwargs: dict) -> None:
         if self.seen >= self.tokens:
@@ -90,8 +132,9 @@ class _Watch:
         if self.seen != self.tokens:
             raise RuntimeError(f"{self.layer.name} was given {self.seen} of {self.tokens} tokens of the prompt")
         query, keys, values = torch.cat(self.query), torch.cat(self.keys), torch.cat(self.values)
+        residual = torch.cat(self.residual)[self.tokens - len(query) :] if self.residual else None
         self.begin(0)
         position = torch.arange(self.tokens - len(query), self.tokens, device=query.device)
         pre = self.layer.rotary.undo(query, position)
         by_head = lambda x: x.transpose(0, 1).float().contiguous()
-        return simulate.Layer(query.float(), pre, by_head(keys), by_head(values), self.layer.scale)
+        return simulate.Layer(query.float(), pre, by_head(keys), by_head(values), self.layer.scale, self.project, residual)

@@ -34,7 +34,7 @@ class Choice:
 
 
 class Chooser:
-    """Chooses by one half of the prompts, the first unless said otherwise."""
+    """Chooses by one half of the prompts, the first unless said otherwise. Raises CalibrateError for a metric that was not measured."""
 
     def __init__(self, measured: Measured, rule: Rule, half: int = 0):
         self.measured, self.rule, self.half = measured, rule, half
@@ -42,6 +42,8 @@ class Chooser:
         self.settings = settings_of(self.candidates)
         counts = {name: value[half] for name, value in measured.counts.items()}
         found = figures(counts)
+        if rule.metric not in found:
+            raise CalibrateError(f"--metric: received {rule.metric!r}, which these measurements lack; measure with --metric {rule.metric}")
         self.error, self.read = found[rule.metric], found["read"]
         self.allowed = (found["samples"] >= rule.min_samples) & (1 - self.read >= rule.min_saving)
         self.full = counts["full"][:, 0]

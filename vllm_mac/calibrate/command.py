@@ -21,6 +21,7 @@ _KL = {
     "--thresholds": "0.1,0.3,0.45,0.6,0.7,0.8,0.85,0.9", "--bands": "256", "--sinks": "0", "--lag-weights": "0", "--reuse": "anchored",
     "--max-chain": "none", "--distance": "absolute", "--mass-floor": "0.2",
 }  # fmt: skip
+_BUDGET = (0.05, 2e-5)  # of simulated metrics: relative error, and that of output
 _CALIBRATED = {
     "threshold": "--thresholds", "band": "--bands", "sink": "--sinks", "lag_weight": "--lag-weights", "reuse": "--reuse",
     "max_chain": "--max-chain", "distance": "--distance", "mass_floor": "--mass-floor",
@@ -33,7 +34,7 @@ def calibrate(
     prompts: Annotated[
         Path | None, typer.Option(help='JSON lines {"prompt": ..., "max_tokens": ...}, or a .txt file that is cut into pieces.')
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Instead: ruler, long, all, or names of generated tasks, separated by commas.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Instead: ruler, long, real, all, or names of generated tasks, separated by commas.")] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each task, reply included, or of each piece of a text.")] = 8192,
     samples: Annotated[int, typer.Option(min=1, help="Prompts of each task, or pieces of a text.")] = 4,
     reply: Annotated[
@@ -43,13 +44,14 @@ def calibrate(
         int | None, typer.Option(min=1, help="Tokens at the end of each prompt that are decoded, 512; with kl of a prompt without a reply, 256.")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(min=0, help="Most error that a layer may have on --metric, 0.05 unless given; with kl of all layers, 0.0005.")
+        float | None, typer.Option(min=0, help="Most error that a layer may have on --metric, 0.05 unless given, with output 0.00002; with kl of all layers, 0.0005.")
     ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
             help="kl: divergence of the next token's distribution, in nats a token, over replies that are decoded again and again. "
-            "p50, p95 or p99 of the relative error of heads that hit, or mean over all heads: simulated. kl, or p95 with --measured."
+            "p50, p95 or p99 of the relative error of heads that hit, or mean over all heads; output: squared error after W_O over "
+            "the residual's squared norm, mean over tokens: simulated. kl, or p95 with --measured."
         ),
     ] = None,
     saving: Annotated[float | None, typer.Option(help="Instead of a budget: the share of KV reads to save, at the least error.")] = None,
@@ -175,7 +177,7 @@ def calibrate(
             )  # fmt: skip
             wanted = run.Options(
                 model, grid, base, prompts, requests.names(tasks) if tasks else (), length, samples, reply, seed,
-                options.parse("--engine", options.mapping, engine), verbose,
+                options.parse("--engine", options.mapping, engine), verbose, metric == "output",
             )  # fmt: skip
             run.check(grid)
             with Console(stderr=True).status("making the prompts") if progress else nullcontext():
@@ -185,6 +187,8 @@ def calibrate(
                     made = run.prompts(wanted)
             if by_kl:
                 limit = None if saving is not None else 0.0005 if budget is None else budget
+                if warning := kl_results.few(kl_results.decoded(wanted, made)):
+                    print(f"vllm-mac: at most {warning}", file=sys.stderr)
                 with options.progress(progress, None, done=True) as tell:  # how many layers there are only the engine knows
                     told, results = kl_results.measure(wanted, made, limit, saving, min_saving, environment, tell, keep), kl_results
             else:
@@ -196,7 +200,8 @@ def calibrate(
             found = Measured.load(measured)
         if not by_kl:
             rule = Rule(metric, min_saving)
-            told = results.collect(found, rule, None if saving is not None else 0.05 if budget is None else budget, saving, environment)
+            limit = None if saving is not None else _BUDGET[metric == "output"] if budget is None else budget
+            told = results.collect(found, rule, limit, saving, environment)
         results.write_config(told, out)
         results.show(told, options.console())
         if json_path is not None:

@@ -194,18 +194,26 @@ def _texts(spec: dict, replies: list[list[int]]) -> tuple[list[list[int]], list[
 
 def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
     thresholds, budget, share = sorted(spec["thresholds"], reverse=True), spec["budget"], spec["saving"]
+    # Passes that are sure; how many a search takes shows when it is made.
+    total = (len(trial.layers) + 1) * len(thresholds) + bool(spec["paper"])
+
+    def told(stage: str, advance: int = 1, further: int = 0) -> None:
+        nonlocal total
+        total += further
+        tell(stage=stage, advance=advance, total=total)
+
     options: list[list[Option]] = []
     for name in trial.layers:
         mine = [Option(None, 1.0, 0.0)]
         for i, threshold in enumerate(thresholds):
-            tell(stage=f"{name} alone, threshold {threshold:g}", advance=1)
+            told(f"{name} alone, threshold {threshold:g}")
             trial.set({name: threshold})
             run = trial.run(0)
             read = run.read[trial.layers.index(name)]
             if 1 - read >= spec["min_saving"]:
                 mine.append(Option(threshold, read, run.kl))
             if budget is not None and run.kl > BEYOND * budget:
-                tell(stage=f"{name}: looser thresholds cost more", advance=len(thresholds) - i - 1)
+                told(f"{name}: looser thresholds cost more", len(thresholds) - i - 1)
                 break
         options.append(mine)
     if all(len(mine) == 1 for mine in options):
@@ -221,7 +229,7 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
     def run(i: int, half: int = 0) -> Run:
         if (i, half) not in tried:
             choice = choices[i]
-            tell(stage=f"the choice that reads {sum(o.read for o in choice) / len(choice):.1%}", advance=1)
+            told(f"the choice that reads {sum(o.read for o in choice) / len(choice):.1%}", further=1)
             trial.set({name: o.threshold for name, o in zip(trial.layers, choice, strict=True) if o.threshold is not None})
             tried[i, half] = trial.run(half)
         return tried[i, half]
@@ -242,12 +250,12 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
         curve.append(run(i, last).plain() | {"chosen": i == at})
     singles = []
     for threshold in thresholds:
-        tell(stage=f"all layers, threshold {threshold:g}", advance=1)
+        told(f"all layers, threshold {threshold:g}")
         trial.set(dict.fromkeys(trial.layers, threshold))
         singles.append({"threshold": threshold} | trial.run(last).plain())
     paper = None
     if spec["paper"]:
-        tell(stage="the paper's setting", advance=1)
+        told("the paper's setting")
         trial.set(dict.fromkeys(trial.layers, PAPER.threshold), _PAPER_KEYS)
         paper = trial.run(last).plain()
     return {

@@ -27,7 +27,7 @@ def main(spec: dict, tell) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**{"worker_extension_cls": "vllm_mac.calibrate.capture.CalibrateWorker", **spec["llm"]})
-    answers = llm.collective_rpc("calibrate_start", args=(spec["grid"], spec["paper"]))
+    answers = llm.collective_rpc("calibrate_start", args=(spec["grid"], spec["paper"], spec["output"]))
     layers = served_layers(spec["llm"]["model"], answers, answers[0]["exact"])
     sums: list[dict[str, dict]] = [{} for _ in range(HALVES)]
     used = []

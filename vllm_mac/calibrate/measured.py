@@ -16,12 +16,12 @@ from vllm_mac.calibrate.grid import Candidate, Grid, grid_of
 
 HALVES = 2
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-METRICS = (*QUANTILES, "mean")
+METRICS = (*QUANTILES, "mean", "output")
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """counts: arrays `[2, L, C, ...]` by name, see `simulate.tally`. names, indices: of the L layers.
+    """counts: arrays `[2, L, C, ...]` by name, see `simulate.tally` and `simulate.output_error`. names, indices: of the L layers.
     tokens: of each prompt, reply included. source: model, prompts, configuration and environment."""
 
     counts: dict[str, np.ndarray]
@@ -85,7 +85,8 @@ def figures(counts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Figures of counts with any leading dimensions.
 
     p50, p95, p99: relative error of heads that hit, NaN without hits; the upper edge of a bin 3.7 %
-    wide. mean: over all heads, misses included. hits: share of heads that hit with their group.
+    wide. mean: over all heads, misses included. output, where it was measured: mean over tokens of the squared error of the
+    layer's output after `W_O`, over the squared norm of the residual stream. hits: share of heads that hit with their group.
     matched: share with a match of their own. read: KV tokens over those of full attention. lag, chain:
     means over heads that hit. longest: the longest chain. samples: heads that hit.
     """
@@ -101,6 +102,8 @@ def figures(counts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             "lag": counts["lag"] / samples,
             "chain": counts["chain"] / samples,
         }
+        if "output" in counts:
+            found["output"] = counts["output"] / counts["positions"]
     return found | {"longest": counts["longest"], "samples": samples}
 
 
@@ -112,7 +115,7 @@ def pooled(counts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def exact(counts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Counts of the same steps without any reuse."""
-    kept = ("steps", "full")
+    kept = ("steps", "full", "positions")
     return {name: value if name in kept else np.zeros_like(value) for name, value in counts.items()} | {"read": counts["full"]}
 
 

@@ -13,10 +13,11 @@ from rich.table import Table
 from vllm_mac.bench.report import require_matplotlib
 from vllm_mac.calibrate.choose import Choice, Chooser, Rule, chosen_counts, outcome, single
 from vllm_mac.calibrate.grid import PAPER, Candidate
-from vllm_mac.calibrate.measured import Measured, figures
+from vllm_mac.calibrate.measured import METRICS, Measured, figures
 from vllm_mac.config import MacConfig, resolve
 
 CHOSEN, HELD_OUT = 0, 1
+_METRIC = {"output": "squared error after W_O over the residual's"}  # others are of the relative error
 SHOWN_SETTINGS = 8
 COLUMNS = (
     ("layer", lambda r: r["layer"]),
@@ -27,14 +28,16 @@ COLUMNS = (
     ("p95", lambda r: _number(r["p95"])),
     ("p99", lambda r: _number(r["p99"])),
     ("mean", lambda r: _number(r["mean"])),
+    ("output", lambda r: _number(r["output"])),
     ("lag", lambda r: _number(r["lag"])),
     ("chain", lambda r: _number(r["chain"])),
     ("samples", lambda r: str(r["samples"])),
 )
 NOTE = (
     "heads hit, KV read: percent of heads and steps, and of what full attention reads. p50, p95, p99: relative error of the attention "
-    "output of heads that hit (upper edge of a bin of 3.7 %); mean: over all heads, exact ones included. lag: mean tokens between step "
-    "and match. chain: mean hits since the exact read. samples: heads and steps that hit; neighbouring ones are alike."
+    "output of heads that hit (upper edge of a bin of 3.7 %); mean: over all heads, exact ones included. output, where it was "
+    "measured: squared error of the layer's output after W_O over the squared norm of the residual, mean over tokens. lag: mean "
+    "tokens between step and match. chain: mean hits since the exact read. samples: heads and steps that hit; neighbouring ones are alike."
 )
 
 
@@ -122,7 +125,7 @@ def _by_threshold(measured: Measured, choice: Choice) -> dict:
     return {
         "thresholds": [measured.candidates[i].threshold for i in some],
         "layers": {
-            name: {key: finite(found[key][layer]) for key in ("p50", "p95", "p99", "mean", "hits", "read")}
+            name: {key: finite(found[key][layer]) for key in (*METRICS, "hits", "read") if key in found}
             for layer, name in enumerate(measured.names)
         },
     }
@@ -154,9 +157,10 @@ def write_config(results: dict, path: Path) -> None:
     """The YAML file, checked by the reader of such files."""
     about = results["about"]
     rule, tokens = about["rule"], about["prompt_tokens"]
+    bounded = _METRIC.get(rule["metric"], f"{rule['metric']} of each layer's relative attention error")
     said = [
         f"prompts: {about['prompts']}; {len(tokens)} of {min(tokens)} to {max(tokens)} tokens, the last {about['grid']['steps']} decoded",
-        f"budget: {rule['metric']} of each layer's relative attention error at most {rule['budget']:.3g}"
+        f"budget: {bounded} at most {rule['budget']:.3g}"
         + (f", the least that saves {rule['saving']:.0%} of KV reads" if rule["saving"] is not None else ""),
     ]
     said += [_sentence(label, results["all_layers"][half]) for label, half in (("expected", "chosen"), ("on held-out prompts", "held_out")) if half in results["all_layers"]]
@@ -182,7 +186,7 @@ def write_yaml(about: dict, said: list[str], config: dict, path: Path) -> None:
 
 
 def _sentence(label: str, found: dict) -> str:
-    errors = ", ".join(f"{key} {_number(found[key])}" for key in ("p50", "p95", "p99", "mean"))
+    errors = ", ".join(f"{key} {_number(found[key])}" for key in METRICS if key in found)
     return f"{label}, all layers: {found['read']:.1%} of KV tokens read, {found['hits']:.1%} of heads hit, error {errors}"
 
 
@@ -200,12 +204,13 @@ def tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     titles = {"chosen": "Prompts that the choice was made by", "held_out": "Held-out prompts"}
     for half, rows in results["layers"].items():
         whole = {"layer": "all", "threshold": None, **results["all_layers"][half]}
-        cells = [[read(row) for _, read in COLUMNS] for row in rows] + [[read(whole) for _, read in COLUMNS]]
+        columns = [column for column in COLUMNS if column[0] != "output" or "output" in whole]
+        cells = [[read(row) for _, read in columns] for row in rows] + [[read(whole) for _, read in columns]]
         cells[-1][1] = ""
         if results["paper"] is not None:
             paper = {"layer": "all, paper's setting", "threshold": PAPER.threshold, **results["paper"][half]}
-            cells.append([read(paper) for _, read in COLUMNS])
-        found.append((titles[half], [name for name, _ in COLUMNS], cells))
+            cells.append([read(paper) for _, read in columns])
+        found.append((titles[half], [name for name, _ in columns], cells))
     last = list(results["all_layers"])[-1]
     rows = [
         [*("-" if value is None else str(value) for value in some["setting"].values()), f"{100 * some[last]['read']:.1f}",
@@ -214,6 +219,13 @@ def tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     ]  # fmt: skip
     head = [*results["settings"][0]["setting"], "KV read", "p50", "p95", "p99", "mean", "exact layers"]
     found.append((f"The best settings within the budget ({titles[last].lower()})", head, rows))
+    by_share = results["by_threshold"]
+    if any("output" in layer for layer in by_share["layers"].values()):
+        rows = [
+            [name, *(f"{100 * hit:.0f}: {_number(1e3 * wrong)}" for hit, wrong in zip(layer["hits"], layer["output"], strict=True))]
+            for name, layer in by_share["layers"].items()
+        ]
+        found.append(("Percent of heads hit: 1000 x output, by threshold, chosen setting", ["layer", *map(str, by_share["thresholds"])], rows))
     return found
 
 
@@ -281,7 +293,7 @@ def plot(results: dict, path: Path) -> None:
     figure = Figure(figsize=(16, 5), layout="constrained")
     metric = results["about"]["rule"]["metric"]
     _pareto(figure.add_subplot(1, 3, 1), results, metric)
-    _layers(figure.add_subplot(1, 3, 2), results, metric, f"{metric} of relative error", "log")
+    _layers(figure.add_subplot(1, 3, 2), results, metric, _METRIC.get(metric, f"{metric} of relative error"), "log")
     _layers(figure.add_subplot(1, 3, 3), results, "hits", "heads that hit, %", "linear")
     about = results["about"]
     figure.supxlabel(source(about, Path(about["model"]).name), fontsize=7, x=0.01, ha="left")
@@ -305,7 +317,7 @@ def _pareto(axes, results: dict, metric: str) -> None:
         axes.plot(*place(results["paper"]), "D", color="C3", ms=9, label=f"the paper's: {PAPER.threshold:g}, chained, nearest")
     axes.plot(*place(results["all_layers"]), "*", color="C2", ms=16, mec="black", label="the file written")
     kind = "held-out prompts" if half == "held_out" else "the prompts chosen by"
-    axes.set(xlabel="KV tokens read, % of full attention", ylabel=f"{metric} of relative error, all layers", yscale="log", title=f"Measured on {kind}")
+    axes.set(xlabel="KV tokens read, % of full attention", ylabel=f"{_METRIC.get(metric, f'{metric} of relative error')}, all layers", yscale="log", title=f"Measured on {kind}")
     axes.grid(alpha=0.2, which="both")
     axes.legend(fontsize=8)
 

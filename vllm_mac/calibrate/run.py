@@ -28,7 +28,7 @@ FIXED = {"attention_backend": "MAC", "max_num_seqs": 1, "enforce_eager": True, "
 @dataclass(frozen=True, slots=True)
 class Options:
     """mac: the configuration whose other keys are kept. prompts: a file of JSON lines or of text, instead of
-    generated tasks. reply: most tokens of the model's own reply that are measured with each prompt, 0 for
+    generated tasks. output: measure the error of each layer's output after `W_O` too. reply: most tokens of the model's own reply that are measured with each prompt, 0 for
     none; None for as many as `grid.steps`. length, samples: of tasks, and of the pieces of a text. engine: further arguments of `vllm.LLM`."""
 
     model: str
@@ -42,6 +42,7 @@ class Options:
     seed: int = 0
     engine: dict = field(default_factory=dict)
     verbose: bool = False
+    output: bool = False
 
 
 def prompts(
@@ -93,9 +94,9 @@ def reply(options: Options, request: requests.Request) -> int:
 
 
 def measure(
-    options: Options, made: list[requests.Request], environment: dict, tell: Callable[[str, int], None]
+    options: Options, made: list[requests.Request], environment: dict, tell: Callable[[str, int, int | None], None]
 ) -> Measured:
-    """Run the engine on the prompts. tell(what, advance): what goes on, and how many prompts are done.
+    """Run the engine on the prompts. tell(what, advance, total): what goes on, how many prompts more are done, and None.
 
     Raises CalibrateError where the engine fails.
     """
@@ -112,7 +113,7 @@ def measure(
         "additional_config": {**options.engine.get("additional_config", {}), "mac": exact_keys(options.mac) | {"max_sequences": 1}},
     }
     spec = {
-        "llm": llm, "grid": options.grid.as_dict(), "paper": with_paper(options, made),
+        "llm": llm, "grid": options.grid.as_dict(), "paper": with_paper(options, made), "output": options.output,
         "prompts": [{"ids": list(r.ids), "reply": most} for r, most in zip(made, replies, strict=True)],
     }  # fmt: skip
     measured, found = run_engine(COMMAND, spec, Measured.load, tell, options.verbose)
@@ -132,11 +133,12 @@ def exact_keys(config: MacConfig) -> dict:
 
 
 def run_engine(
-    command: tuple[str, ...], spec: dict, load: Callable[[Path], Any], tell: Callable[[str, int], None], verbose: bool
+    command: tuple[str, ...], spec: dict, load: Callable[[Path], Any], tell: Callable[[str, int, int | None], None], verbose: bool
 ) -> tuple[Any, dict]:
     """What `load` makes of the file that an engine of this package wrote, and what the engine said beside its stages.
 
-    The engine finds the file's path in its spec as `out`. Raises CalibrateError where it fails.
+    tell(what, advance, total): what goes on, how much more is done, and of how much where the engine says it. The
+    engine finds the file's path in its spec as `out`. Raises CalibrateError where it fails.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-mac-calibrate-") as folder:
         work, found = Path(folder), {}
@@ -144,7 +146,7 @@ def run_engine(
 
         def heard(said: dict) -> None:
             if "stage" in said:
-                tell(said["stage"], said["advance"])
+                tell(said["stage"], said["advance"], said.get("total"))
             else:
                 found.update(said)
 

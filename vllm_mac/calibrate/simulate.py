@@ -10,6 +10,7 @@ them), `W = n - S` window, `H` query heads, `K` KV heads, `G = H / K`, `D` head 
 `P` pairs of band and sink. Arithmetic is in the dtype of the keys given, float32 or float64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ class Layer(NamedTuple):
     """What one layer saw of one prompt.
 
     query, pre_query: `[n, H, D]` after and before RoPE, of the last n positions.
-    key, value: `[K, T, D]`. scale: of the scores.
+    key, value: `[K, T, D]`. scale: of the scores. project: the layer's `W_O` without a bias, from `[S, H D]` to
+    `[S, M]`, where its output is wanted, and then residual: `[n]`, the squared norm of what the block adds it to.
     """
 
     query: Tensor
@@ -39,6 +41,8 @@ class Layer(NamedTuple):
     key: Tensor
     value: Tensor
     scale: float
+    project: Callable[[Tensor], Tensor] | None = None
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +316,8 @@ def measure(layer: Layer, candidates: list[Candidate], steps: int, dtypes: tuple
     tokens, pre = layer.key.shape[1], layer.pre_query.to(layer.key.dtype)
     window = n - steps
     each = heads * (steps * (d * dtypes[1].itemsize + 40) + n * 12 + window * 32)
+    if layer.project is not None:
+        each += heads * steps * d * layer.key.dtype.itemsize
     room = max(1, STATE_BYTES // each)
     distance = distances(pre, narrow(pre, dtypes[0]).to(pre.dtype), steps)
     found, parts, known = [], None, None
@@ -320,5 +326,19 @@ def measure(layer: Layer, candidates: list[Candidate], steps: int, dtypes: tuple
         if pairs_of(some) != known:
             known = pairs_of(some)
             parts = exact_parts(layer, known, steps)
-        found.append(tally(simulate(layer, some, steps, dtypes, parts=parts, distance=distance), tokens))
+        trace = simulate(layer, some, steps, dtypes, layer.project is not None, parts, distance)
+        found.append(tally(trace, tokens) | (output_error(layer, trace, parts.exact) if layer.project is not None else {}))
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+
+
+def output_error(layer: Layer, trace: Trace, exact: Tensor) -> dict[str, np.ndarray]:
+    """Counts, `[C]`: output, the sum over steps of `|W_O (o - o*)|^2 / |r|^2` with the residual `r`; positions, the steps.
+
+    exact: `[H, S, D]`, and the trace with its `out`.
+    """
+    residual = layer.residual[-exact.shape[1] :].double()
+    sums = []
+    for out in trace.out:
+        wrong = layer.project((out - exact).transpose(0, 1).flatten(1))  # [S, M]
+        sums.append(((wrong.double() ** 2).sum(-1) / residual).sum().item())
+    return {"output": np.array(sums), "positions": np.full(len(sums), exact.shape[1])}

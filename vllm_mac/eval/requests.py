@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from vllm_mac.eval import EvalError, longbench, tasks
+from vllm_mac.eval import EvalError, longbench, stdlib, tasks
 
-GROUPS = {"ruler": tasks.RULER, "long": tasks.LONG}
+GROUPS = {"ruler": tasks.RULER, "long": tasks.LONG, "real": stdlib.REAL}
+TASKS = tuple(task for group in GROUPS.values() for task in group)
 PROMPTS, LONGBENCH = "prompts", "longbench"  # groups that come from files
 PROMPT_TOKENS = 256  # generated for a line of a file that does not say how many
 
@@ -92,7 +93,10 @@ def _sample(group: str, task: str, length: int, seed: str, encoder: Encoder) -> 
     size = length
     for spare in range(4):
         try:
-            sample = tasks.make(task, random.Random(seed), size, encoder.count)
+            if task in stdlib.TASKS:
+                sample = stdlib.make(task, random.Random(seed), size, encoder.count, min(stdlib.REPLY, length // 4))
+            else:
+                sample = tasks.make(task, random.Random(seed), size, encoder.count)
         except ValueError as error:
             raise EvalError(f"--lengths: {length} is too short for task {task} and its reply: {error}") from error
         ids = encoder.prompt(sample.prompt, sample.prefix)
@@ -168,13 +172,13 @@ def names(text: str) -> tuple[str, ...]:
     found: list[str] = []
     for part in (part.strip() for part in text.split(",")):
         if part == "all":
-            found += tasks.TASKS
+            found += TASKS
         elif part in GROUPS:
             found += GROUPS[part]
-        elif part in tasks.TASKS:
+        elif part in TASKS:
             found.append(part)
         else:
-            raise EvalError(f"--tasks: received {part!r}; choose from all, {', '.join(GROUPS)}, {', '.join(tasks.TASKS)}")
+            raise EvalError(f"--tasks: received {part!r}; choose from all, {', '.join(GROUPS)}, {', '.join(TASKS)}")
     return tuple(dict.fromkeys(found))
 
 

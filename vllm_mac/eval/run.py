@@ -14,16 +14,16 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vllm_mac.eval import EvalError, requests, results
-from vllm_mac.eval.results import EXACT
+from vllm_mac.eval.results import EXACT, YARDSTICK
+from vllm_mac.eval.yardstick import OWN, Yardstick
 from vllm_mac.runs import differences, follow, same_place
 
 # -P: the installed package, not a folder of that name where the command happens to run.
 COMMAND = (sys.executable, "-P", "-m", "vllm_mac.eval.engine")
-OWN = "default"  # the platform's own choice of backend
 REQUESTS = "requests.jsonl"
 SEQUENCES = 16  # decoded together unless --engine says otherwise
 INTERRUPTED = "interrupted"  # in place of a configuration's figures
@@ -32,9 +32,10 @@ PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_siz
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """mac: resolved configurations by name. exact: the backend compared with, or `default`. engine:
-    further arguments of `vllm.LLM`. kl: texts decoded under teacher forcing. out: the run's folder.
-    gpus: one for each engine at a time, see `gpus`; without them engines see all, one after another."""
+    """mac: resolved configurations by name. exact: the backend compared with, or `default`. yardstick: what it
+    is compared with beside them. engine: further arguments of `vllm.LLM`. kl: texts decoded under teacher
+    forcing. out: the run's folder. gpus: one for each engine at a time, see `gpus`; without them engines see
+    all, one after another."""
 
     model: str
     out: Path
@@ -46,6 +47,7 @@ class Options:
     longbench: Path | None = None
     mac: dict[str, dict] = field(default_factory=lambda: {"default": {}})
     exact: str = OWN
+    yardstick: Yardstick | None = None
     engine: dict = field(default_factory=dict)
     kl: int = 0
     resume: bool = False
@@ -82,7 +84,7 @@ def prompts(options: Options) -> list[requests.Request]:
 
 def steps(options: Options, made: list[requests.Request]) -> int:
     """How many answers and forced texts all engines have to give."""
-    return (1 + len(options.mac)) * (len(made) + min(options.kl, len(made)))
+    return (1 + len(_others(options))) * (len(made) + min(options.kl, len(made)))
 
 
 def run(options: Options, made: list[requests.Request], environment: dict, tell: Callable[[str, int], None]) -> dict:
@@ -117,17 +119,21 @@ def run(options: Options, made: list[requests.Request], environment: dict, tell:
         try:
             one(EXACT, *options.gpus[:1])
             if options.gpus:
-                _side_by_side(options.mac, options.gpus, one)
+                _side_by_side(_others(options), options.gpus, one)
             else:
-                for name in options.mac:
+                for name in _others(options):
                     one(name)
         except KeyboardInterrupt:
-            unfinished = [name for name in (EXACT, *options.mac) if any(results.left(options.out / name, made, options.kl))]
+            unfinished = [name for name in (EXACT, *_others(options)) if any(results.left(options.out / name, made, options.kl))]
             if EXACT in unfinished:
                 raise
             errors |= {name: INTERRUPTED for name in unfinished if name not in errors}
-    ordered = {name: errors[name] for name in options.mac if name in errors}
+    ordered = {name: errors[name] for name in _others(options) if name in errors}
     return results.collect(options.out, configuration, environment, made, ordered)
+
+
+def _others(options: Options) -> list[str]:
+    return results.compared({"yardstick": options.yardstick, "mac": options.mac})
 
 
 def _side_by_side(names: Iterable[str], gpus: tuple[str, ...], one: Callable[[str, str, threading.Event], None]) -> None:
@@ -169,7 +175,8 @@ def _configuration(options: Options, made: list[requests.Request]) -> dict:
         "model": options.model, "tasks": list(options.tasks), "lengths": list(options.lengths), "samples": options.samples,
         "seed": options.seed, "prompts": str(options.prompts) if options.prompts else None,
         "longbench": str(options.longbench) if options.longbench else None, "requests": requests.digest(made),
-        "exact": options.exact, "mac": options.mac, "kl": options.kl,
+        "exact": options.exact, "yardstick": asdict(options.yardstick) if options.yardstick else None, "mac": options.mac,
+        "kl": options.kl,
         "engine": {key: value for key, value in _llm(options, made).items() if key != "model"},
     }  # fmt: skip
 
@@ -215,19 +222,21 @@ def _engine(
         tell(f"{name}: {done} were done before", done)
     if not left and not forced:
         return None
-    llm = dict(_llm(options, made))
-    if name != EXACT:
+    llm, env = dict(_llm(options, made)), {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    if name in options.mac:
         llm["attention_backend"] = "MAC"
         llm["additional_config"] = {**llm.get("additional_config", {}), "mac": options.mac[name]}
     elif options.exact != OWN:
         llm["attention_backend"] = options.exact
+    if name == YARDSTICK:
+        llm |= options.yardstick.llm
+        env |= options.yardstick.environment
     files = {"requests": work / REQUESTS, "folder": folder, "exact": options.out / EXACT}
     spec = {"llm": llm, "kl": options.kl} | {key: str(path) for key, path in files.items()}
     file, log = work / f"{name}.json", folder / "engine.log"
     file.write_text(json.dumps(spec), encoding="utf-8")
-    env = None if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     heard = lambda said: tell(f"{name}: {said['stage']}", said["advance"])
-    error = follow([*COMMAND, str(file)], log, heard, verbose=options.verbose, env=env, stop=stop)
+    error = follow([*COMMAND, str(file)], log, heard, verbose=options.verbose, env=os.environ | env, stop=stop)
     if error is None:
         log.unlink()
     return error

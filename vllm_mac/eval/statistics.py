@@ -10,6 +10,7 @@ HEAD_HITS = "vllm_mac_audited_head_hits_total"  # {layer, head}: hits of one que
 Z = 1.959963984540054  # 97.5th percentile of the normal distribution
 # 1 - (a sum of probabilities, each rounded to float32) is known to about this.
 REST = 1e-7
+KL_FLOOR = 1e-6  # what `kl` is known to, for log-probabilities rounded to float32
 
 Samples = Iterable[tuple[str, dict[str, str], float]]
 

@@ -69,7 +69,7 @@ class Sample:
 
     task        key of TASKS
     prompt      the user's message, context and question in one
-    answers     every one must occur in prefix + reply, as whole words (plans: as whole lines)
+    answers     every one must occur in prefix + reply, as whole words (plans: as whole lines); none where no reply is right
     max_tokens  upper limit for the reply, in tokens
     prefix      beginning of the reply that the model is given
     """
@@ -110,7 +110,17 @@ def make(task: str, draw: random.Random, length: int, count: Callable[[str], int
     """
     _known(task)
     seed = draw.getrandbits(64)
-    shortest = episode(task, random.Random(seed), 0)
+    built = fit(task, lambda chars: episode(task, random.Random(seed), chars), length, count)
+    turn = built.turns[0]
+    return Sample(task, built.prompt, turn.answers, count(turn.reply) * 5 // 4 + 64, turn.prefix)
+
+
+def fit(task: str, build: Callable[[int], Episode], length: int, count: Callable[[str], int]) -> Episode:
+    """An episode whose prompt has at most `length` tokens as `count` says, and as near to it as `build` comes.
+
+    build: makes an episode of about so many characters, the shortest for 0. Raises ValueError where that is too long.
+    """
+    shortest = build(0)
     least = count(shortest.prompt)
     if least > length:
         raise ValueError(f"{task} needs a length of at least {least} tokens, got {length}")
@@ -118,7 +128,7 @@ def make(task: str, draw: random.Random, length: int, count: Callable[[str], int
     ratio = len(shortest.prompt) / least
     chars = int(length * ratio)
     for _ in range(6):
-        tried = episode(task, random.Random(seed), chars)
+        tried = build(chars)
         tokens = count(tried.prompt)
         if most < tokens <= length:
             best, most = tried, tokens
@@ -127,8 +137,7 @@ def make(task: str, draw: random.Random, length: int, count: Callable[[str], int
         ratio = len(tried.prompt) / tokens
         # Aim a little low once it was too long, so that rounding cannot keep it there.
         chars += int((length * (0.995 if tokens > length else 0.998) - tokens) * ratio)
-    turn = best.turns[0]
-    return Sample(task, best.prompt, turn.answers, count(turn.reply) * 5 // 4 + 64, turn.prefix)
+    return best
 
 
 def score(sample: Sample, reply: str) -> float:
