@@ -309,6 +309,7 @@ class Engine:
         self.waiting.clear()
         for _ in range(self.lanes):
             self.owners.begin_step(self.ended, [], [], {})
+        assert not self.owners._arrival, "requests that ended pile up"
         names = [f"last {i}" for i in range(self.owners.rings)]
         arrived = [Arrival(name, 0, ([1 + i],)) for i, name in enumerate(names)]
         self.owners.begin_step((), arrived, (), {name: self.min_context for name in names})

@@ -111,6 +111,14 @@ def test_a_block_copied_over_lends_no_ring():
     assert first == 6
 
 
+def test_a_request_that_starts_inside_a_block_takes_over_nothing():
+    """It shares a's first block, and of its second what a third request had there."""
+    case = Case()
+    case.one("a", 0, 7, [1, 2])
+    _, first = case.one("b", 6, 7, [1, 9], ended=["a"])
+    assert first == 6
+
+
 def test_a_chunk_longer_than_the_window_may_be_read_only_where_recorded():
     case = Case(window=8)
     ring, _ = case.one("a", 0, 18, [1, 2, 3, 4, 5])
