@@ -306,6 +306,7 @@ class Engine:
         """End everything; then as many new requests as there are rings get one each."""
         for request in list(self.running):
             self.drop(request, resume=False)
+        self.ended |= {request.name for request in self.waiting}  # which may have held rings before they were preempted
         self.waiting.clear()
         for _ in range(self.lanes):
             self.owners.begin_step(self.ended, [], [], {})

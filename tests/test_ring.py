@@ -297,6 +297,8 @@ def test_padding_rows_change_nothing():
     ring, _ = case.one("a", 0, 8, [1, 2])
     before = case.table.first[:-1].clone(), case.table.last[:-1].clone()
     assert assign(case.table, [8, 0, -1], [8, 0, 0], [-1] * 3, *[[False] * 3] * 3) == [8, 0, 0]
+    # Nor do they where something stale names a ring.
+    assert assign(case.table, [8, -1], [8, 0], [ring, 1 - ring], *[[False] * 2] * 3) == [8, 0]
     assert torch.equal(case.table.first[:-1], before[0]) and torch.equal(case.table.last[:-1], before[1])
     assert case.one("a", 8, 9) == (ring, 0)
 
