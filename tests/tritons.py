@@ -9,7 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-VERSIONS = ("3.6.0", "3.8.0")
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 
