@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from vllm_mac import requests
@@ -25,24 +24,22 @@ def scheduled(new=(), going_on=(), tokens=None, resumed=(), finished=(), preempt
 
 
 class Runner:
-    """Rows in the order of `rows`; as V2 names them where `v2`."""
+    """Rows in the order of `rows`: V1 keeps one `input_batch`, V2 makes one for each step."""
 
     def __init__(self, v2: bool, rings: int = 4):
         self.v2, self.rows = v2, []
-        self.input_batch = SimpleNamespace(req_ids=self.rows)
-        self.req_states = SimpleNamespace(index_to_req_id={})
+        if not v2:
+            self.input_batch = SimpleNamespace(req_ids=self.rows)
         # The second of three KV-cache groups is MAC's.
         requests._followed[self] = requests.Followed(RingOwners(rings, 8, (4,)), (1,))
 
     def step(self, rows: list[str], output, padding: int = 0) -> requests.RowRings:
         self.rows[:] = rows
-        index = None
-        if self.v2:
-            self.req_states.index_to_req_id = {7 * i: name for i, name in enumerate(rows)}
-            index = np.array([7 * i for i in range(len(rows))])
         with requests._executing(self, output):
             assert requests.executing()
-            found = requests.row_rings(SimpleNamespace(num_reqs=len(rows) + padding, req_idx=index))
+            if self.v2:
+                requests._batch.inputs = SimpleNamespace(req_ids=rows)
+            found = requests.row_rings(SimpleNamespace(num_reqs=len(rows) + padding))
         assert not requests.executing()
         return found
 
@@ -103,13 +100,18 @@ def test_a_ring_is_free_when_its_request_has_finished():
 
 def test_dummy_batches_have_no_requests(monkeypatch):
     """Profiling, graph capture, and the batches that keep data-parallel ranks in step."""
-    seen = []
+    seen, rings = [], []
 
     class GPUModelRunner:
         vllm_config = None
 
+        def prepare_inputs(self, names):
+            return SimpleNamespace(req_ids=names)
+
         def execute_model(self, scheduler_output, intermediate_tensors=None, dummy_run=False):
             seen.append(requests.executing())
+            assert self.prepare_inputs(["a"]).req_ids == ["a"]
+            rings.append(requests.row_rings(SimpleNamespace(num_reqs=1)).ring.tolist())
 
     monkeypatch.setattr(requests.importlib, "import_module", lambda name: SimpleNamespace(GPUModelRunner=GPUModelRunner))
     for _ in range(2):  # each layer asks for it
@@ -118,8 +120,9 @@ def test_dummy_batches_have_no_requests(monkeypatch):
     requests._followed[runner] = requests.Followed(RingOwners(1, 8, (4,)), (1,))
     runner.execute_model(scheduled(), None, True)
     runner.execute_model(scheduled(), dummy_run=True)
-    runner.execute_model(scheduled())
-    runner.execute_model(scheduler_output=scheduled(), intermediate_tensors=None)
-    assert seen == [False, False, True, True]
-    rows = requests.row_rings(SimpleNamespace(num_reqs=3, req_idx=None))
+    runner.execute_model(scheduled([("a", 0, blocks(1, 2))], tokens={"a": 8}))
+    going_on = scheduled((), [("a", 8, None)], {"a": 1})
+    runner.execute_model(scheduler_output=going_on, intermediate_tensors=None)
+    assert seen == [False, False, True, True] and rings == [[-1], [-1], [0], [0]]
+    rows = requests.row_rings(SimpleNamespace(num_reqs=3))
     assert rows.ring.tolist() == [-1] * 3 and not rows.fresh.any() and not rows.skips.any()

@@ -15,6 +15,7 @@ from stub_flashinfer import gpu_backend
 from test_audit import Stepper
 from test_kernels_hit import Case
 from tiny_models import write
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_mac import metrics
 from vllm_mac.layers import mac_layers
@@ -100,7 +101,9 @@ def test_a_gpu_s_decoder_is_kept_with_its_first_layer(monkeypatch):
     monkeypatch.setattr(cuda.FlashInferImpl, "process_weights_after_loading", lambda *_: None)
     vllm_config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={}, max_cudagraph_capture_size=4),
-        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(), max_model_len=256, dtype=torch.float32),
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(), max_model_len=256, dtype=torch.float32, supports_multimodal_inputs=False
+        ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False),
         scheduler_config=SimpleNamespace(max_num_seqs=2),
         cache_config=SimpleNamespace(block_size=16), device_config=SimpleNamespace(device="cpu"), speculative_config=None,
@@ -109,6 +112,7 @@ def test_a_gpu_s_decoder_is_kept_with_its_first_layer(monkeypatch):
     model = torch.nn.ModuleList()
     for i in range(2):
         attention = torch.nn.Module()
+        attention.get_kv_cache_spec = lambda _: object.__new__(FullAttentionSpec)
         attention.impl = object.__new__(cuda.MacCUDAImpl)
         attention.impl.mac = cuda.MacLayer(
             vllm_config, 4, 2, 64, 0.125,

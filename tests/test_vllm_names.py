@@ -275,7 +275,6 @@ CHANGES = [
     ("model_executor/models/utils.py", "_index(layer_name", "_index(model, layer_name", "argument `layer_name`"),
     ("platforms/interface.py", "def is_cpu(", "def runs_on_cpu(", "Platform.is_cpu"),
     ("v1/attention/backend.py", " is_prefilling: ", " is_filling: ", "`is_prefilling`"),
-    ("v1/attention/backend.py", " req_idx: ", " request_index: ", "`req_idx`"),
     ("v1/attention/backends/cpu_attn.py", "_attn_type(cls, ", "_attn_type(cls, mla, ", "also takes mla"),
     ("v1/attention/backends/cpu_attn.py", "output: torch", "lse: int, output: torch", "also takes lse"),
     ("v1/attention/backends/cpu_attn.py", "self.num_queries_per_kv", "self.group_size", "`num_queries_per_kv`"),
@@ -315,8 +314,15 @@ def test_model_runners_have_what_names_the_requests_of_a_batch(vllm, module):
     assigned = {ast.unparse(t) for node in ast.walk(runner) if isinstance(node, ast.Assign) for t in node.targets}
     assigned |= {ast.unparse(node.target) for node in ast.walk(runner) if isinstance(node, ast.AnnAssign)}
     assert {"self.kv_cache_config", "self.vllm_config"} <= assigned
-    holder = "self.req_states" if module == requests.RUNNERS[True] else "self.input_batch"
-    assert holder in assigned
-    folder = vllm.path / "vllm" / "v1" / "worker"
-    states, batch = (folder / "gpu" / "states.py").read_text(), (folder / "gpu_input_batch.py").read_text()
-    assert "self.index_to_req_id" in states and re.search(r"def req_ids\(self\)", batch)
+    worker = vllm.path / "vllm" / "v1" / "worker"
+    if module == requests.RUNNERS[True]:
+        assert any(_calls(node, "self.prepare_inputs") for node in ast.walk(methods["execute_model"]))
+        assert "prepare_inputs" in methods and re.search(r" req_ids: list", (worker / "gpu/input_batch.py").read_text())
+        assert "self.input_batch" not in assigned, "what V1's rows are read from"
+    else:
+        assert "self.input_batch" in assigned
+        assert re.search(r"def req_ids\(self\)", (worker / "gpu_input_batch.py").read_text())
+
+
+def _calls(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == name

@@ -2,8 +2,8 @@
 
 Attention metadata names no requests: a row's place changes from step to step, and V2's request
 index is given to another request at once. vLLM's model runners know them, so `follow` wraps
-their `execute_model`, which every executor calls with the scheduler's output. The wrapping goes when
-vLLM's metadata names requests.
+their `execute_model`, which every executor calls with the scheduler's output, and V2's `prepare_inputs`,
+which decides the order of the rows. The wrapping goes when vLLM's metadata names requests.
 """
 
 import functools
@@ -11,6 +11,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,11 +26,13 @@ from vllm_mac.owners import Arrival, Growth, RingOwners
 RUNNERS = {False: "vllm.v1.worker.gpu_model_runner", True: "vllm.v1.worker.gpu.model_runner"}  # V1, V2
 
 
-class Batch(NamedTuple):
-    """The batch that a runner is executing."""
+@dataclass
+class Batch:
+    """The batch that a runner is executing. inputs: vLLM's own `InputBatch`, which V2 makes anew for each step."""
 
     runner: object
     scheduled: SchedulerOutput
+    inputs: object = None
 
 
 class Followed(NamedTuple):
@@ -70,6 +73,17 @@ def follow(vllm_config: VllmConfig) -> None:
 
     execute_model.followed_by_mac = True
     runner.execute_model = execute_model
+    if vllm_config.use_v2_model_runner:
+        prepare = runner.prepare_inputs
+
+        @functools.wraps(prepare)
+        def prepare_inputs(self, *args, **kwargs):
+            inputs = prepare(self, *args, **kwargs)
+            if _batch is not None:
+                _batch.inputs = inputs
+            return inputs
+
+        runner.prepare_inputs = prepare_inputs
 
 
 def executing() -> bool:
@@ -83,7 +97,7 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
     rings = RowRings(np.full(rows, -1, dtype=np.int32), np.zeros(rows, dtype=bool), np.zeros(rows, dtype=bool))
     if _batch is not None:
         owners, verifying = _followed[_batch.runner].owners, _batch.scheduled.scheduled_spec_decode_tokens
-        for row, request in enumerate(_requests(common)):
+        for row, request in enumerate(_batch.inputs.req_ids):  # without the padding at the end
             rings.ring[row], rings.fresh[row] = owners.ring(request)
             rings.skips[row] = request in verifying
     return rings
@@ -95,14 +109,6 @@ def ring_states(runner) -> dict[str, int]:
     return followed.owners.states() if followed is not None else {}
 
 
-def _requests(common: CommonAttentionMetadata) -> list[str]:
-    """The request of each row; padding at the end is left out."""
-    if common.req_idx is not None:  # V2
-        names = _batch.runner.req_states.index_to_req_id
-        return [names[i] for i in common.req_idx.tolist()]
-    return _batch.runner.input_batch.req_ids
-
-
 @contextmanager
 def _executing(runner, scheduled: SchedulerOutput) -> Iterator[None]:
     global _batch
@@ -112,7 +118,7 @@ def _executing(runner, scheduled: SchedulerOutput) -> Iterator[None]:
         yield
         return
     _note(followed, scheduled)
-    _batch = Batch(runner, scheduled)
+    _batch = Batch(runner, scheduled, getattr(runner, "input_batch", None))  # V1 has one, which it edits
     try:
         yield
     finally:
