@@ -24,7 +24,7 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from vllm_mac.eval import tasks
+from vllm_mac.tools.eval import tasks
 from vllm_mac.metrics import summarise
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from byte_model import BYTES, SPECIALS
 
-from vllm_mac.eval import prose, tasks
+from vllm_mac.tools.eval import prose, tasks
 
 BOS, EOS, _, _, _, USER, ASSISTANT, END = (chr(BYTES + i) for i in range(len(SPECIALS)))
 # Kinds of target tokens; each kind's mean loss has its own weight.

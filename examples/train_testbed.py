@@ -25,7 +25,7 @@ from byte_model import BOS, CONTEXT, EOS, PAD, VOCAB, write_tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vllm_mac.eval import tasks
+from vllm_mac.tools.eval import tasks
 
 END = ord(data.END)
 # Weight of each kind of target in the loss. The haystack's words and digits are drawn at random: little is to be learned.

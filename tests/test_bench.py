@@ -23,8 +23,9 @@ if not torch.cuda.is_available():
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_mac import cli, paged
-from vllm_mac.bench import BenchError, data, decode, kernel, report
+from vllm_mac import paged
+from vllm_mac.tools import cli
+from vllm_mac.tools.bench import BenchError, data, decode, kernel, report
 from vllm_mac.config import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def make(batch=3, context=200, heads=(4, 2), layers=2, config=CONFIG, dtype=torc
 
 
 def test_help_needs_neither_torch_nor_vllm():
-    code = "import sys, vllm_mac.cli; print([m for m in ('torch', 'vllm', 'triton', 'matplotlib') if m in sys.modules])"
+    code = "import sys, vllm_mac.tools.cli; print([m for m in ('torch', 'vllm', 'triton', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -565,10 +566,10 @@ def test_an_interrupt_keeps_what_was_measured(number, tmp_path):
     begun, script = tmp_path / "begun", tmp_path / "run.py"
     body = f"if 'attention_backend' not in spec['llm']:\n    open({str(begun)!r}, 'w')\n    time.sleep(60)\n{EACH}"
     script.write_text(
-        "import signal, sys, pytest\nsys.path.insert(0, sys.argv.pop(1))\nimport test_bench, vllm_mac.cli\n"
+        "import signal, sys, pytest\nsys.path.insert(0, sys.argv.pop(1))\nimport test_bench, vllm_mac.tools.cli\n"
         # A shell starts what it runs in the background with this signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"test_bench.fake_engine(pytest.MonkeyPatch(), {body!r})\nvllm_mac.cli.main()\n"
+        f"test_bench.fake_engine(pytest.MonkeyPatch(), {body!r})\nvllm_mac.tools.cli.main()\n"
     )
     rows = tmp_path / "rows.json"
     args = ["bench", "decode", "--model", "m", "--context", "9", "--backends", "MAC,default", "--json", str(rows)]
@@ -606,7 +607,7 @@ def test_decode_on_a_real_engine(tmp_path):
     quick = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
              "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | quick
-    code = "from vllm_mac.cli import main; main()"
+    code = "from vllm_mac.tools.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "bench", "decode", "--model", str(model), "--shapes", "2x500,1x900,2x700,1x300",
          "--max-model-len", "800", "--tokens", "12", "--prefills", "2", "--eager", "--mac", json.dumps(keys), "--engine", json.dumps(engine),

@@ -10,13 +10,14 @@ from rounding import decode_error, largest_score
 from test_structure import MODULES, top
 from typer.testing import CliRunner
 
-from vllm_mac import cli, metrics, reference
-from vllm_mac.calibrate import CalibrateError
-from vllm_mac.calibrate.bins import BINS, UPPER
-from vllm_mac.calibrate.choose import Chooser, Rule, outcome, single
-from vllm_mac.calibrate.grid import PAPER, Candidate, Grid, Setting
-from vllm_mac.calibrate.measured import Measured, figures
-from vllm_mac.calibrate.simulate import Layer, measure, simulate, tally
+from vllm_mac import metrics, reference
+from vllm_mac.tools import cli
+from vllm_mac.tools.calibrate import CalibrateError
+from vllm_mac.tools.calibrate.bins import BINS, UPPER
+from vllm_mac.tools.calibrate.choose import Chooser, Rule, outcome, single
+from vllm_mac.tools.calibrate.grid import PAPER, Candidate, Grid, Setting
+from vllm_mac.tools.calibrate.measured import Measured, figures
+from vllm_mac.tools.calibrate.simulate import Layer, measure, simulate, tally
 from vllm_mac.config import MacConfig, resolve
 
 U64 = torch.finfo(torch.float64).eps / 2
@@ -117,7 +118,7 @@ def test_counts_are_those_of_the_trace(monkeypatch):
     given = layer(dtype=torch.float32)
     dtypes = torch.bfloat16, torch.bfloat16
     whole = measure(given, CANDIDATES, STEPS, dtypes)
-    monkeypatch.setattr("vllm_mac.calibrate.simulate.STATE_BYTES", 400_000)
+    monkeypatch.setattr("vllm_mac.tools.calibrate.simulate.STATE_BYTES", 400_000)
     parts = measure(given, CANDIDATES, STEPS, dtypes)
     assert all(np.array_equal(whole[name], parts[name]) for name in whole if name != "error")
     trace = simulate(given, CANDIDATES, STEPS, EXACT64)
@@ -153,7 +154,7 @@ def test_too_few_tokens_for_a_prefix():
 
 def test_who_knows_what():
     """vLLM is known to the capture and the engine; torch to the simulation too, and to none of the rest."""
-    knows = {name: top(MODULES[f"calibrate.{name}"], f"calibrate.{name}") & {"vllm", "torch"} for name in
+    knows = {name: top(MODULES[f"tools.calibrate.{name}"], f"tools.calibrate.{name}") & {"vllm", "torch"} for name in
              ("bins", "grid", "measured", "choose", "report", "run", "simulate", "capture")}  # fmt: skip
     assert knows.pop("simulate") == {"torch"} and "vllm" in knows.pop("capture")
     assert not any(knows.values())
@@ -406,7 +407,7 @@ def test_an_engine_reads_what_the_simulation_says(models):
     setting = Setting(32, 4, "anchored", 1.0, 4, "absolute", 0.2)
     keys = {"window": 64, "min_context": 200, "threshold": 0.6, **setting._asdict()}
     grid = Grid(64, 200, tokens - 1, (0.6,), (32,), (4,), (1.0,), ("anchored",), (4,), ("absolute",), (0.2,))
-    options = {"worker_extension_cls": "vllm_mac.calibrate.capture.CalibrateWorker", "additional_config": {"mac": keys}}
+    options = {"worker_extension_cls": "vllm_mac.tools.calibrate.capture.CalibrateWorker", "additional_config": {"mac": keys}}
     with harness.engine(models("qwen3"), backend="MAC", chunk=100, max_num_seqs=1, **options) as llm:
         generate = lambda ids, n: llm.generate(
             [{"prompt_token_ids": ids}], SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True), use_tqdm=False

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_calibrate import invoke, models, quick, said  # noqa: F401, models and quick are fixtures
 
-from vllm_mac import options
-from vllm_mac.calibrate import CalibrateError, by_kl, knapsack
-from vllm_mac.calibrate.divergence import Run, _calibrate
-from vllm_mac.calibrate.journal import Journal
-from vllm_mac.calibrate.knapsack import Option
+from vllm_mac.tools import options
+from vllm_mac.tools.calibrate import CalibrateError, by_kl, knapsack
+from vllm_mac.tools.calibrate.divergence import Run, _calibrate
+from vllm_mac.tools.calibrate.journal import Journal
+from vllm_mac.tools.calibrate.knapsack import Option
 from vllm_mac.config import resolve
 
 EXACT = Option(None, 1.0, 0.0)

@@ -10,11 +10,11 @@ from test_calibrate import (  # noqa: F401, models and quick are fixtures
     CANDIDATES, ERRORS, EXACT64, FEW, HEADS, READS, SETTINGS, SMALL, STEPS, WINDOW, D, invoke, layer, made_up, models, quick, said,
 )  # fmt: skip
 
-from vllm_mac.calibrate import CalibrateError
-from vllm_mac.calibrate.choose import Chooser, Rule
-from vllm_mac.calibrate.grid import Candidate, Grid
-from vllm_mac.calibrate.measured import figures
-from vllm_mac.calibrate.simulate import measure, simulate
+from vllm_mac.tools.calibrate import CalibrateError
+from vllm_mac.tools.calibrate.choose import Chooser, Rule
+from vllm_mac.tools.calibrate.grid import Candidate, Grid
+from vllm_mac.tools.calibrate.measured import figures
+from vllm_mac.tools.calibrate.simulate import measure, simulate
 
 WIDTH = 20
 
@@ -44,7 +44,7 @@ def test_the_error_after_the_output_matrix_is_that_of_the_formula(monkeypatch):
     assert max(counts["output"][strict]) < 1e-20 and wanted.max() > 0.1
     found = figures(counts)["output"]
     np.testing.assert_allclose(found, wanted / STEPS, rtol=1e-9, atol=1e-20)
-    monkeypatch.setattr("vllm_mac.calibrate.simulate.STATE_BYTES", 400_000)
+    monkeypatch.setattr("vllm_mac.tools.calibrate.simulate.STATE_BYTES", 400_000)
     np.testing.assert_allclose(measure(given, CANDIDATES, STEPS, EXACT64)["output"], counts["output"], rtol=1e-9, atol=1e-20)
     assert "output" not in measure(layer(), CANDIDATES[:2], STEPS, EXACT64)
 
@@ -75,7 +75,7 @@ def test_the_residual_and_the_output_matrix_are_the_model_s(name, models):
     folder, prompt = models(name), list(b"a keeper writes down ships and winds; " * 6)
     keys = {"window": 64, "min_context": 150, "band": 32, "threshold": 1.0}
     grid = Grid(64, 150, 20, (0.6,), (32,), (0,), (0.0,), ("anchored",), (None,), ("absolute",), (None,))
-    options = {"worker_extension_cls": "vllm_mac.calibrate.capture.CalibrateWorker", "additional_config": {"mac": keys}}
+    options = {"worker_extension_cls": "vllm_mac.tools.calibrate.capture.CalibrateWorker", "additional_config": {"mac": keys}}
     with harness.engine(folder, backend="MAC", chunk=100, max_num_seqs=1, **options) as llm:
         llm.collective_rpc("calibrate_start", args=(grid.as_dict(), False, True))
         llm.collective_rpc("calibrate_prompt", args=(len(prompt),))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mac.bench import report
+from vllm_mac.tools.bench import report
 
-FILES = {"vllm_mac/__init__.py": "one\n", "vllm_mac/eval/run.py": "two\n", "kernels/match.py": "three\n", "configs/default.yaml": "window: 5\n"}
+FILES = {"vllm_mac/__init__.py": "one\n", "vllm_mac/tools/eval/run.py": "two\n",
+         "kernels/match.py": "three\n", "configs/default.yaml": "window: 5\n"}  # fmt: skip
 
 
 def git(folder, *args):
@@ -34,7 +35,7 @@ def places(tmp_path, monkeypatch):
     git(checkout, "init", "-q")
     commit(checkout)
     install(checkout, package)
-    module = package / "bench" / "report.py"
+    module = package / "tools" / "bench" / "report.py"
     monkeypatch.setattr(report, "__file__", str(module))
     monkeypatch.setattr(report, "_sources", lambda: [tmp_path / "absent", checkout])
     monkeypatch.delenv(report.COMMIT_VAR, raising=False)
@@ -72,7 +73,7 @@ def test_edited_files_are_said_to_be(places):
     (checkout / "configs" / "default.yaml").write_text("window: 6\n")
     install(checkout, package)
     assert named() == f"{head}-dirty"
-    (package / "eval" / "run.py").write_text("edited where it is installed\n")
+    (package / "tools" / "eval" / "run.py").write_text("edited where it is installed\n")
     assert named() == "unknown"
 
 

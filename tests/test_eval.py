@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vllm_mac import cli, runs
-from vllm_mac.eval import EvalError, longbench, plots, report, requests, results, run, statistics, stdlib, tasks
+from vllm_mac.tools import cli, runs
+from vllm_mac.tools.eval import EvalError, longbench, plots, report, requests, results, run, statistics, stdlib, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = dict.fromkeys(runs.SAME) | {"commit": "0123456789ab", "command": "vllm-mac eval"}
@@ -275,7 +275,7 @@ def test_a_wrong_longbench_file(text, said, tmp_path):
 
 
 def test_forced_texts_are_the_last_tokens():
-    from vllm_mac.eval import forced
+    from vllm_mac.tools.eval import forced
 
     prompt, text = forced.split(list(range(1000)), [5, 6])
     assert (len(prompt), len(text), text[-3:]) == (746, 256, [999, 5, 6])
@@ -287,7 +287,7 @@ def test_forced_texts_are_the_last_tokens():
 def test_only_the_forced_token_is_possible():
     import torch
 
-    from vllm_mac.eval import forced
+    from vllm_mac.tools.eval import forced
 
     processor = forced.ForcedTokens(None, torch.device("cpu"), False)
     params = forced.params([3, 1], False, 8)
@@ -306,7 +306,7 @@ def test_only_the_forced_token_is_possible():
 def test_distributions_are_kept_only_of_what_was_forced(tmp_path):
     from vllm.logprobs import FlatLogprobs, Logprob
 
-    from vllm_mac.eval import forced
+    from vllm_mac.tools.eval import forced
 
     flat = FlatLogprobs()
     flat.append({7: Logprob(-2.0), 1: Logprob(-0.5)})
@@ -325,7 +325,7 @@ def test_both_model_runners_decode_what_is_forced(tmp_path):
     from engine import engine
     from tiny_models import write
 
-    from vllm_mac.eval import forced
+    from vllm_mac.tools.eval import forced
 
     draw, vocabulary, found = random.Random(0), 264, {}
     prompt, text = ([draw.randrange(256) for _ in range(count)] for count in (300, 20))
@@ -520,12 +520,12 @@ def test_an_interrupt_stops_all_engines(number, tmp_path):
     pytest.importorskip("matplotlib", reason="plots need the extra 'bench'")
     script, out = tmp_path / "run.py", tmp_path / "out"
     script.write_text(
-        "import signal, sys, pytest\nsys.path.insert(0, sys.argv.pop(1))\nimport test_eval, vllm_mac.cli\n"
+        "import signal, sys, pytest\nsys.path.insert(0, sys.argv.pop(1))\nimport test_eval, vllm_mac.tools.cli\n"
         # A shell starts what it runs in the background with this signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "test_eval.run.prompts = lambda options: test_eval.made()\n"
         f"first = {hanging(tmp_path, ['two', 'three'])!r}\n"
-        "test_eval.fake_engine(pytest.MonkeyPatch(), 'hangs and count == 2 and hang()', first)\nvllm_mac.cli.main()\n"
+        "test_eval.fake_engine(pytest.MonkeyPatch(), 'hangs and count == 2 and hang()', first)\nvllm_mac.tools.cli.main()\n"
     )
     configurations = [part for name in ("one", "two", "three", "four") for part in ("--mac", f"{name}=paper")]
     command = [sys.executable, str(script), str(ROOT / "tests"), "eval", "--model", "m", "--out", str(out), *configurations]
@@ -626,7 +626,7 @@ class FakeLLM:
 def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
     import vllm
 
-    from vllm_mac.eval import engine
+    from vllm_mac.tools.eval import engine
 
     monkeypatch.setattr(vllm, "LLM", FakeLLM)
     requests.save(made(), tmp_path / "requests.jsonl")
@@ -725,7 +725,7 @@ def test_eval_on_real_engines(tmp_path):
              "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0",
              "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", "from vllm_mac.cli import main; main()", "eval", "--model", str(write("llama", tmp_path / "models")),
+        [sys.executable, "-c", "from vllm_mac.tools.cli import main; main()", "eval", "--model", str(write("llama", tmp_path / "models")),
          "--tasks", "niah_single", "--lengths", "1200", "--samples", "1", "--prompts", str(prompts), "--kl", "2",
          *(part for name, some in configurations.items() for part in ("--mac", f"{name}={json.dumps(some)}")),
          "--engine", json.dumps(engine), "--out", str(out), "--no-progress"],

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 from test_eval import ENVIRONMENT, ROOT, fake_engine, invoke, made, options
 
-from vllm_mac.eval import EvalError, plots, report, requests, results, run, statistics
-from vllm_mac.eval.yardstick import OWN, ROUNDING, Yardstick, choose
+from vllm_mac.tools.eval import EvalError, plots, report, requests, results, run, statistics
+from vllm_mac.tools.eval.yardstick import OWN, ROUNDING, Yardstick, choose
 
 VOCABULARY, STEPS = 50, 40
 YARD = Yardstick("FLASH_ATTN instead of FLASHINFER", {"attention_backend": "FLASH_ATTN"}, {"SOME_VARIABLE": "7"})
@@ -247,7 +247,7 @@ def test_the_standard_library_and_a_yardstick_on_real_engines(tmp_path):
              "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0",
              "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}  # fmt: skip
     ended = subprocess.run(
-        [sys.executable, "-c", "from vllm_mac.cli import main; main()", "eval", "--model", str(write("llama", tmp_path / "models")),
+        [sys.executable, "-c", "from vllm_mac.tools.cli import main; main()", "eval", "--model", str(write("llama", tmp_path / "models")),
          "--tasks", "real", "--lengths", "2000", "--samples", "1", "--kl", "2", "--yardstick", "chunks",
          "--mac", 'reuse={"window": 64, "band": 32, "min_context": 128}', "--engine", json.dumps(engine_), "--out", str(out),
          "--plot", str(tmp_path / "plot.png"), "--no-progress"],

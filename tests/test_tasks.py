@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mac.eval import prose, tasks
+from vllm_mac.tools.eval import prose, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 RETRIEVAL = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery")

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from vllm_mac.eval import EvalError, requests, stdlib
+from vllm_mac.tools.eval import EvalError, requests, stdlib
 
 TOKEN = re.compile(r"\w{1,5}|[^\w\s]|\s\s+")  # about as long as a tokenizer's
 
@@ -39,7 +39,7 @@ def test_a_seed_decides_everything(task):
     first = make(task, 1)
     assert first == make(task, 1) and first.prompt != make(task, 2).prompt
     code = (
-        "import json, random, sys; from vllm_mac.eval import stdlib; import test_tasks_real as t\n"
+        "import json, random, sys; from vllm_mac.tools.eval import stdlib; import test_tasks_real as t\n"
         f"print(json.dumps(t.make({task!r}, 1).prompt))"
     )
     folder = os.path.dirname(__file__)
@@ -82,7 +82,7 @@ def test_a_chapter_holds_what_is_public_and_documented():
 def test_modules_are_read_and_not_imported():
     """`this` prints and `antigravity` opens a browser when they are imported."""
     code = (
-        "import sys, random; from vllm_mac.eval import stdlib\n"
+        "import sys, random; from vllm_mac.tools.eval import stdlib\n"
         "before = set(sys.modules)\n"
         "for path in (*stdlib.files()[::10], 'this.py', 'antigravity.py'): stdlib._chapter(path); stdlib._source(path)\n"
         "print(len(stdlib.files()), sorted(set(sys.modules) - before))"

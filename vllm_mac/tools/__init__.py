@@ -1,0 +1,1 @@
+"""The commands of `vllm-mac`, which the backend itself never imports."""

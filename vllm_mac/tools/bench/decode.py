@@ -1,0 +1,148 @@
+"""`vllm-mac bench decode`: time per output token of a whole vLLM engine, one backend after another.
+
+Each backend has its own process (`engine`), so that memory is free again and a crash is a row
+with an error. It measures one shape of requests after another. This side starts the engines,
+follows what they tell and makes rows of it.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from vllm_mac.tools.bench import BenchError
+from vllm_mac.tools.bench.report import quantiles
+from vllm_mac.tools.runs import follow
+
+# -P: the installed package, not a folder of that name where the command happens to run.
+COMMAND = (sys.executable, "-P", "-m", "vllm_mac.tools.bench.engine")
+OWN = "default"  # the platform's own choice of backend
+SHAPE = "shape:"
+# Shapes of models that need no download; their weights are dummies and they have no tokenizer.
+SHAPES = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192},
+        "hidden_act": "silu", "bos_token_id": 128000, "eos_token_id": 128001, "tie_word_embeddings": False,
+        "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """shapes: requests at once and prompt tokens of each. tokens: measured decode steps. prefills:
+    times that the prompts are read. prompt: `words`, `ids` or a text file. mac: inline keys of MAC.
+    engine: further arguments of `vllm.LLM`. timeout: seconds for one stage of a backend."""
+
+    model: str
+    shapes: tuple[tuple[int, int], ...]
+    tokens: int = 64
+    backends: tuple[str, ...] = ("MAC", OWN)
+    prompt: str = "words"
+    seed: int = 0
+    load_format: str | None = None
+    max_model_len: int | None = None
+    eager: bool = False
+    prefills: int = 1
+    mac: dict = field(default_factory=dict)
+    engine: dict = field(default_factory=dict)
+    timeout: float = 1200.0
+    verbose: bool = False
+
+
+def run(options: Options, report: Callable[[str, int], None], keep: Callable[[dict], None]) -> None:
+    """Measure each shape with each backend.
+
+    report(stage, rows) is told what a backend does from now on, and how many rows were made before. keep(row)
+    gets each row as soon as it is there: one for every backend and shape, with an error where it has no result.
+    """
+    with tempfile.TemporaryDirectory(prefix="vllm-mac-bench-") as folder:
+        spec = _spec(options, Path(folder))
+        for backend in options.backends:
+            _run_backend(options, backend, spec, Path(folder), report, keep)
+
+
+def compare(rows: list[dict]) -> None:
+    """Add to each row its speed-up over the fastest of the other backends with the same shape."""
+    shape = lambda row: (row["batch"], row["context"])
+    for row in rows:
+        others = [r["p50"] for r in rows if r is not row and "p50" in r and shape(r) == shape(row)]
+        if others and "p50" in row:
+            row["speedup"] = min(others) / row["p50"]
+
+
+def _spec(options: Options, folder: Path) -> dict:
+    """What the process of every backend is told."""
+    model, load_format = options.model, options.load_format
+    if model.startswith(SHAPE):
+        name = model.removeprefix(SHAPE)
+        if name not in SHAPES:
+            raise BenchError(f"--model: no shape {name!r}, choose from {', '.join(SHAPE + known for known in SHAPES)}")
+        model, load_format = str(folder / name), load_format or "dummy"
+        Path(model).mkdir()
+        (Path(model) / "config.json").write_text(json.dumps(SHAPES[name]), encoding="utf-8")
+    if options.prompt not in ("words", "ids") and not Path(options.prompt).is_file():
+        raise BenchError(f"--prompt: no file {options.prompt!r}; choose a text file, words or ids")
+    # Requests that were read early decode while the others are still being read.
+    needed = max(context + options.tokens + batch * (context // 2048 + 2) + 32 for batch, context in options.shapes)
+    llm = {
+        "model": model,
+        "max_model_len": options.max_model_len or needed,
+        "max_num_seqs": max(batch for batch, _ in options.shapes),
+        "enforce_eager": options.eager,
+        "seed": options.seed,
+        "disable_log_stats": True,
+    }
+    if load_format is not None:
+        llm["load_format"] = load_format
+    return {"llm": llm | options.engine, **{k: v for k, v in asdict(options).items() if k not in ("mac", "engine", "backends")}}
+
+
+def _run_backend(options: Options, backend: str, spec: dict, folder: Path, report, keep) -> None:
+    llm = dict(spec["llm"])
+    if backend != OWN:
+        llm["attention_backend"] = backend
+    if backend == "MAC":
+        llm["additional_config"] = {**llm.get("additional_config", {}), "mac": options.mac}
+    command = [*COMMAND, json.dumps(spec | {"llm": llm})]
+    made = 0
+
+    def tell(message: dict) -> None:
+        nonlocal made
+        if "stage" in message:
+            report(f"{backend}: {message['stage']}", 0)
+        else:
+            batch, context = options.shapes[message["shape"]]
+            made += 1
+            keep(_row(options, backend, batch, context, message["result"]))
+            report(f"{backend}: batch {batch}, {context} tokens: done", 1)
+
+    error = follow(command, folder / f"{backend}.log", tell, options.timeout, options.verbose)
+    for i, (batch, context) in enumerate(options.shapes[made:] if error else ()):
+        # What ended the engine in one shape is why the others have no result.
+        why = error if i == 0 else f"not measured: {error.splitlines()[-1]}"
+        keep(_row(options, backend, batch, context, {"error": why}))
+        report(f"{backend}: batch {batch}, {context} tokens: no result", 1)
+
+
+def _row(options: Options, backend: str, batch: int, context: int, result: dict) -> dict:
+    row = {
+        "bench": "decode", "engine": backend, "model": options.model, "context": context, "batch": batch,
+        "seed": options.seed, "load_format": options.load_format, "graphs": not options.eager, "engine_args": options.engine,
+    }  # fmt: skip
+    if "error" in result:
+        return {**row, "error": result["error"]}
+    row |= {"mac": options.mac} if backend == "MAC" else {}
+    steps = result.pop("step_ms")
+    row |= quantiles(steps) | {"mean": fmean(steps), "samples": options.tokens}
+    row |= {f"ttft_{name}": value for name, value in quantiles(result["ttft_ms"]).items()}
+    builds = result.pop("metadata_ms")
+    row |= {f"metadata_{name}": value for name, value in quantiles(builds).items()} if builds else {}
+    return row | result

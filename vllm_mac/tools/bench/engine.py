@@ -1,0 +1,254 @@
+"""One backend of `vllm-mac bench decode`: `python -m vllm_mac.tools.bench.engine SPEC FD`.
+
+For each shape of requests it reads the prompts, then times decode steps in which every request gets
+one token. Tells its stages and a result for each shape as JSON lines on the file descriptor FD.
+"""
+
+import functools
+import itertools
+import json
+import logging
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+from vllm_mac.metrics import WorkerExtension
+
+UNTIMED = 4  # steps after the counters were read, during which tokens have queued up
+WORDS = [
+    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school",
+    "state", "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week",
+    "company", "system", "program", "question", "work", "government", "number", "night", "point", "home",
+    "water", "room", "mother", "area", "money", "story", "fact", "month", "lot", "right", "study", "book",
+    "eye", "job", "word", "business", "issue", "side", "kind", "head", "house", "service", "friend", "father",
+    "power", "hour", "game", "line", "end", "member", "law", "car", "city", "community", "name", "president",
+    "team", "minute", "idea", "kid", "body", "information", "back", "parent", "the", "of", "and", "to", "in",
+    "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at",
+    "are", "this", "have", "from", "or", "had", "an", "they", "which", "one",
+]  # fmt: skip
+
+
+class BenchWorker(WorkerExtension):
+    """MAC's counters and, for any backend, the host time that building a step's metadata takes."""
+
+    def bench_time_builds(self) -> None:
+        from vllm.v1.attention.backend import AttentionMetadataBuilder
+
+        self.bench_builds, depth, classes = [], [0], [AttentionMetadataBuilder]
+
+        def timed(build):
+            @functools.wraps(build)
+            def wrapper(*args, **kwargs):
+                depth[0] += 1
+                begin = time.perf_counter()
+                try:
+                    return build(*args, **kwargs)
+                finally:
+                    depth[0] -= 1
+                    if not depth[0]:  # not within the build of a subclass
+                        self.bench_builds.append(1000 * (time.perf_counter() - begin))
+
+            return wrapper
+
+        while classes:
+            cls = classes.pop()
+            classes += cls.__subclasses__()
+            if "build" in vars(cls):
+                cls.build = timed(cls.build)
+
+    def bench_take_builds(self) -> list[float]:
+        """Milliseconds of each build since the last call."""
+        taken = self.bench_builds[:]
+        self.bench_builds.clear()
+        return taken
+
+
+def main(spec: dict, tell) -> None:
+    tell(stage="starting the engine")
+    from vllm import LLM
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    tokenizer = has_tokenizer(spec["llm"]["model"])
+    if not tokenizer:
+        # vLLM tries the chat template all the same, and then warns of it with a traceback. (A filter: vLLM resets levels.)
+        logging.getLogger("vllm.renderers.base").addFilter(lambda record: "Chat template warmup" not in record.getMessage())
+    extension = "vllm_mac.tools.bench.engine.BenchWorker"
+    begin = time.perf_counter()
+    llm = LLM(**{"skip_tokenizer_init": not tokenizer, "worker_extension_cls": extension, **spec["llm"]})
+    facts = {"start_s": time.perf_counter() - begin, "in_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"}
+    facts["max_model_len"] = llm.llm_engine.model_config.max_model_len
+    llm.collective_rpc("bench_time_builds")
+    for i, (batch, context) in enumerate(spec["shapes"]):
+
+        def stage(what: str, of=f"batch {batch}, {context} tokens") -> None:
+            tell(stage=f"{of}: {what}")
+
+        sent: list[str] = []
+        try:
+            result = facts | _shape(spec, llm, tokenizer, batch, context, facts["max_model_len"], sent, stage)
+        except EngineDeadError:
+            raise  # the log says why
+        except Exception as error:
+            llm.llm_engine.abort_request(sent)
+            result = {"error": f"{type(error).__name__}: {error}"}
+        tell(shape=i, result=result)
+    tell(done=True)
+    llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
+
+
+def _shape(
+    spec: dict, llm, tokenizer: bool, batch: int, context: int, max_model_len: int, sent: list[str], stage
+) -> dict:
+    """What one shape took. sent: gets the names of its requests."""
+    if max_model_len < context + 1 + UNTIMED + spec["tokens"]:
+        raise ValueError(
+            f"--max-model-len: {max_model_len} has no room for {context} prompt tokens and "
+            f"{spec['tokens'] + UNTIMED + 1} generated ones"
+        )
+    texts, kind = prompts(spec, llm, tokenizer, batch, context)
+    stage("warming up")
+    _prefill(llm, "warm", [prompt[: min(len(prompt), 4096)] for prompt in texts], 8, sent)
+    ttft = []
+    for i in range(spec["prefills"]):
+        _empty_prefix_cache(llm)
+        stage(f"reading the prompts, {i + 1} of {spec['prefills']}")
+        if i + 1 < spec["prefills"]:
+            ttft += _prefill(llm, f"prefill{i}", texts, 1, sent)
+    first, measured = _measure(llm, texts, spec["tokens"], max_model_len, sent, stage)
+    return measured | {"prompt": kind, "ttft_ms": [1000 * seconds for seconds in ttft + first], "prefills": spec["prefills"]}
+
+
+def _empty_prefix_cache(llm, patience: float = 30.0) -> None:
+    """Raises RuntimeError where blocks stay in use: then prompts would not be read as a whole."""
+    deadline = time.monotonic() + patience
+    while not llm.reset_prefix_cache():  # the engine may not have ended yet what was aborted
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the prefix cache could not be emptied within {patience:g} s")
+        time.sleep(0.1)
+
+
+def has_tokenizer(model: str) -> bool:
+    """Whether a model's folder has a tokenizer; true for a name, which only the hub knows."""
+    folder = Path(model)
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+    return not folder.is_dir() or any((folder / name).exists() for name in names)
+
+
+def prompts(spec: dict, llm, tokenizer: bool, count: int, size: int) -> tuple[list[list[int]], str]:
+    """`count` different prompts of `size` tokens, and what they are."""
+    seed = spec["seed"]
+    draw = random.Random(seed)
+    if spec["prompt"] == "ids" or (spec["prompt"] == "words" and not tokenizer):
+        vocabulary = llm.llm_engine.model_config.get_vocab_size()
+        return [[draw.randrange(vocabulary) for _ in range(size)] for _ in range(count)], f"random token ids, seed {seed}"
+    if not tokenizer:
+        raise ValueError(f"--prompt: {spec['model']} has no tokenizer for {spec['prompt']}; choose ids")
+    encode = llm.get_tokenizer().encode
+    if spec["prompt"] == "words":
+        texts = [" ".join(draw.choices(WORDS, k=size)) for _ in range(count)]
+        return [encode(text)[:size] for text in texts], f"random words, seed {seed}"
+    ids = encode(Path(spec["prompt"]).read_text(encoding="utf-8"))
+    if not ids:
+        raise ValueError(f"--prompt: {spec['prompt']} is empty")
+    whole = (ids * (size * 2 // len(ids) + 2))[: size + len(ids)]
+    starts = [row * len(ids) // count for row in range(count)]
+    note = f"{spec['prompt']}, {len(ids)} tokens, repeated" if len(ids) < size else f"{spec['prompt']}, {len(ids)} tokens"
+    return [whole[start : start + size] for start in starts], note + (", rows begin at different places" if count > 1 else "")
+
+
+def _params(max_tokens: int):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )
+
+
+def _prefill(llm, name: str, batch: list[list[int]], tokens: int, sent: list[str]) -> list[float]:
+    """Generate a few tokens; seconds to the first token of each request, all sent at once."""
+    engine, first = llm.llm_engine, {}
+    sent += [f"{name}-{i}" for i in range(len(batch))]
+    begin = time.perf_counter()
+    for i, prompt in enumerate(batch):
+        engine.add_request(f"{name}-{i}", {"prompt_token_ids": prompt}, _params(tokens))
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            first.setdefault(output.request_id, time.perf_counter() - begin)
+    return list(first.values())
+
+
+def _measure(
+    llm, batch: list[list[int]], tokens: int, max_model_len: int, sent: list[str], stage
+) -> tuple[list[float], dict]:
+    """Read the prompts and go on decoding: seconds to each first token, and what the steps took."""
+    engine, first, cached = llm.llm_engine, {}, {}
+    names = [f"run-{i}" for i in range(len(batch))]
+    sent += names
+    begin = time.perf_counter()
+    for name, prompt in zip(names, batch, strict=True):
+        engine.add_request(name, {"prompt_token_ids": prompt}, _params(max_model_len - len(prompt)))
+    while len(first) < len(batch) and engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.outputs[0].token_ids:
+                first.setdefault(output.request_id, time.perf_counter() - begin)
+                cached[output.request_id] = output.num_cached_tokens
+    stage("decoding")
+    before = read_counters(llm)
+    llm.collective_rpc("bench_take_builds")
+    stamps: list[float] = []
+    skipped = most = 0
+    while len(stamps) <= tokens and engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        served = sum(bool(output.outputs[0].token_ids) for output in outputs)
+        most = max(most, served)
+        if served < len(batch):
+            if served:
+                stamps.clear()  # only consecutive steps of the whole batch are timed
+            continue
+        skipped += 1
+        if skipped > UNTIMED:
+            stamps.append(now)
+    builds = llm.collective_rpc("bench_take_builds")[0]
+    after = read_counters(llm)
+    if len(stamps) <= tokens:
+        raise RuntimeError(
+            f"{most} of {len(batch)} requests decoded together, for {max(len(stamps) - 1, 0)} of {tokens} steps; the KV "
+            "cache or --max-model-len is too small for this batch and context"
+        )
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
+    result = {"step_ms": [1000 * (b - a) for a, b in itertools.pairwise(stamps)], "metadata_ms": builds}
+    result["cached_prompt_tokens"] = sum(count or 0 for count in cached.values())
+    return list(first.values()), result | _reuse(before, after)
+
+
+def read_counters(llm) -> dict[tuple, int]:
+    """MAC's counters of all workers, added up."""
+    total: dict[tuple, int] = {}
+    for samples in llm.collective_rpc("mac_counters"):
+        for name, labels, value in samples:
+            key = name, tuple(sorted(labels.items()))
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+def _reuse(before: dict[tuple, int], after: dict[tuple, int]) -> dict:
+    """Hit rate and share of KV read between two readings; nothing where no layer is MAC's."""
+    from vllm_mac.metrics import summarise
+
+    if not after:
+        return {}
+    summary = summarise((name, dict(labels), value - before.get((name, labels), 0)) for (name, labels), value in after.items())
+    return {"hit_rate": summary.hit_rate, "read_share": summary.read_share, "exact": summary.exact}
+
+
+if __name__ == "__main__":
+    channel = int(sys.argv[2])
+    # vLLM imports this module by its name for the extension; under `-m` it is also `__main__`.
+    main(json.loads(sys.argv[1]), lambda **message: os.write(channel, (json.dumps(message) + "\n").encode()))
+    os._exit(0)

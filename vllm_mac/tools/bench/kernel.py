@@ -1,0 +1,260 @@
+"""`vllm-mac bench kernel`: one layer's decode attention, MAC beside the best exact decode.
+
+For each shape in turn: exact decoding, then MAC at each hit rate. Results are compared with
+float32 PyTorch first; a wrong one stops the run and no speed of it is reported.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_mac.tools.bench import BenchError, timing
+from vllm_mac.tools.bench.baselines import BASELINES
+from vllm_mac.tools.bench.data import (
+    Shape,
+    Step,
+    check_planting,
+    compare,
+    exact_reference,
+    expected_counts,
+    make_step,
+    plant,
+    realised,
+    reference,
+)
+from vllm_mac.tools.bench.report import quantiles
+from vllm_mac.config import MacConfig
+from vllm_mac.ring import ring_bytes, ring_dtypes
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """heads: (query heads, KV heads). layers: captured in one graph; None: by batch. baselines:
+    names of exact engines. between: MiB of other memory read before each layer, see `timing.spaced`."""
+
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
+    hit_rates: tuple[float, ...]
+    config: MacConfig
+    head_size: int = 128
+    dtype: str = "bfloat16"
+    page: int = 16
+    lags: str = "geometric"
+    mean_lag: int = 64
+    layers: int | None = None
+    seed: int = 0
+    baselines: tuple[str, ...] = tuple(BASELINES)
+    between: int = 0
+
+    def shapes(self) -> list[Shape]:
+        return [
+            Shape(batch, context, heads, kv_heads, self.head_size, self.page, DTYPES[self.dtype])
+            for heads, kv_heads in self.heads
+            for context in self.contexts
+            for batch in self.batches
+        ]
+
+    def rates(self, shape: Shape) -> list[float]:
+        """From all hits, which the bound of the others needs, to none; without a match there is one rate."""
+        return sorted(set(self.hit_rates), reverse=True) if shape.context >= self.config.min_context else [0.0]
+
+    def measurements(self) -> int:
+        return sum(len(self.baselines) + len(self.rates(shape)) for shape in self.shapes())
+
+
+@dataclass(frozen=True, slots=True)
+class Timers:
+    """How time is taken; tests on CPUs have their own."""
+
+    layers: Callable = timing.graph_samples
+    host: Callable = timing.host_samples
+    device: Callable = timing.device_samples
+
+
+def require_cuda() -> None:
+    if torch.cuda.is_available():
+        return
+    raise BenchError(
+        f"bench kernel needs an NVIDIA GPU, and torch {torch.__version__} sees none here "
+        "(torch.cuda.is_available() is False); bench decode also runs on CPUs"
+    )
+
+
+def run(options: Options, report: Callable[[str], None], device: str = "cuda", timers: Timers = Timers()) -> Iterator[dict]:
+    """Rows as they are measured. report: is told of each measurement before it begins."""
+    device = torch.device(device)
+    shapes = options.shapes()
+    bandwidth = None
+    if device.type == "cuda":
+        report("read bandwidth")
+        bandwidth = timing.read_bandwidth()
+    if options.between:
+        timers = replace(timers, layers=timing.spaced(timers.layers, timing.reader(options.between, device)))
+    report("filling the KV cache")
+    pool = make_pool(options, shapes, device)
+    for shape in shapes:
+        yield from _shape_rows(options, shape, pool, bandwidth, report, timers)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def layer_count(options: Options, shape: Shape) -> int:
+    """Layers of a graph: as many as make their rings exceed the caches of the chip several times."""
+    return options.layers or (24 if shape.batch <= 2 else 12 if shape.batch <= 16 else 5)
+
+
+def make_pool(options: Options, shapes: list[Shape], device: torch.device) -> torch.Tensor:
+    """Memory of all KV caches, filled with random numbers: the largest cache once, or more small ones."""
+    size = max(shape.cache_elements for shape in shapes)
+    many = max(shape.cache_elements * layer_count(options, shape) for shape in shapes)
+    size = max(size, min(many, 8 << 30))
+    dtype = shapes[0].dtype
+    if device.type == "cuda":
+        # Beside it: rings, and float32 copies of one row's KV and of one layer's rings for the check.
+        needed = size * dtype.itemsize + max(_beside(options, shape) for shape in shapes)
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+        if needed > free:
+            raise BenchError(
+                f"batch {max(options.batches)}, context {max(options.contexts)}: needs {needed / 2**30:.1f} GiB of GPU "
+                f"memory and {free / 2**30:.1f} are free; lower --batch, --context or --layers"
+            )
+    pool = torch.empty(size, dtype=dtype, device=device)
+    draw = torch.Generator(device).manual_seed(options.seed)
+    for part in pool.split(1 << 28):
+        part.normal_(generator=draw)
+    return pool
+
+
+def _beside(options: Options, shape: Shape) -> int:
+    ring = shape.batch * ring_bytes(shape.heads, options.config.window, shape.head_size, *ring_dtypes(options.config, shape.dtype))
+    row = shape.cache_elements // shape.batch
+    return (layer_count(options, shape) + 5) * ring + 3 * 4 * row + (1 << 30)
+
+
+def _shape_rows(options: Options, shape: Shape, pool, bandwidth, report, timers: Timers) -> Iterator[dict]:
+    step = make_step(shape, options.config, pool, layer_count(options, shape), options.seed)
+    base = {
+        "bench": "kernel", "heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch, "context": shape.context,
+        "head_size": shape.head_size, "page": shape.page, "dtype": options.dtype, "layers": len(step.layers),
+        "seed": options.seed, "read_bandwidth": bandwidth, "between_mib": options.between,
+    }  # fmt: skip
+
+    def timed(samples: list[float], size: float) -> dict:
+        floor = 1000 * size / bandwidth if bandwidth else None
+        return {**quantiles(samples), "samples": len(samples), "bytes": size, "floor_ms": floor}
+
+    exact = []
+    truth = exact_reference(step, step.layers[0]) if options.baselines else None
+    for name in options.baselines:
+        report(f"{shape}: {name}")
+        row = {**base, "engine": name}
+        try:
+            samples, note, error = _best(BASELINES[name], step, truth, timers)
+        except BenchError:
+            raise
+        except Exception as failure:  # noqa: BLE001 (absent, or not for this shape: the others still count)
+            yield {**row, "error": f"{type(failure).__name__}: {failure}"}
+            continue
+        row |= timed(samples, shape.exact_bytes()) | {"note": note, "relative_error": error}
+        exact.append(row["p50"])
+        yield row
+    del truth
+    best = min(exact, default=None)
+
+    decoder = _decoder(step)
+    layers = step.layers
+    begin = lambda: decoder.begin_step(step.block_table, layers[0].kv, step.audited)
+    begin_step = {
+        "begin_host_ms": quantiles(timers.host(begin))["p50"],
+        "begin_device_ms": quantiles(timers.device(begin))["p50"],
+    }
+    all_hit = None
+    for rate in options.rates(shape):
+        report(f"{shape}: MAC, hit rate {rate:g}")
+        plant(step, rate, options.lags, options.mean_lag, options.seed)
+        check_planting(step)
+        error = check(step, decoder)
+        samples = timers.layers([lambda layer=layer: _decode(step, decoder, layer) for layer in layers])
+        check_counts(step, decoder)  # replays must have met the same hits
+        done = realised(step)
+        row = {**base, "engine": "MAC", **timed(samples, done.step_bytes), "hit_rate": rate}
+        row |= {"heads_matched": done.heads_matched, "groups_hit": done.groups_hit, "mean_lag": done.lag}
+        row |= {"mean_group_lag": done.group_lag, "lags": f"{options.lags}, mean {options.mean_lag}"}
+        row |= {"config": options.config.describe(), "relative_error": error, **begin_step}
+        all_hit = row["p50"] if rate == 1 and done.groups_hit == 1 else all_hit
+        if best is not None:
+            row |= {"best_exact_ms": best, "speedup": best / row["p50"]}
+            if all_hit is not None:
+                row["bound_ms"] = all_hit + (1 - done.groups_hit) * best
+        yield row
+
+
+def _best(make, step: Step, truth, timers: Timers) -> tuple[list[float], str, float]:
+    """Samples of the fastest variant of an exact engine, which variant it is, and its error."""
+    found, failures = [], []
+    for note, calls in make(step):
+        layer = step.layers[0]
+        layer.out.fill_(float("nan"))
+        try:
+            calls[0]()
+            error = compare(f"{make.__name__} ({note})", step, layer.out, truth)
+            samples = timers.layers(calls)
+        except BenchError:
+            raise
+        except Exception as failure:  # noqa: BLE001 (another variant may do)
+            failures.append(failure)
+            continue
+        found.append((quantiles(samples)["p50"], samples, note, error))
+    if not found:
+        raise failures[0]
+    return min(found, key=lambda x: x[0])[1:]
+
+
+def _decoder(step: Step):
+    from vllm_mac.fused import Decoder
+    from vllm_mac.kernels.exact import PrefixProblem
+
+    shape, config = step.shape, step.config
+    problem = PrefixProblem(
+        max_rows=shape.batch, heads=shape.heads, kv_heads=shape.kv_heads, head_size=shape.head_size,
+        page_size=shape.page, max_blocks=shape.row_pages, dtype=shape.dtype, band=config.band, sink=config.sink,
+        scale=step.scale,
+    )  # fmt: skip
+    decoder = Decoder(problem, config, step.ring.device)
+    decoder.position.copy_(step.position)
+    decoder.ring.copy_(step.ring)
+    decoder.first.copy_(step.first)
+    return decoder
+
+
+def _decode(step: Step, decoder, layer) -> None:
+    decoder.decode(
+        layer.query, layer.kv, step.block_table, layer.store, step.config, step.rotary, layer.counts, layer.out, layer.audited
+    )
+
+
+def check(step: Step, decoder) -> float:
+    """Compare one layer with the method in PyTorch, and every layer's counters with the plan."""
+    wanted = reference(step, step.layers[0])
+    check_counts(step, decoder)
+    return compare("MAC", step, step.layers[0].out, wanted)
+
+
+def check_counts(step: Step, decoder) -> None:
+    """Decode every layer once and raise unless its hits, its reads and its output are what they should be."""
+    for layer in step.layers:
+        layer.counts.zero_()
+        layer.out.fill_(float("nan"))
+    decoder.begin_step(step.block_table, step.layers[0].kv, step.audited)
+    for i, layer in enumerate(step.layers):
+        _decode(step, decoder, layer)
+        got, wanted = layer.counts.tolist(), expected_counts(step, layer)
+        if got != wanted:
+            raise BenchError(f"{step.shape}: counters of layer {i} are {got} and should be {wanted}")
+        if layer.out.isnan().any():
+            raise BenchError(f"{step.shape}: layer {i} left a part of its output unwritten, or NaN")
