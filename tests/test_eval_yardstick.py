@@ -108,8 +108,8 @@ def test_every_table_and_plot_has_the_yardstick(monkeypatch, tmp_path):
             assert times["yardstick"] == "1" and float(times["one"]) > 2
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
     labels = lambda figure: {text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]}
-    assert labels(plots.scores(found)) == {"exact", "yardstick", "one"}
-    assert labels(plots.divergence(found)) == labels(plots.by_reads(found)) == {"yardstick", "one"}
+    assert labels(plots.scores(found)) == {"exact", "yardstick", "MAC (one)"}
+    assert labels(plots.divergence(found)) == labels(plots.by_reads(found)) == {"yardstick", "MAC (one)"}
     reads = next(axes for axes in plots.by_reads(found).axes if axes.get_title().startswith("ruler, 99 tokens"))
     yard = next(row for row in found["rows"] if row["configuration"] == "yardstick" and row["group"] == "ruler")
     line = next(line for line in reads.lines if line.get_label() == "yardstick")

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")]
-Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file (PNG, PDF, SVG). Needs the extra 'bench'.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file (PNG, PDF, SVG). Needs matplotlib.")]
 Mac = Annotated[str, typer.Option("--mac", help="Keys of MAC's configuration as JSON, as under --additional-config 'mac'.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random data.")]
 ShowProgress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress on stderr.")]

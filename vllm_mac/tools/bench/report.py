@@ -12,15 +12,16 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from rich.console import Console
-from rich.table import Table
 
 from vllm_mac import __version__
 from vllm_mac.tools.bench import BenchError
+from vllm_mac.tools.tables import Column, folded
 
 COMMIT_VAR = "MAC_ATTENTION_COMMIT"  # names the commit where the code runs outside a checkout
 RECENT = 100  # commits among which that of installed code is looked for
@@ -159,7 +160,7 @@ def load(path: str | Path) -> list[dict]:
 
 
 def show(rows: list[dict], console: Console) -> None:
-    """One table for each benchmark, machine and way of measuring among the rows."""
+    """Tables of the rows of each benchmark, machine and way of measuring, one for each shape."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["bench"], row["gpu"], row["commit"], row.get("between_mib")), []).append(row)
@@ -167,39 +168,18 @@ def show(rows: list[dict], console: Console) -> None:
         versions = ", ".join(f"{name} {some[0][name]}" for name in _PACKAGES if some[0][name])
         title = f"{bench} on {gpu or 'CPU'} ({versions}), commit {commit_}"
         title += f", {between} MiB read between layers" if between else ""
-        table = Table(title=title, title_justify="left", caption_justify="left")
-        for name, _ in _TABLES[bench]:
-            table.add_column(name, justify="right", no_wrap=True)
-        last = None
-        for row in some:
-            if last is not None and last != _shape(row):
-                table.add_section()
-            last = _shape(row)
-            table.add_row(*(cell(read, row) for _, read in _TABLES[bench]))
-        console.print(table)
+        console.print(title, markup=False, highlight=False)
+        columns, place = _TABLES[bench]
+        for shape in dict.fromkeys(map(place, some)):
+            rows = [row for row in some if place(row) == shape]
+            console.print(folded(shape, columns, rows))
+            if said := _beside(rows):
+                console.print(*said, sep="; ", style="dim", markup=False, highlight=False)
         for row in some:
             if row.get("error"):
                 reason = row["error"].splitlines()[-1]
                 console.print(f"{row['engine']}, batch {row['batch']}, {row['context']} tokens: {reason}", style="red", markup=False, soft_wrap=True)
         console.print(_NOTES[bench], style="dim")
-
-
-def _shape(row: dict) -> tuple:
-    return tuple(row.get(key) for key in ("heads", "context", "batch"))
-
-
-def cell(read, row: dict) -> str:
-    """What a table shows of a row: `read(row)`, or a dash."""
-    try:
-        return read(row)
-    except (KeyError, TypeError):  # a value that this row has not got
-        return "-"
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _ms(row: dict, name: str) -> str:
@@ -208,44 +188,51 @@ def _ms(row: dict, name: str) -> str:
 
 def _engine(row: dict) -> str:
     note = row.get("note")
-    return _escaped(f"{row['engine']} ({note})" if note else row["engine"])
+    return f"{row['engine']} ({note})" if note else row["engine"]
 
 
-_TABLES = {
+def _beside(rows: list[dict]) -> list[str]:
+    """What is said of a shape under its table: which exact engines these were, and what begins MAC's steps."""
+    noted = [_engine(row) for row in rows if row.get("note")]
+    begun = next((row for row in rows if "begin_host_ms" in row), None)
+    return noted + ([f"begin: host {_ms(begun, 'begin_host_ms')}, GPU {_ms(begun, 'begin_device_ms')}"] if begun else [])
+
+
+# Of each benchmark the columns, and which rows are compared with each other: a table of their own.
+_TABLES: dict[str, tuple[list[Column], Callable[[dict], str]]] = {
     "kernel": (
-        ("heads", lambda r: r["heads"]),
-        ("batch", lambda r: str(r["batch"])),
-        ("context", lambda r: str(r["context"])),
-        ("engine", _engine),
-        ("hit rate", lambda r: f"{r['hit_rate']:g}"),
-        ("heads hit", lambda r: f"{r['heads_matched']:.3f}"),
-        ("groups hit", lambda r: f"{r['groups_hit']:.3f}"),
-        ("ms p50", lambda r: _ms(r, "p50")),
-        ("p20-p80", lambda r: f"{_ms(r, 'p20')}-{_ms(r, 'p80')}"),
-        ("floor", lambda r: _ms(r, "floor_ms")),
-        ("x floor", lambda r: f"{r['p50'] / r['floor_ms']:.2f}"),
-        ("speed-up", lambda r: f"{r['speedup']:.2f}"),
-        ("bound", lambda r: _ms(r, "bound_ms")),
-        ("x bound", lambda r: f"{r['p50'] / r['bound_ms']:.3f}"),
-        ("begin host/GPU", lambda r: f"{_ms(r, 'begin_host_ms')}/{_ms(r, 'begin_device_ms')}"),
+        [
+            ("engine", lambda r: r["engine"]),
+            ("heads hit", lambda r: f"{r['heads_matched']:.3f}"),
+            ("groups hit", lambda r: f"{r['groups_hit']:.3f}"),
+            ("ms p50", lambda r: _ms(r, "p50")),
+            ("p20 p80", lambda r: f"{_ms(r, 'p20')} {_ms(r, 'p80')}"),
+            ("floor", lambda r: _ms(r, "floor_ms")),
+            ("x floor", lambda r: f"{r['p50'] / r['floor_ms']:.2f}"),
+            ("speed- up", lambda r: f"{r['speedup']:.2f}"),
+            ("bound", lambda r: _ms(r, "bound_ms")),
+            ("x bound", lambda r: f"{r['p50'] / r['bound_ms']:.3f}"),
+        ],
+        lambda r: f"{r['heads']} heads, batch {r['batch']}, {r['context']} tokens",
     ),
     "decode": (
-        ("model", lambda r: _escaped(Path(r["model"]).name)),
-        ("batch", lambda r: str(r["batch"])),
-        ("context", lambda r: str(r["context"])),
-        ("backend", _engine),
-        ("ms/token p50", lambda r: f"{r['p50']:.3f}"),
-        ("p20-p80", lambda r: f"{r['p20']:.3f}-{r['p80']:.3f}"),
-        ("mean", lambda r: f"{r['mean']:.3f}"),
-        ("speed-up", lambda r: f"{r['speedup']:.2f}"),
-        ("TTFT ms", lambda r: f"{r['ttft_p50']:.0f}"),
-        ("heads hit", lambda r: f"{r['hit_rate']:.3f}"),
-        ("KV read", lambda r: f"{r['read_share']:.3f}"),
-        ("metadata host", lambda r: f"{r['metadata_p50']:.3f}"),
+        [
+            ("backend", lambda r: r["engine"]),
+            ("ms/token p50", lambda r: f"{r['p50']:.3f}"),
+            ("p20 p80", lambda r: f"{r['p20']:.3f} {r['p80']:.3f}"),
+            ("mean", lambda r: f"{r['mean']:.3f}"),
+            ("speed- up", lambda r: f"{r['speedup']:.2f}"),
+            ("TTFT ms", lambda r: f"{r['ttft_p50']:.0f}"),
+            ("heads hit", lambda r: f"{r['hit_rate']:.3f}"),
+            ("KV read", lambda r: f"{r['read_share']:.3f}"),
+            ("metadata host", lambda r: f"{r['metadata_p50']:.3f}"),
+        ],
+        lambda r: f"{Path(r['model']).name}, batch {r['batch']}, {r['context']} tokens",
     ),
 }
 _NOTES = {
-    "kernel": "floor: bytes that must move / read bandwidth measured in this run. speed-up: over the best exact decode. "
+    "kernel": "p20 p80: where most times lie. floor: bytes that must move / read bandwidth measured in this run. "
+    "speed-up: over the best exact decode. "
     "bound: all-hit time + missed share of groups x best exact. begin: once a step, for all layers. All in ms.",
     "decode": "mean: of all steps together, of which single ones stray by when their token is handed on. speed-up: over the "
     "fastest other backend, by p50. heads hit, KV read: over the measured steps, all layers. "
@@ -254,7 +241,7 @@ _NOTES = {
 
 
 def plot(rows: list[dict], path: str | Path) -> None:
-    """A PNG (or what the suffix names) of rows of one benchmark. Needs the extra `bench`."""
+    """A PNG (or what the suffix names) of rows of one benchmark. Needs matplotlib."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -277,7 +264,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise BenchError("plot: matplotlib is not installed; pip install 'vllm-mac[bench]' brings it") from error
+        raise BenchError("plot: matplotlib is not installed; `pip install matplotlib` brings it") from error
 
 
 def _plot_kernel(rows: list[dict], Figure):

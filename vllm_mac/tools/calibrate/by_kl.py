@@ -162,7 +162,7 @@ def _source(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Divergence against KV reads, and what each layer costs by itself. Needs the extra `bench`."""
+    """Divergence against KV reads, and what each layer costs by itself. Needs matplotlib."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

@@ -286,7 +286,7 @@ def source(about: dict, model: str) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Error against KV reads, and error and hits of each layer against the threshold. Needs the extra `bench`."""
+    """Error against KV reads, and error and hits of each layer against the threshold. Needs matplotlib."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

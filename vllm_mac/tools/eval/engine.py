@@ -52,13 +52,16 @@ def main(spec: dict, tell) -> None:
     with open(folder / "samples.jsonl", "a", encoding="utf-8") as sink:
         for phase, some in phases(requests).items():
             some = [request for request in some if request.id not in done]
-            count, told, advance = Counting(llm, folder / "counters", phase), time.monotonic(), 0
+            count, advance = Counting(llm, folder / "counters", phase), 0
+            told = last = time.monotonic()
             params = {
                 r.id: SamplingParams(temperature=0.0, max_tokens=r.max_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
                 for r in some
             }
             for i, (request, output) in enumerate(_finished(llm, some, params), 1):
-                sink.write(json.dumps(_row(request, output)) + "\n")
+                # Since the one before: added up, what a phase took, however often it was stopped.
+                seconds, last = time.monotonic() - last, time.monotonic()
+                sink.write(json.dumps(_row(request, output) | {"seconds": seconds}) + "\n")
                 sink.flush()
                 count.write()
                 advance += 1

@@ -28,6 +28,11 @@ def _colours(results: dict) -> dict[str, str]:
     return {name: f"C{i}" for i, name in enumerate(names)}
 
 
+def _said(name: str) -> str:
+    """A configuration in a legend: what it is one of is said too, for those who see the plot alone."""
+    return name if name in (EXACT, YARDSTICK) else f"MAC ({name})"
+
+
 def _title(length: int | None, group: str | None = None) -> str:
     where = f"{length} tokens" if length else "from files"
     return f"{group}, {where}" if group else where
@@ -55,7 +60,7 @@ def scores(results: dict):
                 [100 * max(row["score"] - row["score_low"], 0.0) for row in own_rows],
                 [100 * max(row["score_high"] - row["score"], 0.0) for row in own_rows],
             ]
-            axes.bar(at, height, 0.8 / len(colours), yerr=spread, label=name, color=colour, error_kw={"lw": 0.8})
+            axes.bar(at, height, 0.8 / len(colours), yerr=spread, label=_said(name), color=colour, error_kw={"lw": 0.8})
         if own := {row["task"]: row for row in some if row["configuration"] == YARDSTICK}:
             at = [k for k, task in enumerate(tasks) if task in own]
             height = [100 * own[tasks[k]]["score"] for k in at]
@@ -65,6 +70,43 @@ def scores(results: dict):
         axes.grid(axis="y", alpha=0.2)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, ncols=len(labels), loc="outside upper center")
+    return figure
+
+
+def trade(results: dict):
+    """What a configuration saves and costs: score over all prompts against KV tokens read, and beside it tokens per
+    second where they were counted. A point for each configuration; exact attention reads everything. None without scores.
+    """
+    rows = [row for row in results["totals"] if "score" in row and row["configuration"] != YARDSTICK]
+    if not rows:
+        return None
+    colours = {EXACT: "0.4", **_colours(results)}
+    timed = any("tokens_per_s" in row for row in rows)
+    figure = _figure(5.5 * (1 + timed), 4)
+    score = figure.add_subplot(1, 1 + timed, 1)
+    speed = figure.add_subplot(1, 2, 2) if timed else None
+    for row in rows:
+        name, read = row["configuration"], 100 * row.get("read_share", 1.0)
+        height = 100 * row["score"]
+        style = {"color": colours[name], "label": _said(name), "ms": 8}
+        # Of the difference from exact on the same prompts, which is what reuse is to answer for.
+        low, high = (100 * row.get(f"difference_{end}", row.get("difference", 0.0)) for end in ("low", "high"))
+        mean = 100 * row.get("difference", 0.0)
+        ends = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
+        score.errorbar(read, height, yerr=ends, fmt="o", capsize=3, lw=1, **style)
+        if speed is not None and "tokens_per_s" in row:
+            speed.plot(read, row["tokens_per_s"], "o", **style)
+    exact = next((100 * row["score"] for row in rows if row["configuration"] == EXACT), None)
+    if exact is not None:
+        score.axhline(exact, ls="--", lw=1, color=colours[EXACT])
+    score.set(ylabel="score of all prompts, %", title="Answers, with 95 % intervals of the difference from exact")
+    if speed is not None:
+        speed.set(ylabel="tokens generated per second", title="Speed, prompts included")
+        speed.set_ylim(0, 1.1 * max(row.get("tokens_per_s", 0.0) for row in rows))
+    for axes in figure.axes:
+        axes.set(xlabel="KV tokens read in decoding, %", xlim=(0, 104))
+        axes.grid(alpha=0.2)
+    score.legend(fontsize=8)
     return figure
 
 
@@ -90,7 +132,7 @@ def by_reads(results: dict):
             elif row.get("read_share") is not None:
                 read = [100 * row["read_share"]] * 2
                 axes.plot(read, ends, "-", color=colours[name], lw=0.8)
-                axes.plot(read[0], ends[0], "o", color=colours[name], ms=7, label=name)
+                axes.plot(read[0], ends[0], "o", color=colours[name], ms=7, label=_said(name))
                 axes.plot(read[1], ends[1], "_", color=colours[name], ms=10)
         axes.set(xlabel="KV tokens read, %", ylabel="KL, nats a token", yscale="log", xlim=(0, 102))
         axes.set_title(f"{_title(place[1], place[0])}: mean and p99", fontsize=9)
@@ -110,7 +152,7 @@ def by_layer(results: dict):
     figure = _figure(6 * (1 + audited), 4)
     hits = figure.add_subplot(1, 1 + audited, 1)
     for name, rows in layers.items():
-        hits.plot([100 * (row["hit_rate"] or 0) for row in rows], "o-", color=colours[name], label=name)
+        hits.plot([100 * (row["hit_rate"] or 0) for row in rows], "o-", color=colours[name], label=_said(name))
     hits.set(xlabel="layer", ylabel="heads that hit, %", ylim=(0, 102))
     if audited:
         errors = figure.add_subplot(1, 2, 2)
@@ -143,7 +185,7 @@ def by_head(results: dict):
     for i, (name, rows) in enumerate(maps.items()):
         axes = figure.add_subplot(1, len(maps), i + 1)
         image = axes.imshow([[100 * rate for rate in row] for row in rows], vmin=0, vmax=100, aspect="auto", cmap="viridis")
-        axes.set(title=name, xlabel="query head", ylabel="layer")
+        axes.set(title=_said(name), xlabel="query head", ylabel="layer")
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=figure.axes, label="steps that hit, %")
@@ -169,7 +211,7 @@ def histograms(results: dict):
                 passed += count
                 edges.append(edge)
                 shares.append(100 * passed / total)
-            axes.plot(edges, shares, color=_colours(results)[name], label=name)
+            axes.plot(edges, shares, color=_colours(results)[name], label=_said(name))
         axes.set(xscale="log", xlabel=labels[kind], ylabel="hits up to there, %", ylim=(0, 102))
         axes.grid(alpha=0.2, which="both")
         axes.legend(fontsize=8)
@@ -192,11 +234,14 @@ def divergence(results: dict):
                 x.append(1.0 + end)
                 y.append(100 * (1 - i / len(ends)))
         style = {"color": YARD, "ls": "--"} if name == YARDSTICK else {"color": colours[name]}
-        axes.step([*x, 1.0 + last], [*y, y[-1]], where="post", label=name, **style)
+        axes.step([*x, 1.0 + last], [*y, y[-1]], where="post", label=_said(name), **style)
     axes.set(xscale="log", xlabel="tokens generated", ylabel="prompts with exact's tokens so far, %", ylim=(0, 102))
     axes.grid(alpha=0.2, which="both")
     axes.legend(fontsize=8)
     return figure
 
 
-ALL = {"scores": scores, "reads": by_reads, "layers": by_layer, "heads": by_head, "histograms": histograms, "divergence": divergence}
+ALL = {
+    "trade": trade, "scores": scores, "reads": by_reads, "layers": by_layer, "heads": by_head, "histograms": histograms,
+    "divergence": divergence,
+}  # fmt: skip

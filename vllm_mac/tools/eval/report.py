@@ -1,19 +1,15 @@
 """The results of a run as tables, for the terminal and as Markdown. Scores and shares in percent."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from vllm_mac.tools.bench.report import cell
 from vllm_mac.tools.eval import plots
 from vllm_mac.tools.eval.results import YARDSTICK, source
 from vllm_mac.tools.eval.statistics import KL_FLOOR
+from vllm_mac.tools.tables import Column, cell, folded
 
-Column = tuple[str, Callable[[dict], str]]
 SHOWN = 4  # of the tables, in the terminal
 
 
@@ -127,25 +123,10 @@ def show(results: dict, console: Console) -> None:
 
 def _table(title: str, columns: list[Column], rows: list[dict]) -> Table:
     """Where rows have a place, it is a line above them instead of columns."""
-    placed = columns[: len(WHERE)] == WHERE
-    if placed:
-        columns = columns[len(WHERE) :]
-    cells = [[cell(read, row) for _, read in columns] for row in rows]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, (name, _) in enumerate(columns):
-        words = [word for text in (name, *(line[i] for line in cells)) for word in text.split()]
-        # Lines break between words only; configurations stay whole.
-        width = max(map(len, words if i else [f"  {line[0]}" for line in cells]))
-        table.add_column("\n".join(name.split()), justify="right" if i else "left", min_width=width, no_wrap=not i)
-    last = None
-    for row, line in zip(rows, cells, strict=True):
-        place = " ".join(read(row) for _, read in WHERE) if placed else last
-        if place != last:
-            table.add_section()
-            table.add_row(escape(place.removesuffix(" -")))
-            last = place
-        table.add_row(*map(escape, ["  " * placed + line[0], *line[1:]]))
-    return table
+    if columns[: len(WHERE)] != WHERE:
+        return folded(title, columns, rows)
+    place = lambda row: " ".join(read(row) for _, read in WHERE).removesuffix(" -")
+    return folded(title, columns[len(WHERE) :], rows, place)
 
 
 def markdown(results: dict) -> str:
@@ -160,7 +141,7 @@ def markdown(results: dict) -> str:
 
 
 def write(results: dict, folder: Path) -> list[Path]:
-    """results.md and the plots that there is something to show in. Needs the extra `bench`."""
+    """results.md and the plots that there is something to show in. Needs matplotlib."""
     (folder / "results.md").write_text(markdown(results), encoding="utf-8")
     written = [folder / "results.md"]
     for name, draw in plots.ALL.items():

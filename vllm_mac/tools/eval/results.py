@@ -14,13 +14,14 @@ A run's results are a dictionary with
     divergence    by configuration: for each request the first token that is not exact's, or null
     errors    by configuration: why an engine gave no figures
 
-Rows have: configuration, group, length; requests, and scored, how many of them have answers; score with score_low
-and score_high, its 95 % interval; difference from exact's score on the same prompts, with difference_low and
+Rows have: configuration, group, length; requests, and scored, how many of them have answers; score with score_low and
+score_high, its 95 % interval; difference from exact's score on the same prompts, with difference_low and
 difference_high; same_answers, the share of requests whose tokens are all exact's; agreed_share, the share of exact's
 tokens before the first that differs, and agreed_p50, their number in the median request; hit_rate and read_share of
-decoding; kl_mean, kl_p50, kl_p99 and kl_max in nats over kl_tokens forced tokens of kl_texts requests, kl_times, the
-mean in the yardstick's, and same_best, the share of them at which the likeliest next token is exact's. Figures that a
-row has not got are absent: a row without scored requests has no score.
+decoding; tokens_per_s, tokens generated per second, the time that prompts take to read included; kl_mean, kl_p50,
+kl_p99 and kl_max in nats over kl_tokens forced tokens of kl_texts requests, kl_times, the mean in the yardstick's,
+and same_best, the share of them at which the likeliest next token is exact's. Figures that a row has not got are
+absent: a row without scored requests has no score.
 """
 
 import json
@@ -88,11 +89,13 @@ def collect(out: Path, configuration: dict, environment: dict, requests: list[Re
             counted = read_counters(folder, phase)
             counters += counted
             label = {"configuration": name, "group": some[0].group, "length": some[0].length}
-            found["rows"].append(label | _figures(some, samples, exact, forced, name) | (_reads(counted) if mac else {}))
+            own = _figures(some, samples, exact, forced, name) | _speed(some, samples)
+            found["rows"].append(label | own | (_reads(counted) if mac else {}))
             for task in dict.fromkeys(request.task for request in some):
                 own = [request for request in some if request.task == task]
                 found["tasks"].append(label | {"task": task} | _figures(own, samples, exact, forced, name))
-        found["totals"].append({"configuration": name} | _figures(requests, samples, exact, forced, name) | (_reads(counters) if mac else {}))
+        total = _figures(requests, samples, exact, forced, name) | _speed(requests, samples)
+        found["totals"].append({"configuration": name} | total | (_reads(counters) if mac else {}))
         if name != EXACT:
             found["divergence"][name] = [_divergence(samples, exact, request) for request in requests]
         if mac:
@@ -139,6 +142,14 @@ def _figures(requests, samples: dict, exact: dict, forced: dict, name: str) -> d
         row |= {"kl_texts": len(texts), "kl_tokens": len(kl), "kl_mean": math.fsum(kl) / len(kl), "same_best": sum(same) / len(same)}
         row |= {f"kl_{key}": value for key, value in statistics.quantiles(kl, (50, 99)).items()} | {"kl_max": max(kl)}
     return row
+
+
+def _speed(requests, samples: dict) -> dict:
+    """Absent where an answer is of a version that did not count."""
+    rows = [samples[request.id] for request in requests]
+    if not all("seconds" in row for row in rows):
+        return {}
+    return {"tokens_per_s": sum(len(row["tokens"]) for row in rows) / math.fsum(row["seconds"] for row in rows)}
 
 
 def _reads(counters: list) -> dict:
