@@ -7,18 +7,33 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from vllm_mac import counters
+from vllm_mac.counters import Count
 from vllm_mac.kernels.amend import LOG2_E, attend, combine, finish, unfinish
 from vllm_mac.kernels.match import LAST, NO_KEY, narrow, scan, unrotate
+
+OPTED_OUT = tl.constexpr(counters.OPTED_OUT)
+# Device code reads no enumeration.
+HIT, MISS = tl.constexpr(Count.HIT.value), tl.constexpr(Count.MISS.value)
+SHORT_CONTEXT, NO_RING = tl.constexpr(Count.SHORT_CONTEXT.value), tl.constexpr(Count.NO_RING.value)
+OVER_BUDGET, REQUEST = tl.constexpr(Count.OVER_BUDGET.value), tl.constexpr(Count.REQUEST.value)
+READ, SKIPPED = tl.constexpr(Count.READ.value), tl.constexpr(Count.SKIPPED.value)
+
+
+@triton.jit
+def exact_kind(ring, m, MIN_CONTEXT: tl.constexpr):
+    """The counter of heads that may not try, at position `m`."""
+    return tl.where(ring == OPTED_OUT, REQUEST, tl.where(m + 1 < MIN_CONTEXT, SHORT_CONTEXT, NO_RING))
 
 
 @triton.jit(do_not_specialize=("s_table",))  # as wide as the longest sequence may be
 def hit_kernel(
-    p_query, p_cos_sin, p_position, p_ring, p_first, p_table, p_kv,
+    p_query, p_cos_sin, p_position, p_ring, p_first, p_slack, p_table, p_kv,
     p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
     p_out, p_source, p_hit, p_counters, p_key, p_key_lse, p_band_acc, p_band_sum, p_part_out, p_part_lse,
     p_arrived, p_paused,
     s_query_row, s_query_head, s_table, s_block, s_head, s_token, s_out_row, s_out_head,
-    log2_scale, bound, strict, lag_weight, mass_floor,
+    log2_scale, bound, loosest, strict, lag_weight, mass_floor,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, SINK: tl.constexpr, WHOLE: tl.constexpr, MIN_CONTEXT: tl.constexpr, MAX_CHAIN: tl.constexpr,
     LAGGED: tl.constexpr, RELATIVE: tl.constexpr, ANCHORED: tl.constexpr, WEIGHED: tl.constexpr,
@@ -40,6 +55,8 @@ def hit_kernel(
     m = tl.load(p_position + i_row).to(tl.int32)
     ring = tl.load(p_ring + i_row).to(tl.int64)
     first = tl.load(p_first + i_row).to(tl.int32)
+    # What the layer allows at most, or the row's request where it asked for less.
+    bound = tl.minimum(bound, loosest * tl.load(p_slack + i_row))
     if m < 0:
         return
     # A row without a ring has nothing to record: an engine for misses that completes reads its band too.
@@ -53,9 +70,9 @@ def hit_kernel(
                     tl.store(p_source + i_row * H + i_k * G + o_w, tl.full((M,), -1, tl.int32), mask=o_w < G)
                     tl.store(p_hit + i_row * K + i_k, 0)
                     if i_k == 0:
-                        kind = tl.where(m + 1 < MIN_CONTEXT, 2, 3)
+                        kind = exact_kind(ring, m, MIN_CONTEXT)
                         tl.atomic_add(p_counters + kind, tl.full((), H, tl.int64), sem="relaxed")
-                        tl.atomic_add(p_counters + 5, K * (m + 1).to(tl.int64), sem="relaxed")
+                        tl.atomic_add(p_counters + READ, K * (m + 1).to(tl.int64), sem="relaxed")
                 return
     able = (ring >= 0) & (m + 1 >= MIN_CONTEXT)
     matching = able
@@ -239,10 +256,10 @@ def hit_kernel(
         tl.store(p_part_out + o_part[:, None] * D + o_d[None, :], near_out, mask=m_gd)
         tl.store(p_part_out + (o_part[:, None] + 1) * D + o_d[None, :], rest_out, mask=m_gd)
 
-    kind = tl.where(hit, 0, tl.where(matching, 1, tl.where(m + 1 < MIN_CONTEXT, 2, 3)))
+    kind = tl.where(hit, HIT, tl.where(matching, MISS, exact_kind(ring, m, MIN_CONTEXT)))
     if p_paused is not None:
-        kind = tl.where(able & (not matching), 4, kind)
+        kind = tl.where(able & (not matching), OVER_BUDGET, kind)
     read = tl.where(hit, m + 1 - least + sink_end, m + 1)
     tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64), sem="relaxed")
-    tl.atomic_add(p_counters + 5, read.to(tl.int64), sem="relaxed")
-    tl.atomic_add(p_counters + 6, (m + 1 - read).to(tl.int64), sem="relaxed")
+    tl.atomic_add(p_counters + READ, read.to(tl.int64), sem="relaxed")
+    tl.atomic_add(p_counters + SKIPPED, (m + 1 - read).to(tl.int64), sem="relaxed")

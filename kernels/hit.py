@@ -16,16 +16,6 @@ from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.group import hit_kernel
 from vllm_mac.kernels.registers import REGISTERS, launch, power_of_two
 
-COUNTERS = (
-    "heads_hit",
-    "heads_missed",
-    "heads_short",
-    "heads_without_ring",
-    "heads_over_budget",
-    "tokens_read",
-    "tokens_skipped",
-)
-
 # How the kernel may be launched, by the registers that a thread is to have.
 OPTIONS = {wanted: [{"maxnreg": limit} for limit in REGISTERS if limit >= wanted] for wanted in REGISTERS}
 OPTIONS[None] = [{"maxnreg": None}]
@@ -99,6 +89,7 @@ def decode_hits(
     position,
     ring,
     first,
+    slack,
     block_table,
     kv,
     store,
@@ -116,7 +107,9 @@ def decode_hits(
     Args:
         query: `[B, H, D]` bf16, fp16 or fp32, after RoPE; last dimension contiguous.
         position: `[B]` int32 or int64, position decoded; its KV is in the cache. -1: padding.
-        ring, first: `[B]` int32 or int64, as `RingTable.assign` gives them; ring -1: none.
+        ring, first: `[B]` int32 or int64, as `RingTable.assign` gives them; ring -1: none;
+            `counters.OPTED_OUT`: none, and counted as such.
+        slack: `[B]` float32, the most that `(1 - threshold)^2` may be in each row, 1 where the layer's own counts.
         block_table: `[B, *]` int32, last dimension contiguous.
         kv: `[blocks, K, BS, 2 D]` in query's dtype, any strides but 1 in the last dimension.
         store: the layer's rings (`ring.RingStore`), contiguous.
@@ -126,7 +119,7 @@ def decode_hits(
         work: room for `B` rows. Its `hit` and `source` are written, and
             `part_out` and `part_lse` of missed groups, for what completes them.
         out: `[B, H, D]` in query's dtype, last dimension contiguous; written for groups that hit.
-        counters: `[7]` int64, added to: see `COUNTERS`. The tokens are KV tokens per KV head.
+        counters: `[len(Count)]` int64, added to: see `counters.Count`.
         cos_sin: `[positions, rotary_dim]`, `[cos | sin]`, or None for a layer without RoPE.
         is_neox: whether RoPE pairs `j` with `j + rotary_dim/2`, else `2j` with `2j + 1`.
         paused: `[1]` int32, nonzero while the layer is to be exact; None where it never is.
@@ -141,12 +134,13 @@ def decode_hits(
     bands = max(1, min(tune["bands"], work.MAX_BANDS, tail))
     span = -(-window // splits)
     relative = config.distance == "relative"
-    bound = 2.0 * (1 if relative else d) * (1.0 - config.threshold) ** 2
     # The limit of a summary without mass is so much looser, see `reference.relief`.
-    loosest = 1.0 if config.mass_floor is None else (1.0 + 1.0 / config.mass_floor) ** 2
+    relief = 1.0 if config.mass_floor is None else (1.0 + 1.0 / config.mass_floor) ** 2
+    loosest = 2.0 * (1 if relative else d) * relief  # at threshold 0
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
     pointers = dict(
-        p_query=query, p_cos_sin=cos_sin, p_position=position, p_ring=ring, p_first=first, p_table=block_table, p_kv=kv,
+        p_query=query, p_cos_sin=cos_sin, p_position=position, p_ring=ring, p_first=first, p_slack=slack,
+        p_table=block_table, p_kv=kv,
         p_ring_query=store.query, p_ring_out=store.out, p_ring_lse=store.lse, p_ring_chain=store.chain,
         p_out=out, p_counters=counters, p_paused=paused,
     )  # fmt: skip
@@ -158,8 +152,8 @@ def decode_hits(
         p_source=work.source, p_hit=work.hit, p_key=work.key, p_key_lse=work.key_lse,
         p_band_acc=work.band_acc, p_band_sum=work.band_sum, p_part_out=work.part_out, p_part_lse=work.part_lse,
         p_arrived=work.arrived, s_table=block_table.stride(0),
-        log2_scale=scale * LOG2_E.value, bound=bound * loosest, strict=1.0 / loosest,
-        lag_weight=config.lag_weight / loosest, mass_floor=config.mass_floor or 0.0,
+        log2_scale=scale * LOG2_E.value, bound=loosest * (1.0 - config.threshold) ** 2, loosest=loosest,
+        strict=1.0 / relief, lag_weight=config.lag_weight / relief, mass_floor=config.mass_floor or 0.0,
     )  # fmt: skip
     constants = dict(
         K=kv_heads, G=group, D=d, W=window, PAGE=page,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_mac.counters import OPTED_OUT
 from vllm_mac.owners import Arrival, Growth, RingOwners
 from vllm_mac.ring import RingTable
 
@@ -37,6 +38,7 @@ class Request:
     given: int | None = None  # position from which its ring should hold everything
     scheduled: int = -9  # the step that it was last in
     drafts: list[int] = field(default_factory=list)  # tokens speculated in that step
+    exact: bool = False  # whether it opted out
 
 
 class Blocks:
@@ -76,18 +78,18 @@ class Engine:
 
     unit: prefixes are found in multiples of it; below `size`, the last block of a prefix is copied.
     lanes: batches in flight. drafts: most tokens that are speculated at once. told: whether the scheduler
-    names preempted requests (V2). answer: stands in for `assign`.
+    names preempted requests (V2). answer: stands in for `assign`. exact: share of requests that opt out.
     """
 
     def __init__(
         self, rings, blocks, size, window, min_context, chunk, unit=None, lanes=1, drafts=0, told=True, seed=0,
-        answer: Callable = assign, device="cpu",
+        answer: Callable = assign, device="cpu", exact=0.0,
     ):  # fmt: skip
         self.owners = RingOwners(rings, min_context, (size,), lanes)
         self.table, self.answer = RingTable(rings, window, device), answer
         self.pool, self.size, self.unit, self.chunk, self.lanes = Blocks(blocks), size, unit or size, chunk, lanes
         self.window, self.min_context, self.drafts, self.told = window, min_context, drafts, told
-        self.rng = random.Random(seed)
+        self.rng, self.exact = random.Random(seed), exact
         self.skipped = self.rng.choice((0, 0.5, 1))  # share of these rows
         self.running: list[Request] = []
         self.waiting: list[Request] = []
@@ -106,6 +108,7 @@ class Engine:
             name = f"request {self.added % 7}" if self._is_free(self.added % 7) else f"request {7 + self.added}"
             self.added += 1
             self.waiting.append(Request(name, list(prompt), len(prompt), end, self.rng.randrange(self.lanes)))
+            self.waiting[-1].exact = self.exact > 0 and self.rng.random() < self.exact
 
     def _is_free(self, number: int) -> bool:
         return all(r.name != f"request {number}" for r in self.running + self.waiting)
@@ -218,6 +221,10 @@ class Engine:
         # Rows that verify speculated tokens skip their ring today; the table allows for their recording.
         skips = [drafts > 0 and self.rng.random() < self.skipped for *_, drafts in plan]
         held = [self.owners.ring(r.name) for r, *_ in plan]
+        for i in [i for i, (request, *_) in enumerate(plan) if request.exact]:
+            assert held[i] == (-1, False), "a request that opted out was given a ring"
+            held[i] = OPTED_OUT, False
+            self.seen["opted out"] += plan[i][1] >= self.min_context
         ring = [r for r, _ in held]
         fresh = [f for _, f in held]
         start, stops = [r.computed for r, *_ in plan], [stop for _, stop, _ in plan]
@@ -240,7 +247,7 @@ class Engine:
                 grown.append(Growth(request.name, (request.blocks[request.told :],)))
                 request.told = len(request.blocks)
         # Under asynchronous speculation the host believes that every draft was accepted.
-        lengths = {r.name: stop + self.rng.choice((0, self.drafts)) for r, stop, _ in plan}
+        lengths = {r.name: stop + self.rng.choice((0, self.drafts)) for r, stop, _ in plan if not r.exact}
         self.owners.begin_step(self.ended, arrived, grown, lengths)
         self.ended = set()
 
@@ -294,7 +301,9 @@ class Engine:
 
     def _check_held(self, request, stop, ring) -> None:
         """Rings are kept from step to step, and refused only when all are in use."""
-        if ring < 0:
+        if request.exact:
+            assert ring == OPTED_OUT
+        elif ring < 0:
             in_use = [self.step_no - self.lanes < step for step in self.used]
             assert stop < self.min_context or all(in_use), "a ring was left"
             self.seen["exhausted"] += stop >= self.min_context

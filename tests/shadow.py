@@ -92,7 +92,7 @@ def _check(watch, impl, query, kv_cache, metadata, output, batch, row, ends, len
 
 def _rings(watch, impl, batch, row, start) -> tuple[Span, list]:
     """What the row's ring holds; a ring for nobody where it has none."""
-    mac, (ring, fresh, skips) = impl.mac, (int(x[row]) for x in batch.rings)
+    mac, (ring, fresh, skips) = impl.mac, (int(x[row]) for x in batch.rings[:3])
     nothing = Span(), [[{} for _ in range(mac.num_heads // mac.num_kv_heads)] for _ in range(mac.num_kv_heads)]
     if ring < 0 or skips:
         return nothing

@@ -345,6 +345,26 @@ def test_the_decoder_counts_the_errors_of_its_hits(pattern, sink):
     Stepper(case, ROUNDING, sink=sink).check()
 
 
+def test_rows_that_asked_are_audited_in_steps_that_are_not():
+    """Rows 1 and 3 of five, of which 3 is padding. A step whose rows are all audited counts theirs once, too."""
+    stepper = Stepper(Case(lengths=(200, 190, 131, 0, 170), pattern="all"), ROUNDING)
+    counts = {}
+    for asked in ((), (1, 3), (0, 1, 2, 3, 4)):
+        stepper.decoder.spared.fill_(-1)
+        stepper.decoder.spared[list(asked)] = 0
+        plain, counts[asked] = stepper.step(False)
+        out, everything = stepper.step(True)
+        torch.testing.assert_close(out, plain, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(everything, stepper.step(True)[1])
+    errors, lags, chains = stepper.expected(out)
+    assert not counts[()].any() and torch.equal(counts[0, 1, 2, 3, 4], everything)
+    mine = slice(8, 16)  # eight heads of each row hit
+    assert counts[1, 3][-2].tolist() == histogram(COUNT_EDGES, lags[mine])
+    assert counts[1, 3][-1].tolist() == histogram(COUNT_EDGES, chains[mine])
+    for got, one in zip(counts[1, 3][:-2].tolist(), errors, strict=True):
+        close(ERROR_EDGES, got, one[1:2], ROUNDING)
+
+
 def test_the_entry_that_leaves_the_window_has_its_chain_counted():
     """Its slot is the one that the step writes to."""
     stepper = Stepper(Case(lengths=(200,), pattern="none"), ROUNDING)
@@ -392,7 +412,8 @@ def decoded(monkeypatch):
 
     def watched(impl, query, kv_cache, blocks, step):
         out = decode(impl, query, kv_cache, blocks, step)
-        seen.append((impl.mac.name, step.audited, out.clone()))
+        assert step.audited.all() or not step.audited.any()  # no request asked for audits of its own
+        seen.append((impl.mac.name, bool(step.audited[0]), out.clone()))
         return out
 
     monkeypatch.setattr(cpu.MacCPUImpl, "_decode", watched)

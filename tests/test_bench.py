@@ -179,9 +179,9 @@ def test_counters_and_bytes_are_those_of_the_method(changes):
             position, layer.query, step.rotary.undo(layer.query, position), layer.kv, step.block_table, step.ring.long(),
             step.first.long(), layer.store, step.config, step.scale,
         )  # fmt: skip
-    hit, miss, short, no_ring, over, read, skipped = data.expected_counts(step, layer)
+    hit, miss, short, no_ring, over, request, read, skipped = data.expected_counts(step, layer)
     assert hit == int(done.hit.sum()) * 2 and read == int(done.read.sum())
-    assert hit + miss + short == shape.batch * shape.heads and no_ring == over == 0
+    assert hit + miss + short == shape.batch * shape.heads and no_ring == over == request == 0
     assert read + skipped == shape.batch * shape.kv_heads * shape.context
     assert (short > 0) == ("min_context" in changes) and (hit > 0) != (short > 0)
     least = 2 * 64 * 2 * min(sum(data.expected_counts(step, x)[-2:-1]) for x in step.layers)

@@ -19,10 +19,10 @@ from rounding import decode_error, largest_score
 
 from vllm_mac import paged
 from vllm_mac.config import MacConfig
+from vllm_mac.counters import Count
 from vllm_mac.fused import Decoder, rotation
 from vllm_mac.kernels.assign import FRESH, PREFILLING, assign
 from vllm_mac.kernels.exact import PrefixProblem
-from vllm_mac.kernels.hit import COUNTERS
 from vllm_mac.kernels.record import record_prefill
 from vllm_mac.ring import RingStore, RingTable
 from vllm_mac.rope import Rotary
@@ -140,7 +140,7 @@ class Run(Engine):
             store.chain.zero_()
         self.query, self.out = nan(LAYERS, s.rows, self.heads, s.d), nan(LAYERS, s.rows, self.heads, s.d)
         self.blocks = torch.zeros(s.rows, columns, dtype=torch.int32, device=DEVICE)
-        self.counts = torch.zeros(LAYERS, len(COUNTERS), dtype=torch.int64, device=DEVICE)
+        self.counts = torch.zeros(LAYERS, len(Count), dtype=torch.int64, device=DEVICE)
         self.mixed = [torch.zeros_like(self.decoder.position) for _ in range(3)]
         self.taken: list[int] = []
         take = self.pool.take
@@ -335,12 +335,12 @@ class Run(Engine):
             short, hits = length < self.config.min_context, want.hit.sum(1) * self.setup.group
             read = want.read.sum()
             values = {
-                "heads_hit": hits.sum(), "heads_missed": (self.heads - hits)[~short].sum(),
-                "heads_short": short.sum() * self.heads, "tokens_read": read,
-                "tokens_skipped": length.sum() * self.setup.kv_heads - read,
+                Count.HIT: hits.sum(), Count.MISS: (self.heads - hits)[~short].sum(),
+                Count.SHORT_CONTEXT: short.sum() * self.heads, Count.READ: read,
+                Count.SKIPPED: length.sum() * self.setup.kv_heads - read,
             }  # fmt: skip
             for name, value in values.items():  # the others stay 0
-                self.wanted[i, COUNTERS.index(name)] += value
+                self.wanted[i, name] += value
 
     def bound(self) -> float:
         """How far two evaluations of one step may lie apart, both elements of outputs.
@@ -366,10 +366,10 @@ def check(setup: Setup, seed: int = 0) -> Run:
     while (run.replays if setup.graphs else run.step_no) < setup.steps:
         run.step()
     assert run.counts.tolist() == run.wanted.tolist(), "other heads hit than in the plain result"
-    counts = dict(zip(COUNTERS, run.counts.sum(0).tolist(), strict=True))
-    decoded = sum(counts[name] for name in COUNTERS if name.startswith("heads_"))
-    assert counts["heads_hit"] > decoded / 5 and counts["heads_missed"] > decoded / 20, counts
-    assert counts["tokens_skipped"] > counts["tokens_read"] / 20, counts
+    counts = dict(zip(Count, run.counts.sum(0).tolist(), strict=True))
+    decoded = sum(counts[name] for name in Count if name not in (Count.READ, Count.SKIPPED))
+    assert counts[Count.HIT] > decoded / 5 and counts[Count.MISS] > decoded / 20, counts
+    assert counts[Count.SKIPPED] > counts[Count.READ] / 20, counts
     scale = setup.steps // 50
     least = {"preempted": max(1, scale // 2), "prefix found": scale, "poisoned rings": scale, "poisoned blocks": 5 * scale}
     if setup.graphs:

@@ -14,11 +14,12 @@ from rounding import FLOAT32, largest_score
 from test_kernels_exact import two_stages
 
 from vllm_mac import reference
+from vllm_mac.counters import OPTED_OUT, Count
 from vllm_mac.fused import Decoder
 from vllm_mac.kernels import hit
 from vllm_mac.kernels.complete import complete_misses
 from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact
-from vllm_mac.kernels.hit import COUNTERS, Workspace, decode_hits
+from vllm_mac.kernels.hit import Workspace, decode_hits
 from vllm_mac.reference import Entry, Partial
 from vllm_mac.ring import RingStore, narrow
 from vllm_mac.rope import Rotary
@@ -50,7 +51,7 @@ def config(**changes):
 
 @dataclass
 class Case:
-    """A batch: `lengths` tokens per row (0: padding), each with a ring unless in `ringless`."""
+    """A batch: `lengths` tokens per row (0: padding), each with a ring unless in `ringless` or `opted_out`."""
 
     lengths: tuple = (200,)
     pattern: str = "mixed"  # which groups hit: all, none, mixed
@@ -64,6 +65,8 @@ class Case:
     rotary: int | None = None  # default: d
     neox: bool = True
     ringless: tuple = ()
+    opted_out: tuple = ()  # rows without a ring because their request wants none
+    slack: dict = field(default_factory=dict)  # row -> what its request grants at most
     size: float = 1.0  # of the queries
     fresh: dict = field(default_factory=dict)  # row -> number of entries its ring holds
     seed: int = 0
@@ -129,6 +132,8 @@ class Batch:
             [-1 if i in case.ringless or n == 0 else i for i, n in enumerate(case.lengths)]
         )
         self.ring = torch.where(self.ring >= 0, b - self.ring, -1)  # not the row's own number
+        self.ring[list(case.opted_out)] = OPTED_OUT
+        self.slack = torch.tensor([case.slack.get(i, 1.0) for i in range(b)])
         self.first = torch.tensor(
             [max(0, n - 1 - case.fresh.get(i, w)) for i, n in enumerate(case.lengths)]
         )
@@ -167,7 +172,7 @@ class Batch:
                     near = pre[i, head] + 0.2 * case.size * randn(d)
                     self.store.query[r, head, p % w] = narrow(near, self.store.query.dtype)
                     self.store.chain[r, head, p % w] = 0
-        for name in ("position", "table", "kv", "cos_sin", "query", "ring", "first"):
+        for name in ("position", "table", "kv", "cos_sin", "query", "ring", "first", "slack"):
             tensor = getattr(self, name)
             moved = None if tensor is None else tensor.to(device)
             setattr(self, name, moved.int() if name in ("position", "ring", "first") else moved)
@@ -185,7 +190,7 @@ class Batch:
         for tensor in (self.work.key, self.work.source, self.work.hit):
             tensor.fill_(-9)
         self.out = torch.full_like(self.query, torch.nan)
-        self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+        self.counters = torch.zeros(len(Count), dtype=torch.int64, device=device)
         self.scale = d**-0.5
         self.paused = None
         self._engine = None
@@ -223,6 +228,7 @@ class Batch:
                     rings,
                     self.config,
                     self.scale,
+                    float(self.slack[i]),
                 )
                 steps[i, k], entries[i, k] = step, [ring[m] for ring in rings]
         return steps, entries
@@ -246,7 +252,7 @@ class Batch:
 
     def launch(self):
         decode_hits(
-            self.query, self.position, self.ring, self.first, self.table, self.kv,
+            self.query, self.position, self.ring, self.first, self.slack, self.table, self.kv,
             self.store, self.config, self.scale, self.work, self.out, self.counters,
             self.cos_sin, self.case.neox, paused=self.paused,
         )  # fmt: skip
@@ -297,7 +303,7 @@ class Batch:
     def compare(self, steps, entries, rough, rough_entries, before):
         case, config = self.case, self.config
         ring_eps = torch.finfo(self.store.out.dtype).eps
-        expected = dict.fromkeys(COUNTERS, 0)
+        expected = dict.fromkeys(Count, 0)
         for (i, k), step in steps.items():
             m, at = case.lengths[i] - 1, slice(k * case.group, (k + 1) * case.group)
             assert self.work.source[i, at].tolist() == step.source, (i, k)
@@ -306,17 +312,19 @@ class Batch:
             close(self.out[i, at], step.out, rough[i, k].out, torch.finfo(case.dtype).eps, sigma)
             short, ringless = m + 1 < config.min_context, int(self.ring[i]) < 0
             kind = (
-                "hit"
+                Count.HIT
                 if step.hit
-                else "short"
+                else Count.REQUEST
+                if i in case.opted_out
+                else Count.SHORT_CONTEXT
                 if short
-                else "without_ring"
+                else Count.NO_RING
                 if ringless
-                else "missed"
+                else Count.MISS
             )
-            expected[f"heads_{kind}"] += case.group
-            expected["tokens_read"] += step.read
-            expected["tokens_skipped"] += m + 1 - step.read
+            expected[kind] += case.group
+            expected[Count.READ] += step.read
+            expected[Count.SKIPPED] += m + 1 - step.read
             if ringless:
                 continue
             r, slot = int(self.ring[i]), m % config.window
@@ -350,7 +358,7 @@ class Batch:
                 atol=0,
                 equal_nan=True,
             )
-        assert dict(zip(COUNTERS, self.counters.tolist(), strict=True)) == expected
+        assert dict(zip(Count, self.counters.tolist(), strict=True)) == expected
         assert not self.work.arrived.any()
         for i, n in enumerate(case.lengths):
             if n == 0:
@@ -509,6 +517,46 @@ def test_every_threshold_runs_the_same_kernel(device):
         assert differ == ["bound"] and arguments.keys() == first.keys()
 
 
+@pytest.mark.parametrize("distance", ["absolute", "relative"])
+@pytest.mark.parametrize("splits, halves, lag_weight, mass_floor", [(1, True, 0.0, None), (3, False, 1.5, 0.2)])
+def test_each_row_keeps_to_its_own_threshold(splits, halves, lag_weight, mass_floor, distance, device):
+    """Planted entries lie 0.2 sqrt(d) off: every one of them is accepted at 0.45, and none by requests that want 0 or a
+    hundredth of that squared; one that wants less than the layer gets what the layer has. Some rows opted out."""
+    lengths = (140, 190, 150, 170, 0, 160, 30, 180)
+    slack = {0: 0.0, 1: 0.55**2 / 400, 2: 0.55**2, 3: 1.0, 5: 0.0}
+    case = Case(lengths, "all", group=2, slack=slack, opted_out=(5, 6), ringless=(7,))
+    settings = config(distance=distance, lag_weight=lag_weight, mass_floor=mass_floor)
+    batch = Batch(case, settings, device)
+    batch.work.tune = tune(splits, 1, 16, halves)
+    batch.store.lse.add_(20)  # nearly all the mass: mass_floor loosens nothing
+    steps = batch.check()
+    hits = {i: {steps[i, k].hit for k in range(2)} for i, n in enumerate(lengths) if n}
+    assert hits == {i: {i in (2, 3)} for i in hits}
+    counted = dict(zip(Count, batch.counters.tolist(), strict=True))
+    assert counted[Count.REQUEST] == counted[Count.MISS] == counted[Count.HIT] == 8 and counted[Count.NO_RING] == 4
+    assert counted[Count.SHORT_CONTEXT] == 0  # a short row that opted out is counted as such
+
+
+def test_a_threshold_of_a_row_s_own_is_that_of_a_layer(device):
+    """Bit for bit what a layer with this threshold gives; all rows with none of their own are untouched by it."""
+    ended = {}
+    for name, own, slack in (
+        ("layer", 0.7, {}), ("row", 0.45, {0: 0.3**2}), ("none", 0.45, {}), ("looser", 0.7, {0: 0.9}),
+    ):  # fmt: skip
+        batch = Batch(Case((200, 190), "none", slack=slack, seed=4), config(threshold=own, window=64), device)
+        # So near that with 0.7 chance decides for each head whether it matches, and with 0.45 all do.
+        pre = unrotate(batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True)
+        for i, r in enumerate(batch.ring.tolist()):
+            share = torch.linspace(0.3, 1, 64, device=device)[None, :, None]
+            batch.store.query[r] = (1 - share) * pre[i, :, None].float().to(device) + share * batch.store.query[r]
+        batch.launch()
+        ended[name] = batch
+    row = lambda name, i: [ended[name].work.source[i].tolist(), ended[name].work.hit[i].tolist()]
+    assert row("row", 0) == row("layer", 0) == row("looser", 0) and 0 < row("row", 0)[0].count(-1) < 8
+    assert -1 not in row("none", 0)[0]
+    assert row("row", 1) == row("none", 1) and row("layer", 1) == row("looser", 1)
+
+
 def test_threads_get_the_registers_that_they_need(device, monkeypatch):
     """The fewest of those to choose from under which none is kept in memory; found once for each variant."""
     asked, launched = [], []
@@ -553,7 +601,7 @@ def test_a_decoder_takes_each_layer_s_own_threshold(device):
         batch.counters.zero_()
         decoder.begin_step(batch.table, batch.kv)
         decoder.decode(batch.query, batch.kv, batch.table, batch.store, own, Rotary(None), batch.counters, batch.out)
-        assert batch.counters[COUNTERS.index("heads_hit")] == hits
+        assert batch.counters[Count.HIT] == hits
         for (i, k), step in steps.items():
             heads = slice(4 * k, 4 * k + 4)
             close(batch.out[i, heads], step.out, rough[i, k].out, torch.finfo(FP32).eps)
@@ -588,13 +636,13 @@ def test_rows_without_a_ring_are_read_in_one_go(sink, group, device):
     for (i, k), step in steps.items():
         own = slice(group * k, group * (k + 1))
         close(batch.out[i, own], step.out, rough[i, k].out, torch.finfo(FP32).eps)
-    counted = dict(zip(COUNTERS, batch.counters.tolist(), strict=True))
+    counted = dict(zip(Count, batch.counters.tolist(), strict=True))
     short = sum(lengths[i] < batch.config.min_context for i in without)
-    assert counted["heads_short"] - heads * short == heads * sum(
+    assert counted[Count.SHORT_CONTEXT] - heads * short == heads * sum(
         n and n < batch.config.min_context for i, n in enumerate(lengths) if i not in without
     )
-    assert counted["heads_without_ring"] == heads * (len(without) - short)
-    assert counted["tokens_read"] + counted["tokens_skipped"] == 2 * sum(lengths)
+    assert counted[Count.NO_RING] == heads * (len(without) - short)
+    assert counted[Count.READ] + counted[Count.SKIPPED] == 2 * sum(lengths)
 
 
 def same(a, b):
@@ -671,11 +719,11 @@ def test_the_entry_that_leaves_the_window_can_be_matched(device):
 
 def test_rows_of_all_kinds(device):
     """Short, without a ring, padded, just begun, and plain rows in one batch."""
-    case = Case(lengths=(30, 200, 0, 170, 180, 64, 300), ringless=(1,), fresh={3: 0, 4: 5})
+    case = Case(lengths=(30, 200, 0, 170, 180, 64, 300, 20, 190), ringless=(1,), opted_out=(7, 8), fresh={3: 0, 4: 5})
     batch = Batch(case, config(sink=2), device)
     assert observed(batch.check()) == "mixed"
-    counted = dict(zip(COUNTERS, batch.counters.tolist(), strict=True))
-    assert [name for name, count in counted.items() if not count] == ["heads_over_budget"]
+    counted = dict(zip(Count, batch.counters.tolist(), strict=True))
+    assert [name for name, count in counted.items() if not count] == [Count.OVER_BUDGET]
 
 
 def test_a_paused_layer_misses_and_records(device):
@@ -688,17 +736,17 @@ def test_a_paused_layer_misses_and_records(device):
         batch.paused = None if paused is None else torch.tensor([paused], dtype=torch.int32, device=device)
         if paused == 0:
             batch.check()
-            assert batch.counters[0] > 0 and batch.counters[COUNTERS.index("heads_over_budget")] == 0
+            assert batch.counters[0] > 0 and batch.counters[Count.OVER_BUDGET] == 0
             continue
         prefix = torch.zeros_like(batch.out), torch.full(batch.out.shape[:2], -torch.inf, device=device)
         batch.launch()
         batch.finish(prefix)
-        ended.append((batch, dict(zip(COUNTERS, batch.counters.tolist(), strict=True))))
+        ended.append((batch, dict(zip(Count, batch.counters.tolist(), strict=True))))
     (got, counted), (wanted, plain) = ended
     assert got.work.hit[:2].eq(0).all() and got.work.hit[3].eq(0).all()
-    assert counted.pop("heads_missed") == plain.pop("heads_over_budget") == 0
-    assert counted.pop("heads_over_budget") == plain.pop("heads_missed") == 8
-    assert counted == plain and plain["heads_without_ring"] == plain["heads_short"] == 8
+    assert counted.pop(Count.MISS) == plain.pop(Count.OVER_BUDGET) == 0
+    assert counted.pop(Count.OVER_BUDGET) == plain.pop(Count.MISS) == 8
+    assert counted == plain and plain[Count.NO_RING] == plain[Count.SHORT_CONTEXT] == 8
     pairs = [(got.out, wanted.out), *((getattr(got.store, n), getattr(wanted.store, n)) for n in names)]
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)

@@ -64,7 +64,9 @@ def test_assign_follows_the_oracle(drafts):
     seen = Counter()
     for seed in range(6 if INTERPRETED else 30):
         rng, both = random.Random(seed), Both(40)
-        engine = random_engine(rng, drafts=drafts, told=seed % 2 > 0, lanes=1 + seed % 3 // 2, seed=seed, answer=both)
+        engine = random_engine(
+            rng, drafts=drafts, told=seed % 2 > 0, lanes=1 + seed % 3 // 2, seed=seed, answer=both, exact=0.3 * (seed % 2)
+        )
         play(engine, random_schedule(rng, 120))
         seen += engine.seen + both.seen
     reached = ["rows", "entries read", "ring taken over", "copied", "slept"] + ["rejected"] * (drafts > 0)

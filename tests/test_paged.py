@@ -49,6 +49,7 @@ class Case:
     reuse: str = "anchored"
     max_chain: int | None = None
     mass_floor: float | None = None
+    slack: tuple = ()  # of each row, 1 without
 
     def config(self) -> MacConfig:
         names = ("window", "band", "sink", "threshold", "distance", "min_context", "lag_weight", "reuse", "max_chain", "mass_floor")
@@ -83,6 +84,7 @@ class Batch:
         self.rings = len(case.rows) + 1
         given_rings = torch.randperm(self.rings, generator=g)[: len(case.rows)].tolist()
         self.ring = [r if has else -1 for r, (_, _, has) in zip(given_rings, case.rows)]
+        self.slack = case.slack or (1.0,) * len(case.rows)
         query_dtype, out_dtype = ring_dtypes(self.c, case.kv)
         self.store = RingStore.allocate(self.rings, self.heads, case.window, case.d, query_dtype, "cpu", out_dtype)
         for part in (self.store.query, self.store.out, self.store.lse):
@@ -160,7 +162,7 @@ class Batch:
         at = torch.tensor
         got = paged.decode(
             at(m), q, pre, self.kv, self.table[rows], at([self.ring[b] for b in rows]),
-            at([self.first[b] for b in rows]), self.store, self.c, self.scale,
+            at([self.first[b] for b in rows]), self.store, self.c, self.scale, at([self.slack[b] for b in rows]),
         )  # fmt: skip
         assert got.out.shape == q.shape and got.hit.dtype == torch.bool
         for i, (b, p) in enumerate(zip(rows, m)):
@@ -169,7 +171,9 @@ class Batch:
                 if self.ring[b] < 0:  # exact: nothing to match
                     rings = [{} for _ in rings]
                 qk, prek = self.groups(q[i])[k], self.groups(pre[i])[k]
-                want = reference.decode(p, qk, prek, self.key[b, k], self.value[b, k], rings, self.c, self.scale)
+                want = reference.decode(
+                    p, qk, prek, self.key[b, k], self.value[b, k], rings, self.c, self.scale, self.slack[b]
+                )
                 heads = slice(k * self.case.group, (k + 1) * self.case.group)
                 assert bool(got.hit[i, k]) == want.hit, (b, p)
                 assert got.source[i, heads].tolist() == want.source, (b, p)
@@ -177,6 +181,7 @@ class Batch:
                 chain = max(ring[p].chain for ring in rings)
                 self.close(got.out[i, heads], list(want.out), b, p, chain)
                 self.hits += want.hit
+                assert self.slack[b] or not want.hit
                 self.misses += not want.hit and self.ring[b] >= 0
                 self.chain = max(self.chain, chain)
 
@@ -226,6 +231,10 @@ CASES = {
     "relative, lag, cap, float8 ring": Case(distance="relative", lag_weight=1.5, max_chain=2, ring=FP8),
     "mass": Case(mass_floor=0.3, threshold=0.7, band=4),
     "mass, relative, lag, sink, chained": Case(mass_floor=0.1, threshold=0.75, distance="relative", lag_weight=1.0, sink=3, reuse="chained"),
+    "slack": Case(rows=((40, 16, True),) * 4, slack=(0.0, 0.09, 0.25, 0.9), threshold=0.4, group=1, lag_weight=0.5),
+    "slack, mass, relative": Case(
+        rows=((40, 16, True),) * 3, slack=(0.0, 0.04, 0.25), threshold=0.3, mass_floor=0.3, distance="relative", group=1,
+    ),
     "mqa 16": Case(kv_heads=1, group=16, d=32, steps=15),
     "head size 256": Case(kv_heads=2, group=1, d=256, steps=20, layout="slice", kv=torch.bfloat16, ring=torch.bfloat16),
     "chained": Case(reuse="chained", layout="slice", sink=1),
@@ -322,6 +331,10 @@ def test_match_at_the_limit(threshold, query, found):
     # With a floor, a summary that has all the mass has the same limit.
     weighed = config.model_copy(update={"mass_floor": 0.25})
     assert paged.match(*args, weighed, torch.tensor([[-torch.inf]])).tolist() == [[found]]
+    # So has a request that asks for this threshold where the layer has a looser one, or for a looser one here.
+    for own, asked in ((threshold, 0.9 * threshold), (0.5 * threshold, threshold)):
+        own, slack = config.model_copy(update={"threshold": own}), torch.tensor([(1 - asked) ** 2])
+        assert paged.match(*args, own, torch.tensor([[50.0]]), slack).tolist() == [[found]]
 
 
 @pytest.mark.parametrize("scale", [0.125, 1.0, 8.0])

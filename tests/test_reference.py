@@ -163,6 +163,15 @@ def test_min_context_counts_the_token_being_decoded():
     assert pick(10, 0.0, ring, min_context=11) == 10 - 2
 
 
+def test_a_request_s_threshold_counts_where_it_is_stricter():
+    for own, slack in ((0.5, 0.0625), (0.75, 0.25), (0.75, 1.0)):
+        assert limit(8, config(threshold=own), slack) == limit(8, config(threshold=0.75))
+        assert torch.equal(limit(8, config(threshold=own), torch.tensor([slack, 0.0])), torch.tensor([1.0, 0.0]))
+    ring, rest = ring_of({18: 0.0}), torch.tensor(0.0)
+    assert match(20, torch.zeros(2), ring, config(threshold=0.0), rest, 0.01) == 18
+    assert match(20, torch.zeros(2), ring, config(threshold=0.0), rest, 0.0) == -1
+
+
 def test_the_limit_itself_is_no_match():
     # 2 d (1 - 0.5)^2 = 1 at d = 2, and the distance of (x, x) from 0 is 2 x^2.
     assert limit(2, config(threshold=0.5)) == 1.0

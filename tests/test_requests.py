@@ -2,19 +2,25 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from vllm_mac import requests
+from vllm_mac.counters import OPTED_OUT
 from vllm_mac.owners import RingOwners
 
 pytestmark = pytest.mark.cpu
 
 
-def scheduled(new=(), going_on=(), tokens=None, resumed=(), finished=(), preempted=None, verifying=()):
-    """A scheduler's output. new: `(request, computed, blocks)`. going_on: the same, blocks None for none."""
+def scheduled(new=(), going_on=(), tokens=None, resumed=(), finished=(), preempted=None, verifying=(), extra=None):
+    """A scheduler's output. new: `(request, computed, blocks)`. going_on: the same, blocks None for none.
+    extra: by request, what a client sent as vllm_xargs."""
+    params = lambda request: SimpleNamespace(extra_args=(extra or {}).get(request))
     names, computed, blocks = zip(*going_on, strict=True) if going_on else ((), (), ())
     return SimpleNamespace(
-        scheduled_new_reqs=[SimpleNamespace(req_id=r, num_computed_tokens=n, block_ids=b) for r, n, b in new],
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=r, num_computed_tokens=n, block_ids=b, sampling_params=params(r)) for r, n, b in new
+        ],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=list(names), num_computed_tokens=list(computed), new_block_ids=list(blocks), resumed_req_ids=set(resumed)
         ),
@@ -26,12 +32,12 @@ def scheduled(new=(), going_on=(), tokens=None, resumed=(), finished=(), preempt
 class Runner:
     """Rows in the order of `rows`: V1 keeps one `input_batch`, V2 makes one for each step."""
 
-    def __init__(self, v2: bool, rings: int = 4):
+    def __init__(self, v2: bool, rings: int = 4, audits: bool = False):
         self.v2, self.rows = v2, []
         if not v2:
             self.input_batch = SimpleNamespace(req_ids=self.rows)
         # The second of three KV-cache groups is MAC's.
-        requests._followed[self] = requests.Followed(RingOwners(rings, 8, (4,)), (1,))
+        requests._followed[self] = requests.Followed(RingOwners(rings, 8, (4,)), (1,), audits)
 
     def step(self, rows: list[str], output, padding: int = 0) -> requests.RowRings:
         self.rows[:] = rows
@@ -96,6 +102,60 @@ def test_a_ring_is_free_when_its_request_has_finished():
     output = scheduled([("b", 0, blocks(3, 4))], [("a", 8, None)], {"a": 1, "b": 8})
     assert runner.step(["a", "b"], output).ring.tolist() == [0, -1]
     assert runner.step(["b"], scheduled((), [("b", 8, None)], {"b": 1}, finished=["a"])).ring.tolist() == [0]
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_each_row_gets_what_its_request_asked_for(v2):
+    runner = Runner(v2, audits=True)
+    asked = {
+        "off": {"mac": "off"}, "strict": {"mac_threshold": 0.75}, "audited": {"mac": "audit", "other": 1}, "on": {"mac": "on"},
+    }  # fmt: skip
+    names = ["plain", *asked]
+    new = [(name, 0, blocks(3 * i, 3 * i + 1)) for i, name in enumerate(names, 1)]
+    first = runner.step(names, scheduled(new, tokens=dict.fromkeys(names, 8), extra=asked), padding=1)
+    assert first.ring[1] == OPTED_OUT and first.ring[5] == -1 and sorted(first.ring[[0, 2, 3, 4]]) == [0, 1, 2, 3]
+    assert first.fresh.tolist() == [True, False, True, True, True, False]
+    assert first.slack.tolist() == [1, 1, 0.0625, 1, 1, 1] and first.slack.dtype == np.float32
+    assert first.audited.tolist() == [False, False, False, True, False, False]
+    assert requests.ring_states(runner) == {"active": 4, "idle": 0, "free": 0}
+    # As long as they run, in any order; those that verify speculated tokens too.
+    order = names[::-1]
+    output = scheduled((), [(name, 8, None) for name in order], dict.fromkeys(order, 1), verifying=["off"])
+    second = runner.step(order, output)
+    assert second.ring[3] == OPTED_OUT and not second.skips.any()
+    assert second.slack.tolist() == [1, 1, 0.0625, 1, 1]
+    assert second.audited.tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_what_was_asked_for_outlasts_preemption_and_ends_with_the_request(v2):
+    runner = Runner(v2)
+    asked = {"a": {"mac": "off"}}
+    first = runner.step(["a"], scheduled([("a", 0, blocks(1, 2))], tokens={"a": 8}, extra=asked))
+    assert first.ring.tolist() == [OPTED_OUT]
+    if v2:
+        runner.step([], scheduled(preempted={"a"}))
+        resumed = scheduled([("a", 0, blocks(4, 5, 6))], tokens={"a": 9}, extra=asked)
+    else:
+        resumed = scheduled((), [("a", 0, blocks(4, 5, 6))], {"a": 9}, resumed=["a"])
+    assert runner.step(["a"], resumed).ring.tolist() == [OPTED_OUT]
+    # The name may be used again in the very step that says that the request has finished.
+    again = runner.step(["a"], scheduled([("a", 8, blocks(4, 5, 7))], tokens={"a": 1}, finished=["a"]))
+    assert again.ring[0] >= 0 and again.fresh.tolist() == [True]  # no ring was recorded over those blocks
+    runner.step([], scheduled(finished=["a"]))
+    assert not requests._followed[runner].asks
+
+
+def test_a_request_that_opted_out_takes_over_no_ring_and_lends_none():
+    runner = Runner(True, rings=1)
+    (ring,) = runner.step(["a"], scheduled([("a", 0, blocks(1, 2))], tokens={"a": 8})).ring
+    new = [("b", 8, blocks(1, 2, 3))]
+    off = {"b": {"mac": "off"}}
+    assert runner.step(["b"], scheduled(new, tokens={"b": 4}, finished=["a"], extra=off)).ring.tolist() == [OPTED_OUT]
+    assert requests.ring_states(runner) == {"active": 0, "idle": 1, "free": 0}
+    # Of a's blocks, a's ring; of those that b wrote, none.
+    found = runner.step(["c"], scheduled([("c", 12, blocks(1, 2, 3, 4))], tokens={"c": 1}, finished=["b"]))
+    assert found.ring.tolist() == [ring] and found.fresh.tolist() == [True]
 
 
 def test_dummy_batches_have_no_requests(monkeypatch):

@@ -10,6 +10,7 @@ from stub_flashinfer import gpu_backend
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_mac.config import MacConfig
+from vllm_mac.counters import OPTED_OUT
 
 pytestmark = pytest.mark.cpu
 PAGE, WINDOW, BAND = 16, 32, 16
@@ -53,6 +54,23 @@ def test_chunks_with_a_ring_are_recorded_at_the_device_s_positions(builder):
 
 
 def test_nothing_is_attended_to_where_nothing_is_recorded(builder):
-    common = batch([1, 9, 4], [90, 70, 150], [90, 70, 153])
-    assert builder._seeds(common, 1, np.array([0, -1, -1])) is None
+    common = batch([1, 9, 4, 8], [90, 70, 150, 80], [90, 70, 153, 80])
+    assert builder._seeds(common, 1, np.array([0, -1, -1, OPTED_OUT])) is None
     builder._seed_wrapper.plan.assert_not_called()
+
+
+def test_what_rows_ask_for_is_copied_only_when_it_changes(builder):
+    """Also where the batch grows and shrinks; the buffers are those that graphs read."""
+    slack, spared = torch.ones(6), torch.full((6,), -1, dtype=torch.int32)
+    told = {"slack": slack.clone().numpy(), "spared": spared.clone().numpy()}
+    vars(builder).update(decoder=SimpleNamespace(slack=slack, spared=spared), _told=told)
+    copied, rows = [], lambda *values: np.array(values, dtype=np.float32)
+    copy = torch.Tensor.copy_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", lambda to, x, **more: copied.append(x.tolist()) or copy(to, x))
+        for values in (rows(1, 1), rows(1, 1, 1, 1), rows(1, 0.25, 1), rows(1), rows(1, 0.25), rows(1, 0.25, 1, 1)):
+            builder._tell("slack", values)
+            assert slack[: len(values)].tolist() == values.tolist()
+        builder._tell("slack", rows(1, 1, 0.5))
+        builder._tell("spared", np.array([-1, -1], dtype=np.int32))
+    assert copied == [[1, 0.25, 1], [1, 1, 0.5]] and slack.tolist() == [1, 1, 0.5, 1, 1, 1]

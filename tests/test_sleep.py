@@ -130,13 +130,16 @@ def test_a_gpu_s_decoder_is_kept_with_its_first_layer(monkeypatch):
     assert decoder is not None and second.decoder is None
     buffers = {id(buffer) for buffer in model.buffers()}
     kept = [decoder._work.arrived, decoder._exact._arrived, decoder._auditor._whole._arrived, decoder._auditor._edges]
+    kept += [decoder.slack, decoder.spared]
     assert buffers == {id(x) for x in (*kept, first.counts, first.audited, second.counts, second.audited)}
     asleep = worker(monkeypatch, model, [first, second])
-    first.counts[:] = torch.arange(7)
+    first.counts[:] = torch.arange(len(first.counts))
+    decoder.slack[0], decoder.spared[1] = 0.25, 0  # written only when they change
     edges = decoder._auditor._edges.clone()
     asleep.sleep(2), asleep.wake_up()
-    assert first.counts.tolist() == list(range(7)) and not second.audited.any()
+    assert first.counts.tolist() == list(range(len(first.counts))) and not second.audited.any()
     assert not any(counter.any() for counter in kept[:3]) and torch.equal(kept[3], edges)
+    assert decoder.slack.tolist()[:2] == [0.25, 1.0] and decoder.spared.tolist()[:2] == [-1, 0]
     assert bool(first.store.query.isnan().all())  # rings are not kept
 
 

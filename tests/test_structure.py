@@ -13,9 +13,10 @@ LONGEST = 450
 CONFIG, ENGINE, BACKEND, TOOLS = range(4)
 ROOMS = {
     CONFIG: {"__init__", "config"},
-    ENGINE: {"reference", "paged", "audit", "ring", "owners", "rope", "kernels", "flashinfer_exact", "fused"},
+    ENGINE: {"reference", "paged", "audit", "counters", "ring", "owners", "rope", "kernels", "flashinfer_exact", "fused"},
     BACKEND: {
-        "backend", "capabilities", "cpu", "cuda", "layers", "metrics", "plugin", "requests", "steps", "support", "warmup",
+        "backend", "capabilities", "cpu", "cuda", "layers", "metrics", "per_request", "plugin", "requests", "steps", "support",
+        "warmup",
     },
     TOOLS: {"tools"},
 }  # fmt: skip

@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from source_tree import Tree, assigned, disagreement, fields, members, misfit, signature, statements
 from vllm_sources import VERSIONS, folder
 
-from vllm_mac import requests
+from vllm_mac import per_request, requests
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -40,7 +40,10 @@ UNTYPED = {
     "vllm.model_executor.layers.rotary_embedding.base.RotaryEmbedding": [
         "cos_sin_cache", "forward_native", "is_neox_style", "rotary_dim",
     ],
+    "vllm.config.attention.AttentionConfig": ["backend", "backend_per_kind"],
     "vllm.v1.attention.backends.registry.AttentionBackendEnum": ["get_class", "get_path"],
+    "vllm.v1.core.sched.output.NewRequestData": ["sampling_params"],
+    "vllm.v1.engine.input_processor.InputProcessor": ["_validate_params", "vllm_config"],
     "vllm.v1.worker.worker_base.WorkerBase": ["vllm_config"],
 }  # fmt: skip
 
@@ -322,6 +325,33 @@ def test_model_runners_have_what_names_the_requests_of_a_batch(vllm, module):
     else:
         assert "self.input_batch" in assigned
         assert re.search(r"def req_ids\(self\)", (worker / "gpu_input_batch.py").read_text())
+
+
+def test_requests_are_checked_where_every_front_end_makes_and_uses_its_checker(vllm):
+    """What `per_request` wraps, and that a streamed response has not begun when it is called."""
+    tree = vllm.tree
+    processor = tree.find("vllm.v1.engine.input_processor.InputProcessor")
+    assert "self.vllm_config = vllm_config" in ast.unparse(tree.member(processor, "__init__"))
+    assert list(signature(tree.member(processor, "_validate_params")).parameters)[:1] == ["params"]
+    for module, made in (("llm_engine", "LLMEngine"), (per_request.ASYNC.rpartition(".")[2], "AsyncLLM")):
+        engine = tree.find(f"vllm.v1.engine.{module}.{made}")
+        assert "self.input_processor = InputProcessor(self.vllm_config, " in ast.unparse(tree.member(engine, "__init__"))
+    calls = [x for x in ast.walk(tree.member(processor, "process_inputs")) if _calls(x, "self._validate_params")]
+    assert [ast.unparse(x.args[0]) for x in calls] == ["params"]
+    assert "sampling_params" in signature(tree.member(tree.find(f"{per_request.ASYNC}.AsyncLLM"), "generate")).parameters
+    for path in ("completion", "chat_completion"):
+        text = (vllm.path / f"vllm/entrypoints/openai/{path}/serving.py").read_text(encoding="utf-8")
+        functions = [x for x in ast.walk(ast.parse(text)) if isinstance(x, ast.AsyncFunctionDef)]
+        callers = [f for f in functions if any(_calls(x, "self.engine_client.generate") for x in ast.walk(f))]
+        own = lambda f: [x for x in ast.walk(f) if isinstance(x, ast.Yield) and x.value is not None]
+        assert callers and all(f.name.startswith("_create") for f in callers), [f.name for f in callers]
+        assert all(not _outside_nested(f, own(f)) for f in callers), "a generator starts nothing before it is asked"
+
+
+def _outside_nested(function: ast.AST, nodes: list[ast.AST]) -> list[ast.AST]:
+    nested = [x for x in ast.walk(function) if isinstance(x, ast.AsyncFunctionDef) and x is not function]
+    inside = {id(x) for f in nested for x in ast.walk(f)}
+    return [x for x in nodes if id(x) not in inside]
 
 
 def _calls(node: ast.AST, name: str) -> bool:

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from vllm_mac import audit, warmup
 from vllm_mac.config import resolve
+from vllm_mac.counters import Count
 from vllm_mac.fused import Decoder, rotation
 from vllm_mac.kernels import exact, hit, plan
 from vllm_mac.kernels.assign import assign
@@ -83,7 +84,7 @@ def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=
         paused = None if config.error_budget is None else torch.zeros(1, dtype=torch.int32, device=DEVICE)
         layers.append(SimpleNamespace(
             store=store, config=config.model_copy(update={"threshold": threshold}), rotary=rotary,
-            counts=torch.zeros(7, dtype=torch.int64, device=DEVICE), paused=paused,
+            counts=torch.zeros(len(Count), dtype=torch.int64, device=DEVICE), paused=paused,
             audited=audit.histograms(heads, DEVICE) if config.audit else None,
         ))  # fmt: skip
     table = RingTable(rings, config.window, DEVICE)

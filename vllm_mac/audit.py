@@ -1,6 +1,7 @@
 """Audits: how far reused attention is from exact attention, counted, and what follows from it.
 
-On an audited decode step the KV groups that hit are computed exactly as well. Each of their heads
+On an audited decode step the KV groups that hit are computed exactly as well; on any other step those of
+requests that asked for it (`per_request`), which count in the same histograms. Each of their heads
 adds one to three histograms of its layer: of the error `|out - exact| / |exact|` (L2 over the head
 size), of the lag `position - source` of its match, and of the length of its chain, which is the
 number of hits since the exact evaluation that it descends from, itself included.
@@ -139,7 +140,7 @@ class Audit:
         self._arrived = torch.cuda.Event() if on_gpu else None
 
     def begin_step(self) -> bool:
-        """Whether the next decode step is audited; to be called once before each."""
+        """Whether all rows of the next decode step are audited; to be called once before each."""
         if self._budgets:
             self._watch()
         self._step += 1
@@ -188,7 +189,7 @@ def tally(
     position: Tensor, ring: Tensor, hit: Tensor, source: Tensor, chain: Tensor, out: Tensor, exact: Tensor,
     edges: Tensor, counts: Tensor,
 ) -> None:
-    """Add the heads of one audited step to a layer's histograms, after the step was recorded.
+    """Add the heads of a step's audited rows to a layer's histograms, after the step was recorded.
 
     position, ring: `[B]`, as decoded; position -1: the row is padding or not audited. hit: `[B, K]`,
     nonzero where a group hit; only these count. source: `[B, H]`, position matched. chain:

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_mac import audit, paged
 from vllm_mac.capabilities import BUILDER, pinning
-from vllm_mac.layers import HIT, MISS, NO_RING, OVER_BUDGET, READ, SHORT_CONTEXT, SKIPPED
+from vllm_mac.counters import OPTED_OUT, Count
 from vllm_mac.steps import Group, Step
 from vllm_mac.support import MacImpl, MacSupport
 
@@ -116,27 +116,33 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
         # A layer over its budget records, but may read nothing of what it recorded.
         first = step.position if paused else step.first
         decoded = paged.decode(
-            step.position, query, pre_query, kv_cache, blocks, step.ring, first, mac.store, mac.config, self.scale
-        )
+            step.position, query, pre_query, kv_cache, blocks, step.ring, first, mac.store, mac.config, self.scale,
+            step.slack,
+        )  # fmt: skip
         out = decoded.out.to(query.dtype)
         length = step.position + 1
-        short = length < mac.config.min_context
-        absent = ~short & (step.ring < 0)
+        opted_out = step.ring == OPTED_OUT
+        short = ~opted_out & (length < mac.config.min_context)
+        absent = ~opted_out & ~short & (step.ring < 0)
         hits = decoded.hit.sum(1) * self.num_queries_per_kv
-        over = ~short & ~absent & paused
-        tried = ~short & ~absent & ~over
+        able = ~opted_out & ~short & ~absent
+        over, tried = able & paused, able & (not paused)
         read = decoded.read.sum()
-        mac.counts[HIT] += hits.sum()
-        mac.counts[MISS] += (self.num_heads - hits)[tried].sum()
-        mac.counts[SHORT_CONTEXT] += short.sum() * self.num_heads
-        mac.counts[NO_RING] += absent.sum() * self.num_heads
-        mac.counts[OVER_BUDGET] += over.sum() * self.num_heads
-        mac.counts[READ] += read
-        mac.counts[SKIPPED] += length.sum() * self.num_kv_heads - read
-        if step.audited:
-            exact = paged.exact(step.position, query, kv_cache, blocks, decoded.hit, self.scale)
+        mac.counts[Count.HIT] += hits.sum()
+        mac.counts[Count.MISS] += (self.num_heads - hits)[tried].sum()
+        for count, rows in (
+            (Count.REQUEST, opted_out), (Count.SHORT_CONTEXT, short), (Count.NO_RING, absent),
+            (Count.OVER_BUDGET, over),
+        ):  # fmt: skip
+            mac.counts[count] += rows.sum() * self.num_heads
+        mac.counts[Count.READ] += read
+        mac.counts[Count.SKIPPED] += length.sum() * self.num_kv_heads - read
+        if step.audited.any():
+            wanted = decoded.hit & step.audited[:, None]
+            exact = paged.exact(step.position, query, kv_cache, blocks, wanted, self.scale)
+            position = torch.where(step.audited, step.position, -1)
             audit.tally(
-                step.position, step.ring, decoded.hit, decoded.source, mac.store.chain, out, exact,
+                position, step.ring, decoded.hit, decoded.source, mac.store.chain, out, exact,
                 audit.edges(out.device), mac.audited,
             )  # fmt: skip
         return out

@@ -94,9 +94,12 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         self.config = self.served[0].config
         self.decoder = decoder_of(self.served, self.page_size, layer_names)
         self._seed_wrapper: BatchPrefillWithPagedKVCacheWrapper | None = None
-        # Position, ring and first of all rows of a batch; the decoder's hold those that decode.
+        # Position, ring and first of all rows of a batch; the decoder's hold those that decode, which come first.
         self._rows = [torch.zeros_like(self.decoder.position) for _ in range(3)]
         self._facts: dict[str, tuple[bytes, Tensor]] = {}
+        # What the decoder's buffers hold, as it was made; an earlier builder may have served.
+        self.decoder.slack.fill_(1), self.decoder.spared.fill_(-1)
+        self._told = {name: getattr(self.decoder, name).to("cpu", copy=True).numpy() for name in ("slack", "spared")}
         # Whatever else an engine runs before it serves, it makes its builders. Eager mode turns vLLM's own warm-up
         # off, but its first requests would wait for the compiler just as long.
         if vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager:
@@ -160,6 +163,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
                     mine[:decodes].copy_(all_rows[:decodes])
                 metadata.seeds = self._seeds(common, decodes, np.where(rings.skips, -1, rings.ring))
                 self._planned.record()
+            self._tell("slack", rings.slack)
+            if self.config.audit:
+                self._tell("spared", np.where(rings.audited, 0, -1).astype(np.int32))
         else:
             # A graph is recorded, and a dummy batch run, over rows that do nothing; rings stay as they are.
             for tensor in (decoder.position, decoder.ring):
@@ -194,6 +200,13 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         if name not in self._facts or self._facts[name][0] != content:
             self._facts[name] = content, torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
         return self._facts[name][1]
+
+    def _tell(self, name: str, array: np.ndarray) -> None:
+        """Put what the rows' requests ask for into the front of the decoder's buffer of that name, where it differs."""
+        told = self._told[name][: len(array)]
+        if not np.array_equal(told, array):
+            told[:] = array
+            getattr(self.decoder, name)[: len(array)].copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
 
     def _seeds(self, common: CommonAttentionMetadata, decodes: int, rings: np.ndarray) -> Seeds | None:
         """Plan the attention over the last `window` queries of each chunk that a ring records, cut to the prefix.

@@ -28,7 +28,10 @@ class Decoder:
     waits for the device, and `decode` may be captured in a CUDA graph. Calls must not overlap.
 
     position: `[rows]` int32, position that each row decodes, -1 for padding. ring, first:
-    `[rows]` int32 as `kernels.assign` writes them. All three are written by the caller.
+    `[rows]` int32 as `kernels.assign` writes them. slack: `[rows]` float32, see `decode_hits`.
+    spared: `[rows]` int32, 0 for rows whose hits are audited in every step, -1 for the others; without effect
+    where the configuration has no audits. All are written by the caller; slack and spared begin as 1 and -1, and
+    need writing only when they change.
     """
 
     def __init__(self, problem: PrefixProblem, config: MacConfig, device: torch.device):
@@ -37,6 +40,8 @@ class Decoder:
         self.warm = False  # whether `warmup` has been through it
         rows, heads, d = problem.max_rows, problem.heads, problem.head_size
         self.position, self.ring, self.first = (torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in "prf")
+        self.slack = torch.ones(rows, dtype=torch.float32, device=device)
+        self.spared = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._exact = ENGINES[config.miss_engine](problem, device)
         self._completes = isinstance(self._exact, TritonExact)
         self._work = Workspace.allocate(rows, heads, problem.kv_heads, d, device, whole=self._completes)
@@ -57,18 +62,21 @@ class Decoder:
 
     def lasting(self) -> dict[str, Tensor]:
         """By name, what a step must find as the step before left it, or as it was made: counters of arrival, which
-        are all 0 between steps, and constants. Whatever else there is, a step writes before it reads it."""
-        found = {"hits_arrived": self._work.arrived, **self._exact.lasting()}
+        are all 0 between steps, constants, and what is written when it changes. Whatever else there is, a step
+        writes before it reads it."""
+        found = {"hits_arrived": self._work.arrived, "slack": self.slack, "spared": self.spared}
+        found |= self._exact.lasting()
         if self._auditor is not None:
             found |= self._auditor.lasting()
         return found
 
     def begin_step(self, block_table: Tensor, kv: Tensor, audited: bool = False) -> None:
-        """block_table: `[B, *]` int32. kv: any layer's cache, `[blocks, K, page, 2 D]`. audited:
-        whether this step is, in a decoder whose configuration says that steps may be."""
+        """block_table: `[B, *]` int32. kv: any layer's cache, `[blocks, K, page, 2 D]`. audited: whether all rows
+        are in this step, instead of those that `spared` does not spare, in a decoder whose configuration says that
+        rows may be."""
         self._exact.begin_step(block_table, self.position[: len(block_table)], kv)
         if self._auditor is not None:
-            self._auditor.begin_step(self.position, audited)
+            self._auditor.begin_step(self.position, None if audited else self.spared)
 
     def decode(
         self, query: Tensor, kv: Tensor, block_table: Tensor, store: RingStore, config: MacConfig, rotary: Rotary,
@@ -77,8 +85,8 @@ class Decoder:
         """One layer's step: match, amend, complete; misses read their prefix.
 
         query, out: `[B, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`. block_table: that of
-        `begin_step`. config: the layer's own, whose threshold may differ. counts: `[7]` int64, see
-        `kernels.hit.COUNTERS`. audited: the layer's histograms (`audit.histograms`), added to;
+        `begin_step`. config: the layer's own, whose threshold may differ. counts: `[len(Count)]` int64, see
+        `counters.Count`. audited: the layer's histograms (`audit.histograms`), added to;
         required where steps may be audited. paused: `[1]` int32, nonzero for a layer that is not to
         match, or None for one that always may.
         """
@@ -86,8 +94,8 @@ class Decoder:
         position, ring, hit = self.position[:rows], self.ring[:rows], self._work.hit[:rows]
         rope = rotation(rotary)
         decode_hits(
-            query, position, ring, self.first[:rows], block_table, kv, store, config, self.problem.scale, self._work, out, counts,
-            **rope, paused=paused,
+            query, position, ring, self.first[:rows], self.slack[:rows], block_table, kv, store, config,
+            self.problem.scale, self._work, out, counts, **rope, paused=paused,
         )  # fmt: skip
         if self._completes:
             completion = Completion(ring, self._work, store, **rope)
@@ -101,16 +109,16 @@ class Decoder:
 
 
 class Auditor:
-    """Computes the hits of audited steps exactly, beside a decoder, and counts how far off they were.
+    """Computes the hits of audited rows exactly, beside a decoder, and counts how far off they were.
 
-    Two launches a layer, in every step, so that one CUDA graph serves all steps: in a step that
-    is not audited they find no position to work on.
+    Two launches a layer, in every step, so that one CUDA graph serves all steps: for rows that
+    are not audited they find no position to work on.
     """
 
     def __init__(self, problem: PrefixProblem, device: torch.device):
         rows, heads = problem.max_rows, problem.heads
         self._whole = TritonExact(replace(problem, band=0, sink=0), device, of_hits=True)
-        # Of the rows of an audited step; -1 throughout in any other.
+        # Of audited rows; -1 for all others.
         self._position = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._out = torch.empty(rows, heads, problem.head_size, dtype=torch.float32, device=device)
         self._lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
@@ -120,12 +128,13 @@ class Auditor:
         """See `Decoder.lasting`."""
         return {"edges": self._edges} | {f"audits_{name}": x for name, x in self._whole.lasting().items()}
 
-    def begin_step(self, position: Tensor, audited: bool) -> None:
-        """position: `[rows]` int32, all of the decoder's."""
-        if audited:
+    def begin_step(self, position: Tensor, spared: Tensor | None) -> None:
+        """position: `[rows]` int32, all of the decoder's. spared: `[rows]` int32, -1 for rows that are not audited and
+        0 for those that are; None: all are."""
+        if spared is None:
             self._position.copy_(position)
         else:
-            self._position.fill_(-1)
+            torch.bitwise_or(position, spared, out=self._position)  # -1 has all bits set
 
     def run(
         self, query: Tensor, kv: Tensor, block_table: Tensor, ring: Tensor, work: Workspace, store: RingStore, out: Tensor,

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_mac.audit import histograms
 from vllm_mac.config import MacConfig, MacConfigError, resolve
+from vllm_mac.counters import Count
 from vllm_mac.plugin import NAME
 from vllm_mac.ring import RingStore, ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
@@ -28,20 +29,15 @@ logger = init_logger("vllm.mac")
 
 HEAD_SIZES = range(32, 257)
 
-# Order of `MacLayer.counts`, which kernels add to as well.
-HIT, MISS, SHORT_CONTEXT, NO_RING, OVER_BUDGET, READ, SKIPPED = COUNTED = range(7)
-
 
 class MacLayer:
     """What MAC keeps for one `Attention` layer of one worker.
 
     config: the layer's own once it is settled, with its threshold (`MacConfig.for_layer`).
     exact: why no step of the layer uses MAC, or None when it is served; for good once `settled`.
-        Reasons that depend on the row of a batch instead (`short_context`, `no_ring`), or come and
+        Reasons that depend on the row of a batch instead (`short_context`, `no_ring`, `request`), or come and
         go (`error_budget`), are counted, not kept.
-    counts: `[7]` int64 on the layer's device, totals over decode steps: heads hit, missed,
-        exact for a short context, exact for want of a ring, exact over their error budget; KV
-        tokens read and skipped, each once per KV head.
+    counts: `[len(Count)]` int64 on the layer's device, see `counters.Count`.
     audited: the histograms of audited steps (`audit.histograms`); None where none are audited.
     paused: `[1]` int32 on the layer's device, 1 while the layer is exact over its error budget;
         None without a budget.
@@ -115,7 +111,7 @@ class MacLayer:
         if self.exact is None:
             query_dtype, out_dtype = ring_dtypes(self.config, dtype)
             check_device(query_dtype, device)
-            self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
+            self.counts = torch.zeros(len(Count), dtype=torch.int64, device=device)
             self.keep(counts=self.counts)
             if self.config.audit:
                 self.audited = histograms(self.num_heads, device)

@@ -8,7 +8,8 @@ and value of one token for one KV head, so that read + skipped is what full atte
     vllm_mac_exact_total{reason}                             query heads, over all layers
     vllm_mac_rings{state="active|idle|free"}                 rings, each serving all layers
 
-Where `audit` is above 0, of the query heads that hit in audited steps, histograms as Prometheus
+Where `audit` is above 0, of the query heads that hit in audited steps, or in any step of a request that asked for
+audits (`per_request`), histograms as Prometheus
 has them (`_bucket{layer, le}`, cumulative, and `_count{layer}`), which `histograms` reads back.
 What audits read is in none of the counters above.
 
@@ -23,6 +24,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
+
+from vllm_mac.counters import REASONS, Count
 
 if TYPE_CHECKING:
     from vllm_mac.layers import MacLayer
@@ -76,17 +79,11 @@ def counters(worker) -> list[Sample]:
 
 def _layer(layer: MacLayer) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Heads by outcome, KV tokens by kind and exact heads by reason of one layer."""
-    from vllm_mac.layers import HIT, MISS, NO_RING, OVER_BUDGET, READ, SHORT_CONTEXT, SKIPPED
-
     if layer.exact is None:
         counts = layer.counts.tolist()
-        reasons = {
-            "short_context": counts[SHORT_CONTEXT],
-            "no_ring": counts[NO_RING],
-            "error_budget": counts[OVER_BUDGET],
-        }
-        heads = {"hit": counts[HIT], "miss": counts[MISS], "exact": sum(reasons.values())}
-        return heads, {"read": counts[READ], "skipped": counts[SKIPPED]}, reasons
+        reasons = {reason: counts[count] for count, reason in REASONS.items()}
+        heads = {"hit": counts[Count.HIT], "miss": counts[Count.MISS], "exact": sum(reasons.values())}
+        return heads, {"read": counts[Count.READ], "skipped": counts[Count.SKIPPED]}, reasons
     group = layer.group
     decoded, read = 0, 0
     if group is not None:

@@ -86,7 +86,8 @@ class RingOwners:
         """Note what a step changes, in the scheduler's words, and give rings to those who need one.
 
         ended: requests that are finished or preempted. lengths: tokens of each scheduled request after
-        the step; upper bounds will do.
+        the step; upper bounds will do. A request that is to hold no ring is left out of it, and only of it: blocks
+        are its own like any other's.
         """
         self._step += 1
         arrived = list(arrived)

@@ -67,13 +67,14 @@ def attend(
 
 
 def match(
-    position: Tensor, pre_query: Tensor, ring: Tensor, first: Tensor, store: RingStore, config: MacConfig, rest_lse: Tensor
+    position: Tensor, pre_query: Tensor, ring: Tensor, first: Tensor, store: RingStore, config: MacConfig,
+    rest_lse: Tensor, slack: Tensor | None = None,
 ) -> Tensor:
     """`[B, H]` position whose summary each head may reuse, or -1 (`reference.match`).
 
     position, ring, first: `[B]` int64; pre_query: `[B, H, D]` float32. rest_lse: `[B, H]`, over band
-    and sink.
-    """
+    and sink. slack: `[B]` float32, see `reference.limit`; None: 1 for all.
+    """  # fmt: skip
     rows, heads, d = pre_query.shape
     window = config.window
     index = torch.clamp(ring, min=0)
@@ -83,9 +84,8 @@ def match(
     p = position[:, None] - 1 - (position[:, None] - 1 - slot) % window
     usable = (ring[:, None] >= 0) & (p >= first[:, None]) & (p + 1 - config.band > config.sink)
     usable &= position[:, None] + 1 >= config.min_context
-    bound = limit(d, config)
-    if config.distance == "relative":
-        bound = limit((pre_query**2).sum(-1, keepdim=True), config)
+    size = (pre_query**2).sum(-1, keepdim=True) if config.distance == "relative" else float(d)
+    bound = limit(size, config, 1.0 if slack is None else slack[:, None, None])
     usable = usable[:, None] & (distance < bound * relief(0.0, config))
     if config.max_chain is not None:
         usable &= store.chain[index] < config.max_chain
@@ -111,12 +111,13 @@ def decode(
     store: RingStore,
     config: MacConfig,
     scale: float,
+    slack: Tensor | None = None,
 ) -> Decoded:
     """Decode one token of each row and record it in the row's ring, where it has one.
 
     position: `[B]` int64, the position decoded (its KV is in the cache already). query and
     pre_query: `[B, H, D]`, after and before RoPE. block_table: `[B, *]`. ring, first: as
-    `RingTable.assign` gives them. Rows without a ring are exact.
+    `RingTable.assign` gives them. slack: as for `match`. Rows without a ring are exact.
     """
     rows, heads, d = query.shape
     kv_heads = kv.shape[1]
@@ -125,7 +126,7 @@ def decode(
     empty = torch.full_like(grouped[..., 0], -torch.inf)
     prefix = Partial(torch.zeros_like(grouped), empty)
     rest = band_and_sink(position, query, kv, block_table, config, scale)
-    source = match(position, pre_query, ring, first, store, config, rest.lse)
+    source = match(position, pre_query, ring, first, store, config, rest.lse, slack)
     hit = (source >= 0).view(rows, kv_heads, -1).all(-1)
 
     reused = source.view(rows, kv_heads, -1)

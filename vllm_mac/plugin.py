@@ -25,6 +25,7 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`."""
     _guarded(_register_name)
     _guarded(_honour_on_cpu)
+    _guarded(_check_requests)
 
 
 def _guarded(step) -> None:
@@ -38,6 +39,12 @@ def _guarded(step) -> None:
             "--attention-backend MAC is unknown to it. The versions that fit are in README.",
             __version__,
         )
+
+
+def _check_requests() -> None:
+    from vllm_mac.per_request import check_requests
+
+    check_requests()
 
 
 def _register_name() -> None:

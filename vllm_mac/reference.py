@@ -95,13 +95,15 @@ def split(m: int, config: MacConfig) -> tuple[int, int]:
     return sink_end, max(m + 1 - config.band, sink_end)
 
 
-def limit(size: float, config: MacConfig) -> float:
+def limit(size: float, config: MacConfig, slack: float = 1.0) -> float:
     """Squared distance under which a match is accepted: `2 size (1 - threshold)^2`.
 
     size: `d`, the squared norm of a standard normal query, or with `distance: relative` that of
-    the query itself. A tensor of any shape gives one of limits.
+    the query itself. slack: the most that `(1 - threshold)^2` may be, for a request that asked for a
+    threshold of its own. Tensors that broadcast give one of limits.
     """
-    return 2.0 * size * (1.0 - config.threshold) ** 2
+    own = (1.0 - config.threshold) ** 2
+    return 2.0 * size * (slack.clamp(max=own) if isinstance(slack, Tensor) else min(own, slack))
 
 
 def relief(mass, config: MacConfig):
@@ -116,7 +118,9 @@ def relief(mass, config: MacConfig):
     return ((1.0 + config.mass_floor) / (mass + config.mass_floor)) ** 2
 
 
-def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Tensor) -> int:
+def match(
+    m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Tensor, slack: float = 1.0
+) -> int:
     """Position whose summary the head may reuse at position `m`, or -1.
 
     pre_query: `[d]`, before RoPE. rest_lse: LSE over what is read anyway, band and sink. Candidates
@@ -130,7 +134,7 @@ def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Te
     if m + 1 < config.min_context:
         return -1
     size = float((pre_query**2).sum()) if config.distance == "relative" else pre_query.shape[-1]
-    bound = limit(size, config)
+    bound = limit(size, config, slack)
     best, best_score = -1, torch.inf
     for p in range(m - 1, max(m - config.window, 0) - 1, -1):
         entry = ring.get(p)
@@ -161,11 +165,12 @@ def decode(
     rings: list[Ring],
     config: MacConfig,
     scale: float,
+    slack: float = 1.0,
 ) -> Step:
     """Decode position `m` of one KV group and record it in the group's rings (in place).
 
     query and pre_query: `[G, d]`, after and before RoPE. key and value: `[T, d]`, `T > m`.
-    The group hits only when all its heads match: its keys are read once for all of them, so
+    slack: see `limit`. The group hits only when all its heads match: its keys are read once for all of them, so
     one miss pays for the whole group, and the whole group is then exact.
     """
     sink_end, band_start = split(m, config)
@@ -174,7 +179,7 @@ def decode(
         band = attend(q, key, value, band_start, m + 1, scale)
         rests.append(merge(band, attend(q, key, value, 0, sink_end, scale)))
     heads = zip(pre_query, rings, rests, strict=True)
-    source = [match(m, pre, ring, config, rest.lse) for pre, ring, rest in heads]
+    source = [match(m, pre, ring, config, rest.lse, slack) for pre, ring, rest in heads]
     hit = min(source) >= 0
     outs = []
     for q, pre, ring, p, rest in zip(query, pre_query, rings, source, rests, strict=True):

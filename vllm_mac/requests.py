@@ -11,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,8 +20,10 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_mac.counters import OPTED_OUT
 from vllm_mac.layers import mac_layers
 from vllm_mac.owners import Arrival, Growth, RingOwners
+from vllm_mac.per_request import NOTHING, Ask, read
 
 RUNNERS = {False: "vllm.v1.worker.gpu_model_runner", True: "vllm.v1.worker.gpu.model_runner"}  # V1, V2
 
@@ -35,20 +37,31 @@ class Batch:
     inputs: object = None
 
 
-class Followed(NamedTuple):
-    """What is kept of a runner. groups: its KV-cache groups that hold a layer which MAC serves."""
+@dataclass
+class Followed:
+    """What is kept of a runner. groups: its KV-cache groups that hold a layer which MAC serves. audits: whether hits
+    may be audited. asks: of running requests that asked for something, what."""
 
     owners: RingOwners
     groups: tuple[int, ...]
+    audits: bool = False
+    asks: dict[str, Ask] = field(default_factory=dict)
 
 
 class RowRings(NamedTuple):
-    """Of each row of a batch: its request's ring, -1 for none (int32); whether the request has just been given it,
-    with nothing in it; and whether the row neither reads nor records, as those that verify speculated tokens do."""
+    """What each row of a batch may do, by its request.
+
+    ring: `[B]` int32, the request's ring, -1 for none, `OPTED_OUT` for none because the request wants none.
+    fresh: `[B]` bool, whether it has just been given the ring, with nothing in it. skips: `[B]` bool, whether the row
+    neither reads nor records, as those that verify speculated tokens do. slack: `[B]` float32, see `reference.limit`.
+    audited: `[B]` bool, whether the request asked that its hits are audited.
+    """
 
     ring: np.ndarray
     fresh: np.ndarray
     skips: np.ndarray
+    slack: np.ndarray
+    audited: np.ndarray
 
 
 _batch: Batch | None = None
@@ -92,14 +105,19 @@ def executing() -> bool:
 
 
 def row_rings(common: CommonAttentionMetadata) -> RowRings:
-    """The rings of a batch's rows; none where no batch of requests is being executed."""
+    """What a batch's rows may do; nothing where no batch of requests is being executed."""
     rows = common.num_reqs
-    rings = RowRings(np.full(rows, -1, dtype=np.int32), np.zeros(rows, dtype=bool), np.zeros(rows, dtype=bool))
+    no = lambda: np.zeros(rows, dtype=bool)
+    rings = RowRings(np.full(rows, -1, dtype=np.int32), no(), no(), np.ones(rows, dtype=np.float32), no())
     if _batch is not None:
-        owners, verifying = _followed[_batch.runner].owners, _batch.scheduled.scheduled_spec_decode_tokens
+        followed, verifying = _followed[_batch.runner], _batch.scheduled.scheduled_spec_decode_tokens
         for row, request in enumerate(_batch.inputs.req_ids):  # without the padding at the end
-            rings.ring[row], rings.fresh[row] = owners.ring(request)
+            rings.ring[row], rings.fresh[row] = followed.owners.ring(request)
             rings.skips[row] = request in verifying
+            if (ask := followed.asks.get(request)) is not None:
+                rings.slack[row], rings.audited[row] = ask.slack, ask.audited
+                if ask.exact:
+                    rings.ring[row], rings.skips[row] = OPTED_OUT, False
     return rings
 
 
@@ -135,13 +153,22 @@ def _make(runner) -> Followed | None:
     sizes = tuple(all_groups[i].kv_cache_spec.block_size for i in groups)
     # With pipeline stages that many batches are in flight, each with its own requests.
     stages = runner.vllm_config.parallel_config.pipeline_parallel_size
-    return Followed(RingOwners(len(served[0].store.query), served[0].config.min_context, sizes, stages), groups)
+    owners = RingOwners(len(served[0].store.query), served[0].config.min_context, sizes, stages)
+    return Followed(owners, groups, served[0].audited is not None)
 
 
 def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
     """Tell the owners what the scheduler says of a step."""
     of_groups = lambda blocks: tuple(blocks[i] for i in followed.groups)
-    going_on = scheduled.scheduled_cached_reqs
+    going_on, asks = scheduled.scheduled_cached_reqs, followed.asks
+    for request in scheduled.finished_req_ids:
+        asks.pop(request, None)
+    for x in scheduled.scheduled_new_reqs:
+        asks.pop(x.req_id, None)
+        # Pooling requests have no such parameters. What the front end has not refused can be read.
+        ask = read(x.sampling_params.extra_args if x.sampling_params else None, followed.audits)
+        if ask != NOTHING:
+            asks[x.req_id] = ask
     arrived = [Arrival(x.req_id, x.num_computed_tokens, of_groups(x.block_ids)) for x in scheduled.scheduled_new_reqs]
     grown, length = [], {x.req_id: x.num_computed_tokens for x in scheduled.scheduled_new_reqs}
     for request, blocks, computed in zip(
@@ -156,5 +183,9 @@ def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
         {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())},
         arrived,
         grown,
-        {request: length[request] + tokens for request, tokens in scheduled.num_scheduled_tokens.items()},
+        {
+            request: length[request] + tokens
+            for request, tokens in scheduled.num_scheduled_tokens.items()
+            if not asks.get(request, NOTHING).exact  # whose blocks are noted, as all are
+        },
     )

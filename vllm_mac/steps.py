@@ -17,7 +17,7 @@ from vllm_mac.ring import RingTable
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """One row of several tokens, prefilled or verifying speculated ones: tokens `[begin, end)` of the
-    batch, from position `start` on, recorded in `ring` (-1: nowhere)."""
+    batch, from position `start` on, recorded in `ring` (below 0: nowhere)."""
 
     row: int
     begin: int
@@ -31,8 +31,9 @@ class Step:
     """What the rows of a batch do; tensors `[B]` int64 over the rows of one token.
 
     row: row of the block table. token: index of the row's token in the batch. position: its
-    position. ring, first: see `RingTable.assign`. chunks: the other rows. audited: whether the
-    hits of this step are.
+    position. ring: its ring, or below 0 for none, see `requests.RowRings`. first: see `RingTable.assign`.
+    slack: `[B]` float32, see `reference.limit`. audited: `[B]` bool, whether the row's hits are.
+    chunks: the other rows.
     """
 
     row: Tensor
@@ -40,8 +41,9 @@ class Step:
     position: Tensor
     ring: Tensor
     first: Tensor
+    slack: Tensor
+    audited: Tensor
     chunks: list[Chunk]
-    audited: bool
 
 
 class Group:
@@ -64,7 +66,7 @@ class Group:
         self._audit = Audit(served[0].config, served) if served else None
 
     def begin_decodes(self) -> bool:
-        """Whether the decode step about to be planned is audited; to be called once for each."""
+        """Whether all rows of the decode step about to be planned are audited; to be called once for each."""
         return self._audit is not None and self._audit.begin_step()
 
     @property
@@ -92,7 +94,7 @@ class Group:
         self._tally(length[decodes].numpy())
         if self.table is None:
             return None
-        ring, fresh, skips = (torch.from_numpy(x) for x in row_rings(common))
+        ring, fresh, skips, slack, audited = (torch.from_numpy(x) for x in row_rings(common))
         first = self.table.assign(start, length, ring.long(), fresh, prefilling, skips)
         ring = torch.where(skips, -1, ring.long())
         row = decodes.nonzero()[:, 0]
@@ -100,8 +102,9 @@ class Group:
             Chunk(r, int(begin[r]), int(begin[r + 1]), int(start[r]), int(ring[r]))
             for r in ((count > 0) & ~decodes).nonzero()[:, 0].tolist()
         ]
-        audited = len(row) > 0 and self.begin_decodes()
-        return Step(row, begin[row], start[row], ring[row], first[row], chunks, audited)
+        if len(row) and self.begin_decodes():
+            audited = torch.ones_like(audited)
+        return Step(row, begin[row], start[row], ring[row], first[row], slack[row], audited[row], chunks)
 
     def tally_host(self, common: CommonAttentionMetadata) -> None:
         """Count a batch from what the CPU knows of it (lengths may be upper bounds)."""

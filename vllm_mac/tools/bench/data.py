@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vllm_mac import audit, paged
 from vllm_mac.tools.bench import BenchError
 from vllm_mac.config import MacConfig
+from vllm_mac.counters import Count
 from vllm_mac.ring import RingStore, narrow, ring_dtypes
 from vllm_mac.rope import Rotary
 
@@ -128,7 +129,7 @@ def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: 
         store.out.normal_(0, 0.1, generator=draw)
         store.lse.normal_(math.log(config.band) + 2, 0.5, generator=draw)
         query = normal(rows, shape.heads, shape.head_size).to(shape.dtype)
-        counts = torch.zeros(7, dtype=torch.int64, device=device)
+        counts = torch.zeros(len(Count), dtype=torch.int64, device=device)
         audited = audit.histograms(shape.heads, device) if config.audit else None
         made.append(Layer(query, caches[i % len(caches)], store, torch.full_like(query, math.nan), counts, audited))
     # The slot that the step writes is the oldest position's: out of reach, or the second replay of
@@ -216,7 +217,7 @@ class Realised:
 
 
 def expected_counts(step: Step, layer: Layer) -> list[int]:
-    """The counters of one step of a layer, see `kernels.hit.COUNTERS`."""
+    """The counters of one step of a layer, see `counters.Count`."""
     shape, config = step.shape, step.config
     grouped = layer.source.view(shape.batch, shape.kv_heads, -1)
     hit = (grouped >= 0).all(-1)
@@ -225,8 +226,9 @@ def expected_counts(step: Step, layer: Layer) -> list[int]:
     read = int(torch.where(hit, shape.context - begin + config.sink, everything).sum())
     heads_hit = int(hit.sum()) * grouped.shape[-1]
     rest = layer.source.numel() - heads_hit
-    short = shape.context < config.min_context
-    return [heads_hit, 0 if short else rest, rest if short else 0, 0, 0, read, int(everything.sum()) - read]
+    missed = Count.SHORT_CONTEXT if shape.context < config.min_context else Count.MISS
+    counts = {Count.HIT: heads_hit, missed: rest, Count.READ: read, Count.SKIPPED: int(everything.sum()) - read}
+    return [counts.get(count, 0) for count in Count]
 
 
 def realised(step: Step) -> Realised:
@@ -236,7 +238,7 @@ def realised(step: Step) -> Realised:
     grouped = source.view(*source.shape[:2], shape.kv_heads, -1)
     hit = (grouped >= 0).all(-1)
     mean = lambda x: float(x.double().mean()) if x.numel() else None
-    read = sum(expected_counts(step, layer)[-2] for layer in step.layers) / len(step.layers)
+    read = sum(expected_counts(step, layer)[Count.READ] for layer in step.layers) / len(step.layers)
     store = step.layers[0].store
     query, out = (part.dtype.itemsize * shape.head_size for part in (store.query, store.out))
     heads = shape.batch * shape.heads

@@ -1,0 +1,79 @@
+"""What an OpenAI client is told of what it asks of MAC: one server, whose engine is in a process of its own."""
+
+import json
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from test_plugin import healthy, server
+from tiny_models import write
+
+pytestmark = pytest.mark.cpu
+CONFIG = {"mac": {"window": 32, "band": 16, "min_context": 64, "threshold": 0.0}}  # without audits
+TEMPLATE = Path(__file__).resolve().parent.parent / "examples" / "testbed" / "chat_template.jinja"
+PROMPT = "tell me more " * 12
+REFUSED = [
+    ({"mac": "maybe"}, "mac: received 'maybe' (str); must be one of 'on', 'off', 'audit'"),
+    ({"mac": 1}, "mac: received 1 (int); must be one of 'on', 'off', 'audit'"),
+    ({"mac_threshold": 1.5}, "mac_threshold: received 1.5 (float); must be a number from 0 to 1"),
+    ({"mac_threshold": "0.9"}, "mac_threshold: received '0.9' (str); must be a number from 0 to 1"),
+    ({"mac_treshold": 0.9}, "mac_treshold: unknown key, received 0.9 (float); did you mean 'mac_threshold'?"),
+    ({"mac": "audit"}, "mac: received 'audit', for which there are no buffers, as the engine was started with audit at 0;"),
+]
+TAKEN = [None, {"mac": "on"}, {"mac": "off"}, {"mac_threshold": 1}, {"mac_threshold": 0.5, "mac": "on"}, {"other": "x"}]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    from openai import OpenAI
+
+    folder = tmp_path_factory.mktemp("server")
+    model = write("llama", folder)
+    shutil.copy(TEMPLATE, model)
+    with server(model, folder / "log", CONFIG) as (process, port):
+        assert healthy(process, port), (folder / "log").read_text()
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            yield client
+
+
+def ask(client, kind: str, stream: bool, sent: dict | None, **more) -> str:
+    """The reply to a greedy request."""
+    options = {"model": "tiny", "max_tokens": 12, "temperature": 0, "stream": stream, **more}
+    options["extra_body"] = {"ignore_eos": True} | ({} if sent is None else {"vllm_xargs": sent})
+    if kind == "chat":
+        done = client.chat.completions.create(messages=[{"role": "user", "content": PROMPT}], **options)
+        text = (lambda choice: choice.delta.content or "") if stream else (lambda choice: choice.message.content)
+    else:
+        done = client.completions.create(prompt=PROMPT, **options)
+        text = lambda choice: choice.text
+    return "".join(text(choice) for chunk in (done if stream else [done]) for choice in chunk.choices)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_requests_are_refused_before_anything_is_sent(client, kind, stream):
+    from openai import BadRequestError
+
+    for sent, text in REFUSED:
+        with pytest.raises(BadRequestError) as refused:
+            ask(client, kind, stream, sent)
+        assert refused.value.status_code == 400 and refused.value.param == "vllm_xargs"
+        assert text in refused.value.body["message"], refused.value.body
+    for sent in TAKEN:
+        assert ask(client, kind, stream, sent)
+    # Several replies are one request, and "off" and a threshold of 1 are both exact.
+    assert ask(client, kind, stream, {"mac": "off"}, n=2, temperature=1)
+    assert ask(client, kind, stream, {"mac": "off"}) == ask(client, kind, stream, {"mac_threshold": 1})
+
+
+def test_what_is_no_number_is_refused(client):
+    """Python's JSON has NaN, OpenAI's client does not send it."""
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1, "vllm_xargs": {"mac_threshold": float("nan")}}
+    request = urllib.request.Request(
+        f"{client.base_url}completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 400 and "mac_threshold: received nan (float)" in refused.value.read().decode()

@@ -1,0 +1,160 @@
+"""What a request may ask of MAC, and where that is checked.
+
+A client sends it as `vllm_xargs` of an OpenAI request (`extra_body={"vllm_xargs": {...}}` with OpenAI's Python
+client), a program as `SamplingParams(extra_args={...})`:
+
+    {"mac": "on"}               what every request gets that asks for nothing
+    {"mac": "off"}              the request is decoded exactly: it holds no ring, and neither reads nor writes one.
+                                Its heads are counted under the reason `request`.
+    {"mac": "audit"}            the hits of all its decode steps are computed exactly too, and counted in the
+                                histograms of errors, lags and chains, by which `error_budget` judges as well. For
+                                servers that are started with `audit` above 0; others have no buffers for it.
+    {"mac_threshold": 0.95}     its matches need at least this threshold, a number from 0 to 1. A layer whose own
+                                threshold is stricter keeps that. 1 reuses nothing, but still records.
+
+Any other key that begins with "mac" is an error, as are other values: HTTP 400, or ValueError in process. Both are
+found before the engine sees the request. Keys that do not begin with "mac" are not MAC's. Without MAC as attention
+backend vLLM ignores all of these, as it ignores every key that nobody reads.
+
+What other requests left in the prefix cache is read as it is: KV of a reply that was decoded with reuse is not computed
+anew for a request that is decoded exactly. The ring that a request takes over with such a prefix may have been recorded
+under a looser threshold. vLLM itself drops `vllm_xargs` in beam search, and makes 1 and 0 of JSON's `true` and `false`
+in them, so that `{"mac_threshold": true}` is a threshold of 1.
+"""
+
+import difflib
+import functools
+import inspect
+import reprlib
+import sys
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_mac.config import resolve
+from vllm_mac.plugin import NAME
+
+MODE, THRESHOLD = KEYS = ("mac", "mac_threshold")
+ON, OFF, AUDIT = MODES = ("on", "off", "audit")
+ASYNC = "vllm.v1.engine.async_llm"
+
+
+class Ask(NamedTuple):
+    """What one request asked for.
+
+    exact: to be decoded exactly. audited: that its hits are audited in every step. slack: the most that
+    `(1 - threshold)^2` may be (`reference.limit`).
+    """
+
+    exact: bool = False
+    audited: bool = False
+    slack: float = 1.0
+
+
+NOTHING = Ask()
+
+
+class RequestError(VLLMValidationError, ValueError):
+    """A request asks for what there is not. The message lists every problem found."""
+
+
+def read(extra_args: Mapping | None, audits: bool) -> Ask:
+    """What a request asks for. audits: whether there are buffers for audits. Raises RequestError."""
+    if not extra_args:
+        return NOTHING
+    problems = []
+    for key in extra_args:
+        if isinstance(key, str) and key.lower().startswith(MODE) and key not in KEYS:
+            close = difflib.get_close_matches(key.lower(), KEYS, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            received = _show(extra_args[key])
+            problems.append(f"{key}: unknown key, received {received}; {hint}must be one of {', '.join(KEYS)}")
+    mode, threshold = extra_args.get(MODE, ON), extra_args.get(THRESHOLD, 0.0)
+    if mode not in MODES:
+        problems.append(f"{MODE}: received {_show(mode)}; must be one of {', '.join(map(repr, MODES))}")
+    elif mode == AUDIT and not audits:
+        problems.append(
+            f"{MODE}: received {AUDIT!r}, for which there are no buffers, as the engine was started with audit at 0; "
+            "start it with --additional-config '{\"mac\": {\"audit\": 0.01}}' or another audit above 0, "
+            f"or choose from {ON!r}, {OFF!r}"
+        )
+    # bool is an int to Python. NaN is in no range.
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not number or not 0 <= threshold <= 1:
+        problems.append(f"{THRESHOLD}: received {_show(threshold)}; must be a number from 0 to 1")
+    if problems:
+        raise RequestError("; ".join(problems), parameter="vllm_xargs")
+    return Ask(mode == OFF, mode == AUDIT, (1.0 - threshold) ** 2)
+
+
+def _show(value: object) -> str:
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+def chosen(vllm_config: VllmConfig) -> bool:
+    """Whether some kind of attention layer of an engine has MAC as its backend."""
+    attention = vllm_config.attention_config
+    backends = (attention.backend, *attention.backend_per_kind.values())
+    return any(backend is not None and backend.name == NAME for backend in backends)
+
+
+def check_requests() -> None:
+    """Have every front end of an engine with MAC check what requests ask for; once a process.
+
+    vLLM has no place where a backend may check a request's parameters. So the object that checks them is wrapped where
+    it is made, in the process that takes requests. The wrapping goes when vLLM lets backends check `extra_args`.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.__init__
+    if hasattr(original, "checked_by_mac"):
+        return
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if chosen(self.vllm_config):
+            _check_parameters(self)
+            _check_before_streaming()
+
+    __init__.checked_by_mac = True
+    InputProcessor.__init__ = __init__
+
+
+def _check_parameters(processor) -> None:
+    audits = resolve((processor.vllm_config.additional_config or {}).get("mac")).audit > 0
+    validate = processor._validate_params
+
+    def check(params: object) -> None:
+        if isinstance(params, SamplingParams):
+            read(params.extra_args, audits)
+
+    @functools.wraps(validate)
+    def _validate_params(params, *args, **kwargs):
+        check(params)
+        return validate(params, *args, **kwargs)
+
+    processor.mac_check, processor._validate_params = check, _validate_params
+
+
+def _check_before_streaming() -> None:
+    """`AsyncLLM.generate` looks at nothing before its first output is asked for, when a streamed response has begun
+    and its status has been sent. Its module is there if it is used at all: importing it takes 0.4 s."""
+    module = sys.modules.get(ASYNC)
+    if module is None or hasattr(module.AsyncLLM.generate, "checked_by_mac"):
+        return
+    original = module.AsyncLLM.generate
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def generate(self, *args, **kwargs):
+        check = getattr(self.input_processor, "mac_check", None)
+        if check is not None:
+            check(signature.bind(self, *args, **kwargs).arguments["sampling_params"])
+        return original(self, *args, **kwargs)
+
+    generate.checked_by_mac = True
+    module.AsyncLLM.generate = generate
