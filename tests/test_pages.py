@@ -18,7 +18,7 @@ import pytest
 import typer
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_mac.config import resolve
@@ -63,15 +63,18 @@ def _split(words: list[str]) -> list[list[str]]:
 def folder(tmp_path, monkeypatch):
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def check_vllm(words: list[str]) -> None:
-    kind, *arguments = words
-    assert kind == "serve", words
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-    validate_parsed_serve_args(parsed)
+    assert words[0] == "serve", words
+    whole = FlexibleArgumentParser(prog="vllm")
+    command = ServeSubcommand()
+    command.subparser_init(whole.add_subparsers(dest="subparser"))
+    parsed = whole.parse_args(words)
+    command.validate(parsed)
     check_config(parsed.additional_config or {})
 
 
@@ -106,6 +109,10 @@ def check_pip(words: list[str]) -> None:
         assert words[1] in ("matplotlib", ".")
 
 
+def check_docker(words: list[str]) -> None:
+    assert words[:2] == ["compose", "-f"] and (ROOT / words[2]).is_file(), words
+
+
 def check_curl(words: list[str]) -> None:
     assert any(re.search(r"localhost:\d+/(metrics|v1/\w+)", word) for word in words), words
 
@@ -117,6 +124,7 @@ PROGRAMS = {
     "python": check_python,
     "pip": check_pip,
     "curl": check_curl,
+    "docker": check_docker,
     "git": lambda words: None if words[:2] == ["clone", "REPOSITORY"] else pytest.fail(f"git {words}"),
     "cd": lambda words: None if words == ["vllm-mac"] else pytest.fail(f"cd {words}"),
     "grep": lambda words: None if words == ["^vllm_mac"] else pytest.fail(f"grep {words}"),

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cpu
     [
         (None, NOTHING),
         ({}, NOTHING),
-        ({"session_id": "x", "logit_cap": 3}, NOTHING),
+        ({"session_id": "x", "machine_id": 3, "macro": 1, "max": 2}, NOTHING),
         ({"mac": "on"}, NOTHING),
         ({"mac_threshold": 0}, NOTHING),
         ({"mac": "off"}, Ask(exact=True)),
@@ -48,6 +48,7 @@ def test_what_may_be_asked_for(sent, asked):
         ({"mac_threshold": None}, ["mac_threshold: received None"]),
         ({"mac_treshold": 0.9}, ["mac_treshold: unknown key, received 0.9 (float); did you mean 'mac_threshold'?"]),
         ({"Mac": "off"}, ["Mac: unknown key, received 'off' (str); did you mean 'mac'? must be one of mac, mac_"]),
+        ({"macthreshold": 1}, ["macthreshold: unknown key, received 1 (int); did you mean 'mac_threshold'?"]),
         ({"mac_audit_everything": 1}, ["mac_audit_everything: unknown key, received 1 (int); "]),
         ({"mac": "of", "mac_threshold": 2}, ["mac: received 'of'", "mac_threshold: received 2"]),
     ],

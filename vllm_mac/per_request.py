@@ -12,9 +12,9 @@ client), a program as `SamplingParams(extra_args={...})`:
     {"mac_threshold": 0.95}     its matches need at least this threshold, a number from 0 to 1. A layer whose own
                                 threshold is stricter keeps that. 1 reuses nothing, but still records.
 
-Any other key that begins with "mac" is an error, as are other values: HTTP 400, or ValueError in process. Both are
-found before the engine sees the request. Keys that do not begin with "mac" are not MAC's. Without MAC as attention
-backend vLLM ignores all of these, as it ignores every key that nobody reads.
+A key that looks like these (`mac_x`, `Mac`, `macthreshold`) is an error, as are other values: HTTP 400, or ValueError in
+process. Both are found before the engine sees the request. Without MAC as attention backend vLLM ignores all of these, as
+it ignores every key that nobody reads.
 
 What other requests left in the prefix cache is read as it is: KV of a reply that was decoded with reuse is not computed
 anew for a request that is decoded exactly. The ring that a request takes over with such a prefix may have been recorded
@@ -25,6 +25,7 @@ in them, so that `{"mac_threshold": true}` is a threshold of 1.
 import difflib
 import functools
 import inspect
+import re
 import reprlib
 import sys
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ def read(extra_args: Mapping | None, audits: bool) -> Ask:
         return NOTHING
     problems = []
     for key in extra_args:
-        if isinstance(key, str) and key.lower().startswith(MODE) and key not in KEYS:
+        if isinstance(key, str) and _looks_like_ours(key) and key not in KEYS:
             close = difflib.get_close_matches(key.lower(), KEYS, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             received = _show(extra_args[key])
@@ -88,6 +89,12 @@ def read(extra_args: Mapping | None, audits: bool) -> Ask:
     if problems:
         raise RequestError("; ".join(problems), parameter="vllm_xargs")
     return Ask(mode == OFF, mode == AUDIT, (1.0 - threshold) ** 2)
+
+
+def _looks_like_ours(key: str) -> bool:
+    """`Mac`, `mac_x`, `mac-threshold`, `macthreshold`; not `machine_id`, which is somebody else's."""
+    lower = key.lower()
+    return bool(re.fullmatch(r"mac([-_. ].*)?", lower)) or bool(difflib.get_close_matches(lower, KEYS, 1, cutoff=0.8))
 
 
 def _show(value: object) -> str:
