@@ -131,6 +131,21 @@ def test_what_is_refused_is_refused_with_its_reason(classes, platform, name, dec
     assert backend.validate_configuration(*values) == reasons
 
 
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+@pytest.mark.parametrize("block_size", [8, 16, 24, 32, 48, 64, 128, 400])
+def test_block_sizes_foreseen_are_those_that_classes_take(classes, platform, block_size):
+    """`startup` must not import the GPU's class: FlashInfer's import begins with the GPU."""
+    reason = capabilities.refused_block_size(block_size, {"gpu": "cuda"}.get(platform, platform))
+    assert classes[platform][0].supports_block_size(block_size) == (reason is None)
+    assert reason is None or f"--block-size is {block_size}" in reason
+
+
+def test_what_a_user_chose_can_be_undone():
+    """Of the refusals that are no property of the model, each says what to leave out."""
+    of_the_model = {"use_mm_prefix", "use_per_head_quant_scales", "use_rswa"}
+    assert {one.asked for one in BACKEND.values() if one.asked and one.cure is None} == of_the_model
+
+
 def test_large_pages_are_not_offered(classes, monkeypatch):
     backend = classes["gpu"][0]
     base = backend.__mro__[2]

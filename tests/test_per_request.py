@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_mac import per_request
+from vllm_mac import startup
 from vllm_mac.per_request import NOTHING, Ask, RequestError, read
 
 pytestmark = pytest.mark.cpu
@@ -74,4 +74,4 @@ def test_audits_need_buffers():
 def test_engines_without_mac_are_left_alone(names, served):
     member = lambda name: name and SimpleNamespace(name=name)
     attention = SimpleNamespace(backend=member(names[0]), backend_per_kind={k: member(v) for k, v in names[1].items()})
-    assert per_request.chosen(SimpleNamespace(attention_config=attention)) == served
+    assert (startup.chosen_by(attention) is not None) == served

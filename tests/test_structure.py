@@ -15,8 +15,8 @@ ROOMS = {
     CONFIG: {"__init__", "config"},
     ENGINE: {"reference", "paged", "audit", "counters", "ring", "owners", "rope", "kernels", "flashinfer_exact", "fused"},
     BACKEND: {
-        "backend", "capabilities", "cpu", "cuda", "layers", "metrics", "per_request", "plugin", "requests", "steps", "support",
-        "warmup",
+        "backend", "capabilities", "cpu", "cuda", "layers", "metrics", "per_request", "plugin", "requests", "startup", "steps",
+        "support", "warmup",
     },
     TOOLS: {"tools"},
 }  # fmt: skip

@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from source_tree import Tree, assigned, disagreement, fields, members, misfit, signature, statements
 from vllm_sources import VERSIONS, folder
 
-from vllm_mac import per_request, requests
+from vllm_mac import per_request, requests, startup
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -31,8 +31,8 @@ BACKEND = "vllm.v1.attention.backend"
 # Read from values whose class no annotation gives.
 UNTYPED = {
     "vllm.engine.arg_utils.EngineArgs": [
-        "additional_config", "attention_backend", "enable_trace_replay", "logits_processors", "logprobs_mode", "max_logprobs",
-        "worker_extension_cls",
+        "additional_config", "attention_backend", "create_engine_config", "enable_trace_replay", "kv_cache_dtype",
+        "logits_processors", "logprobs_mode", "max_logprobs", "worker_extension_cls",
     ],
     "vllm.entrypoints.llm.LLM": ["collective_rpc"],
     "vllm.logprobs.FlatLogprobs": ["end_indices", "logprobs", "start_indices", "token_ids"],
@@ -228,6 +228,46 @@ def test_entry_points_are_in_groups_that_vllm_loads(vllm):
     assert set(PROJECT["entry-points"]) == {values["DEFAULT_PLUGINS_GROUP"], values["PLATFORM_PLUGINS_GROUP"]}
 
 
+def test_the_configuration_is_made_after_plugins_are_loaded(vllm):
+    """`startup` wraps the method that makes it, which is looked up on objects that have loaded plugins."""
+    args = vllm.tree.find("vllm.engine.arg_utils.EngineArgs")
+    assert "load_general_plugins()" in ast.unparse(vllm.tree.member(args, "__post_init__"))
+    servers = ("entrypoints.launchers.api_server.entry", "entrypoints.cli.serve")
+    for module in ("v1.engine.llm_engine", "v1.engine.async_llm", *servers):
+        made = ast.unparse(vllm.tree.module(f"vllm.{module}"))
+        assert re.search(r"vllm_config = engine_args\.create_engine_config\(", made), module
+
+
+def test_nothing_reads_the_variable_that_startup_warns_of(vllm):
+    sources = (vllm.path / "vllm").rglob("*.py")
+    assert [path for path in sources if startup.VARIABLE in path.read_text(encoding="utf-8")] == []
+
+
+def test_kinds_of_kv_caches_have_these_names(vllm):
+    kinds = {node.value.value for node in vllm.tree.find("vllm.v1.kv_cache_interface.KVCacheSpecKind").node.body
+             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}  # fmt: skip
+    assert {*startup.PLAIN, *startup.MLA, *sum(startup.ENCODERS.values(), ())} <= kinds
+
+
+def test_the_selector_asks_what_startup_foresees(vllm):
+    """What `startup.asked` reads is what vLLM's selector reads, or what an attention layer hands to it."""
+    selected = ast.unparse(vllm.tree.find("vllm.v1.attention.selector.get_attn_backend").node)
+    layer = ast.unparse(vllm.tree.member(vllm.tree.find(f"{LAYER}.Attention"), "__init__"))
+    assert [text for text in (
+        "use_batch_invariant=envs.VLLM_BATCH_INVARIANT",
+        "use_dcp=vllm_config.parallel_config.decode_context_parallel_size > 1",
+        "use_pcp=vllm_config.parallel_config.prefill_context_parallel_size > 1",
+        "use_non_causal=vllm_config.attention_config.use_non_causal",
+        "vllm_config.model_config.rswa_window is not None",
+        "speculative_config.enable_adaptive_verification", "kv_transfer_config.is_kv_transfer_instance",
+        "cache_config.user_specified_block_size", "backend_per_kind.get(kind.value, backend)",
+    ) if text not in selected] == []  # fmt: skip
+    assert [text for text in (
+        "model_config.is_mm_prefix_lm", "kv_cache_scheme.get('strategy') == 'attn_head'",
+        "if kv_cache_scheme is not None and kv_cache_dtype == 'auto':\n    kv_cache_dtype = 'fp8'",
+    ) if text not in layer.replace("        kv_cache_dtype = 'fp8'", "    kv_cache_dtype = 'fp8'")] == []  # fmt: skip
+
+
 def test_attention_layers_are_listed_by_name(vllm):
     layer = vllm.tree.member(vllm.tree.find("vllm.model_executor.layers.attention.attention.Attention"), "__init__")
     assert "compilation_config.static_forward_context[prefix] = self" in ast.unparse(layer)
@@ -271,10 +311,13 @@ CHANGES = [
     ("config/compilation.py", " static_forward_context: ", " context: ", "`static_forward_context`"),
     ("config/model.py", "hf_text_config", "hf_config_of_text", "`hf_text_config`"),
     ("config/parallel.py", " pipeline_parallel_size: ", " stages: ", "`pipeline_parallel_size`"),
+    ("config/parallel.py", " _api_process_rank: ", " _server_rank: ", "`_api_process_rank`"),
     ("config/scheduler.py", " max_num_seqs: ", " max_seqs: ", "`max_num_seqs`"),
     ("config/vllm.py", " speculative_config: ", " speculation: ", "`speculative_config`"),
+    ("engine/arg_utils.py", "def create_engine_config(", "def make_engine_config(", "EngineArgs.create_engine_config"),
     ("model_executor/layers/attention/attention.py", "impl_cls(", "impl_cls(1, 2, ", "too many positional"),
     ("model_executor/layers/rotary_embedding/base.py", "cos_sin_cache", "cos_sin", "RotaryEmbedding.cos_sin_cache"),
+    ("model_executor/model_loader/utils.py", "def initialize_model(", "def make_model(", "`initialize_model`"),
     ("model_executor/models/utils.py", "_index(layer_name", "_index(model, layer_name", "argument `layer_name`"),
     ("platforms/interface.py", "def is_cpu(", "def runs_on_cpu(", "Platform.is_cpu"),
     ("v1/attention/backend.py", " is_prefilling: ", " is_filling: ", "`is_prefilling`"),

@@ -9,10 +9,20 @@ vLLM also treats some backends by name. What it does for "FLASHINFER" (no prefix
 depend on the batch; a warm-up of FlashInfer's kernels) "MAC" neither gets nor needs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_mac.plugin import NAME
+
 _NOTHING = object()
+
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+ATTENTION_TYPES = ("decoder",)
+# What --block-size has to be a multiple of: the smallest page that the platform's kernels read.
+BLOCK_SIZES = {"cpu": 32, "cuda": 16}
+# Compute capabilities.
+GPUS_FROM, FLOAT8_RINGS_FROM = (8, 0), (8, 9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +31,14 @@ class Decision:
     pinned: what MAC's class has under the name, whatever the platform's has; `_NOTHING` where it has what its
         own body says, or what it inherits (`inherited`).
     asked: the parameter of `validate_configuration` by which vLLM asks whether a user's choice can be served.
+    cure: what the user does about it; None where it is the model's own.
     """
 
     because: str
     pinned: Any = _NOTHING
     inherited: bool = False
     asked: str | None = None
+    cure: str | None = None
 
 
 def platform(because: str) -> Decision:
@@ -39,9 +51,9 @@ def own(because: str) -> Decision:
     return Decision(because)
 
 
-def refused(because: str, asked: str | None = None) -> Decision:
+def refused(because: str, asked: str | None = None, cure: str | None = None) -> Decision:
     """A method of the backend's class, False."""
-    return Decision(because, classmethod(lambda cls: False), asked=asked)
+    return Decision(because, classmethod(lambda cls: False), asked=asked, cure=cure)
 
 
 def lacking(because: str) -> Decision:
@@ -77,25 +89,33 @@ BACKEND = {
     "supported_kv_cache_layouts": platform("MAC's kernels take any strides"),
     "supports_alibi_sqrt": platform(_EXACT),
     "supports_attn_type": own("rings are of decoders"),
-    "supports_batch_invariance": refused("how a row's work is cut up depends on the rows beside it", "use_batch_invariant"),
+    "supports_batch_invariance": refused(
+        "how a row's work is cut up depends on the rows beside it", "use_batch_invariant", "unset VLLM_BATCH_INVARIANT"
+    ),
     "supports_block_size": platform("follows the block sizes"),
     "supports_combination": own("names the KV cache's dtype in its reason"),
     "supports_compute_capability": platform("MAC's kernels compile for all of them"),
-    "supports_dcp": refused(_SHARDS, "use_dcp"),
+    "supports_dcp": refused(_SHARDS, "use_dcp", "leave out --decode-context-parallel-size"),
     "supports_device_cpu_query_lens_mismatch": refused(
-        "decodes are told from prompts by the query lengths that the host knows", "use_adaptive_verification"
+        "decodes are told from prompts by the query lengths that the host knows",
+        "use_adaptive_verification",
+        "leave enable_adaptive_verification out of --speculative-config",
     ),
     "supports_dtype": platform("MAC's kernels take them all"),
     "supports_head_size": platform("what the platform runs and MAC does not is exact"),
     "supports_kv_cache_dtype": own("MAC's kernels read unquantised keys and values"),
     "supports_kv_cache_update_bypass": platform("forward reads the cache alone, in the platform's layout on GPUs"),
     "supports_kv_connector": refused(
-        "a connector writes into KV blocks what no layer here has attended to, and no ring has seen", "use_kv_connector"
+        "a connector writes into KV blocks what no layer here has attended to, and no ring has seen",
+        "use_kv_connector",
+        "leave out --kv-transfer-config and --kv-offloading-size",
     ),
     "supports_mm_prefix": refused("tokens of an image attend to later ones, and a ring's summaries do not", "use_mm_prefix"),
-    "supports_non_causal": refused("a ring's summaries end before the query", "use_non_causal"),
+    "supports_non_causal": refused(
+        "a ring's summaries end before the query", "use_non_causal", "leave out --attention-config.use_non_causal"
+    ),
     "supports_non_causal_dcp": refused(_SHARDS),
-    "supports_pcp": refused(_SHARDS, "use_pcp"),
+    "supports_pcp": refused(_SHARDS, "use_pcp", "leave out --prefill-context-parallel-size"),
     "supports_per_head_quant_scales": refused("MAC's kernels read unquantised keys and values", "use_per_head_quant_scales"),
     "supports_rswa": refused("a query sees a window and the prompt, and a ring's summaries are of all between", "use_rswa"),
     "supports_sink": own(_EXACT + "; vLLM's backend for CPUs runs them without saying so"),
@@ -161,6 +181,55 @@ def pinning(decisions: dict[str, Decision]):
     return pinned
 
 
+def refusing(asked: dict[str, Any]) -> list[Decision]:
+    """The decisions against what a user chose. asked: arguments of `validate_configuration` by name."""
+    return [one for one in BACKEND.values() if one.asked is not None and asked.get(one.asked)]
+
+
 def refusals(asked: dict[str, Any]) -> list[str]:
-    """Why MAC cannot serve what a user chose. asked: arguments of `validate_configuration` by name."""
-    return [f"{one.asked}: {one.because}" for one in BACKEND.values() if one.asked is not None and asked.get(one.asked)]
+    """Why MAC cannot serve what a user chose, `asked` as for `refusing`."""
+    return [f"{one.asked}: {one.because}" for one in refusing(asked)]
+
+
+def serves_kv_cache_dtype(kv_cache_dtype: str | None) -> bool:
+    return kv_cache_dtype in (None, *KV_CACHE_DTYPES)
+
+
+def refused_kv_cache_dtype(kv_cache_dtype: str) -> str:
+    """The reason, where `serves_kv_cache_dtype` says no."""
+    return f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(KV_CACHE_DTYPES)}"
+
+
+def refused_block_size(block_size: int, platform: str) -> str | None:
+    """Why KV blocks of so many tokens, chosen by the user, are refused, or None. platform: a key of `BLOCK_SIZES`."""
+    unit = BLOCK_SIZES[platform]
+    return f"--block-size is {block_size}, and MAC takes multiples of {unit}" if block_size % unit else None
+
+
+def refused_gpu(capability: tuple[int, int]) -> str | None:
+    if capability >= GPUS_FROM:
+        return None
+    return f"this GPU is sm{'%d%d' % capability}, and MAC needs sm{'%d%d' % GPUS_FROM} or later"
+
+
+def refused_ring_dtype(ring_dtype: str, capability: tuple[int, int], choices: Iterable[str]) -> str | None:
+    """Why a GPU's kernels cannot convert to and from a ring's dtype, or None. choices: what `ring_dtype` may be."""
+    if ring_dtype != "float8_e4m3fn" or capability >= FLOAT8_RINGS_FROM:
+        return None
+    others = ", ".join(choice for choice in choices if choice != ring_dtype)
+    return (
+        f"ring_dtype: received {ring_dtype!r}, which needs a GPU of sm{'%d%d' % FLOAT8_RINGS_FROM} or later, "
+        f"and this one is sm{'%d%d' % capability}; must be one of {others}"
+    )
+
+
+def refused_draft_backend(speculative_config) -> str | None:
+    """Why a draft model's own choice of MAC is refused, or None: no layer of such a model is served, and where the
+    model that it drafts for runs without MAC it could not be told from one."""
+    chosen = None if speculative_config is None else speculative_config.attention_backend
+    if chosen is None or chosen.name != NAME:
+        return None
+    return (
+        f"speculative_config.attention_backend: received {NAME}, which serves no draft model; "
+        "leave it out, or choose another backend"
+    )

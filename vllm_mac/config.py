@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -36,6 +36,9 @@ _PATTERN_RULE = (
     "a layer index such as 3, an inclusive range such as '0-3', or a glob on the "
     "layer's full name such as 'model.layers.*.self_attn.attn'"
 )
+
+RingDtype = Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]
+RING_DTYPES: tuple[str, ...] = get_args(RingDtype)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 120
@@ -163,7 +166,7 @@ class MacConfig(_Section):
         "(1+mass_floor)/(mass+mass_floor), mass being the share of the softmax that the reused part has beside "
         "band and sink. null: the limit is the same for all, as in the paper.",
     )
-    ring_dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = Field(
+    ring_dtype: RingDtype = Field(
         "auto",
         description="What rings are stored in; auto is the model's dtype. With float8_e4m3fn only "
         "the queries are float8, and the outputs in the model's dtype.",

@@ -18,10 +18,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_mac import capabilities
 from vllm_mac.audit import histograms
-from vllm_mac.config import MacConfig, MacConfigError, resolve
+from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.counters import Count
-from vllm_mac.plugin import NAME
 from vllm_mac.ring import RingStore, ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
 
@@ -150,17 +150,11 @@ def mac_layers(vllm_config: VllmConfig) -> list[MacLayer]:
 def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     """Decide which layers of one model are served, find their rotations, and log all of it once.
 
-    Raises MacConfigError where `speculative_config` chooses MAC for the draft model: no layer of such
-    a model is served, and where the model that it drafts for runs without MAC it could not be told from one.
+    Raises MacConfigError where `speculative_config` chooses MAC for the draft model.
     """
     vllm_config, config = layers[0].vllm_config, layers[0].config
-    speculation = vllm_config.speculative_config
-    chosen = None if speculation is None else speculation.attention_backend
-    if chosen is not None and chosen.name == NAME:
-        raise MacConfigError(
-            f"speculative_config.attention_backend: received {NAME}, which serves no draft model; "
-            "leave it out, or choose another backend"
-        )
+    if reason := capabilities.refused_draft_backend(vllm_config.speculative_config):
+        raise MacConfigError(reason)
     if layers[0].exact == "draft":
         for layer in layers:
             layer.settled, layer.holder = True, None
@@ -233,21 +227,16 @@ def check_device(dtype: torch.dtype, device: torch.device) -> None:
     """Raise MacConfigError where kernels on `device` cannot convert to and from a ring's dtype."""
     if device.type != "cuda" or dtype != torch.float8_e4m3fn:
         return
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 9):
-        raise MacConfigError(
-            f"ring_dtype: received 'float8_e4m3fn', which needs a GPU of sm89 or later, and this one is sm{major}{minor}; "
-            "must be one of auto, float32, bfloat16, float16"
-        )
+    capability = torch.cuda.get_device_capability(device)
+    if reason := capabilities.refused_ring_dtype("float8_e4m3fn", capability, RING_DTYPES):
+        raise MacConfigError(reason)
 
 
 def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:
     """Rings that each served layer gets: as many as sequences, within the byte budget."""
     served = [layer for layer in layers if layer.exact is None]
     config = layers[0].config
-    wanted = config.max_sequences or layers[0].vllm_config.scheduler_config.max_num_seqs
-    one = sum(_ring_bytes(layer, dtype) for layer in served)
-    fitting = int(config.ring_memory_gib * 2**30 // one)
+    one, fitting, wanted = ring_room(layers, dtype)
     if fitting < 1:
         raise MacConfigError(
             f"ring_memory_gib: {config.ring_memory_gib} holds no ring; one takes {one / 2**30:.3f} GiB over "
@@ -259,6 +248,15 @@ def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:
             config.ring_memory_gib, fitting, wanted,
         )  # fmt: skip
     return min(wanted, fitting)
+
+
+def ring_room(layers: list[MacLayer], dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of one ring over all served layers, of which there is one at least; how many the byte budget holds;
+    how many are wanted."""
+    config = layers[0].config
+    one = sum(_ring_bytes(layer, dtype) for layer in layers if layer.exact is None)
+    wanted = config.max_sequences or layers[0].vllm_config.scheduler_config.max_num_seqs
+    return one, int(config.ring_memory_gib * 2**30 // one), wanted
 
 
 def _ring_bytes(layer: MacLayer, dtype: torch.dtype) -> int:

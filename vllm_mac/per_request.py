@@ -31,12 +31,11 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_mac.config import resolve
-from vllm_mac.plugin import NAME
+from vllm_mac.startup import chosen_by
 
 MODE, THRESHOLD = KEYS = ("mac", "mac_threshold")
 ON, OFF, AUDIT = MODES = ("on", "off", "audit")
@@ -101,13 +100,6 @@ def _show(value: object) -> str:
     return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
-def chosen(vllm_config: VllmConfig) -> bool:
-    """Whether some kind of attention layer of an engine has MAC as its backend."""
-    attention = vllm_config.attention_config
-    backends = (attention.backend, *attention.backend_per_kind.values())
-    return any(backend is not None and backend.name == NAME for backend in backends)
-
-
 def check_requests() -> None:
     """Have every front end of an engine with MAC check what requests ask for; once a process.
 
@@ -123,7 +115,7 @@ def check_requests() -> None:
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        if chosen(self.vllm_config):
+        if chosen_by(self.vllm_config.attention_config):
             _check_parameters(self)
             _check_before_streaming()
 

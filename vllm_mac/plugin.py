@@ -25,6 +25,7 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`."""
     _guarded(_register_name)
     _guarded(_honour_on_cpu)
+    _guarded(_check_early)
     _guarded(_check_requests)
 
 
@@ -35,10 +36,16 @@ def _guarded(step) -> None:
         from vllm_mac import __version__
 
         logger.exception(
-            "vllm-mac %s could not register its attention backend with this vLLM, so "
-            "--attention-backend MAC is unknown to it. The versions that fit are in README.",
-            __version__,
-        )
+            "vllm-mac %s does not fit this vLLM (%s failed): --attention-backend MAC may be unknown to it, or serve "
+            "without what that step adds. The versions that fit are in README.",
+            __version__, step.__name__.lstrip("_"),
+        )  # fmt: skip
+
+
+def _check_early() -> None:
+    from vllm_mac import startup
+
+    startup.install()
 
 
 def _check_requests() -> None:

@@ -7,11 +7,10 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_mac.capabilities import BACKEND, IMPL, pinning, refusals
+from vllm_mac import capabilities
+from vllm_mac.capabilities import ATTENTION_TYPES, BACKEND, IMPL, KV_CACHE_DTYPES, pinning, refusals
 from vllm_mac.layers import MacLayer
 from vllm_mac.requests import follow
-
-KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 
 @pinning(BACKEND)
@@ -26,18 +25,18 @@ class MacSupport:
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype) -> bool:
-        return kv_cache_dtype in (None, *KV_CACHE_DTYPES)
+        return capabilities.serves_kv_cache_dtype(kv_cache_dtype)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type == AttentionType.DECODER
+        return attn_type in ATTENTION_TYPES
 
     @classmethod
     def supports_combination(
         cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix, device_capability
     ) -> str | None:  # fmt: skip
         if not cls.supports_kv_cache_dtype(kv_cache_dtype):
-            return f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(KV_CACHE_DTYPES)}"
+            return capabilities.refused_kv_cache_dtype(kv_cache_dtype)
         return super().supports_combination(
             head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix, device_capability
         )

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from vllm_mac import __version__
 from vllm_mac.tools.calibrate.command import calibrate
+from vllm_mac.tools.doctor.command import doctor
 from vllm_mac.tools.eval.yardstick import ROUNDING
 from vllm_mac.tools.options import Json, Mac, Plot, Seed, ShowProgress
 from vllm_mac.tools.options import choice as _choice
@@ -35,6 +36,7 @@ bench = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(calibrate)
+app.command()(doctor)
 
 
 def main() -> None:

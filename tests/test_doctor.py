@@ -1,0 +1,335 @@
+"""`vllm-mac doctor`: what it says of an installation, of a model's layers and of the gain."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine import ENVIRONMENT, engine, worker
+from packaging.specifiers import SpecifierSet
+from safetensors.torch import load_file
+from tiny_models import write
+from typer.testing import CliRunner
+
+from vllm_mac.tools import cli
+from vllm_mac.tools.doctor import checks, show, versions
+from vllm_mac.tools.doctor.checks import OK, PROBLEM, UNCHECKED, WARNING, Finding
+from vllm_mac.tools.doctor.estimate import LAG, estimate, measured_bandwidth
+from vllm_mac.tools.doctor.model import Examined, Layer, examine, groups
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HERE = {
+    "gpu": None, "vllm": "0.32.0+cpu", "torch": "2.13.0", "triton": None, "flashinfer": None, "vllm_mac": "0.1.0",
+    "python": "3.11.7", "commit": "abc",
+}  # fmt: skip
+SMALL = {"window": 32, "band": 16, "min_context": 64}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def test_versions_are_those_that_pip_is_told():
+    assert SpecifierSet(versions.spelled(versions.PYTHON)) == SpecifierSet(PROJECT["requires-python"])
+    (vllm,) = (r for r in PROJECT["optional-dependencies"]["cuda"] if r.startswith("vllm"))
+    assert SpecifierSet(versions.spelled(versions.VLLM)) == SpecifierSet(vllm.removeprefix("vllm"))
+
+
+@pytest.mark.parametrize(
+    "version, fits",
+    [
+        ("0.31.9", False),
+        ("0.32", True),
+        ("0.32.0+cpu", True),
+        ("0.33.7", True),
+        ("0.34.0", False),
+        ("0.34rc1", False),
+        ("?", False),
+    ],
+)
+def test_versions_within(version, fits):
+    assert versions.within(version, versions.VLLM) == fits
+
+
+@pytest.mark.parametrize(
+    "changes, mark, text",
+    [
+        ({}, OK, None),
+        ({"python": "3.10.2"}, PROBLEM, "Python 3.10.2"),
+        ({"vllm": None}, PROBLEM, "vLLM is not installed"),
+        ({"vllm": "0.31.1"}, PROBLEM, "vLLM 0.31.1 is not supported"),
+        ({"torch": None}, PROBLEM, "PyTorch is not installed"),
+        ({"gpu": "NVIDIA H200", "triton": "3.6.0", "flashinfer": "0.7.0"}, OK, None),
+        (
+            {"gpu": "NVIDIA H200", "triton": "3.7.1", "flashinfer": "0.7.0"},
+            WARNING,
+            "Triton 3.7.1, which nobody has tried",
+        ),
+        ({"gpu": "NVIDIA H200", "triton": "3.8.0"}, PROBLEM, "FlashInfer is not installed, and reads prompts on GPUs"),
+    ],
+)
+def test_versions_are_judged(changes, mark, text):
+    found = [one for one in checks.of_versions(HERE | changes) if one.mark != OK]
+    assert [(one.mark, one.text) for one in found] == ([] if text is None else [(mark, text)])
+    assert all(one.cure for one in found)
+
+
+@pytest.mark.parametrize("capability, mark", [((7, 5), PROBLEM), ((8, 0), OK), ((9, 0), OK)])
+def test_devices_are_judged(monkeypatch, capability, mark):
+    facts = SimpleNamespace(name="A GPU", major=capability[0], minor=capability[1], total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    (found,) = checks.of_devices(HERE | {"gpu": "A GPU"})
+    assert found.mark == mark and found.text.startswith(f"GPU 0: A GPU, sm{capability[0]}{capability[1]}, 80 GiB")
+
+
+@pytest.mark.cpu
+def test_a_gpu_that_pytorch_cannot_use():
+    (found,) = checks.of_devices(HERE | {"gpu": "NVIDIA L4"})
+    assert found.mark == PROBLEM and "NVIDIA L4" in found.text
+    (found,) = checks.of_devices(HERE)
+    assert found.mark == OK and found.text.startswith("no GPU: CPU engine")
+
+
+@pytest.mark.parametrize("marks, status", [([OK, UNCHECKED], 0), ([OK, WARNING], 1), ([WARNING, PROBLEM, OK], 2)])
+def test_exit_status(marks, status):
+    assert show.status([Finding("x", mark, "y") for mark in marks]) == status
+
+
+# Of each family: what an engine's layers are.
+FAMILIES = {
+    "llama": [None, None],
+    "gemma3": ["sliding_window", None] * 2,
+    "gptoss": ["sliding_window", "attention_sinks"],
+    "lfm2": [None],
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_and_rings_are_an_engine_s(models, family):
+    """The doctor's layers, bytes and number of rings are those that an engine settles and allocates."""
+    from vllm_mac.layers import mac_layers
+
+    mac = SMALL | {"ring_memory_gib": 0.002}
+    options = {"max_model_len": 512, "dtype": "float32"}
+    model = write(family, models)
+    seen = examine(str(model), mac, options, max_num_seqs=8)
+    assert seen.refused is None
+    ours = [layer for layer in seen.layers if layer.state != "other"]
+    with engine(model, "v1", "MAC", {"mac": mac}, max_model_len=512) as llm:
+        vllm_config = worker(llm).vllm_config
+        layers = mac_layers(vllm_config)
+        assert [layer.exact for layer in layers] == FAMILIES[family]
+        assert [(x.name, x.reason, x.state == "MAC", x.heads) for x in ours] == [
+            (x.name, x.exact, x.served, x.num_heads) for x in layers
+        ]
+        context = vllm_config.compilation_config.static_forward_context
+        assert [x.kv_bytes for x in ours] == [2 * context[x.name].num_kv_heads * x.head_size * 4 for x in ours]
+        stores = [layer.store for layer in layers if layer.served]
+        tensors = [t for store in stores for t in (store.query, store.out, store.lse, store.chain)]
+        rings = {len(store.query) for store in stores}
+        if stores:
+            one, fitting, wanted = seen.ring
+            assert rings == {min(fitting, wanted)} and wanted == 8
+            assert sum(t.nbytes for t in tensors) == one * min(fitting, wanted)
+        else:
+            assert seen.ring is None
+        assert seen.max_model_len == 512 and seen.kv_cache_dtype == "auto (float32)"
+    # Many rows read all but the embedding, which has a head beside it; vLLM pads the head to a multiple of 64 rows.
+    stored = load_file(model / "model.safetensors")
+    weights = sum(tensor.nbytes for name, tensor in stored.items() if "embed" not in name)
+    assert "lm_head.weight" in stored and 0 <= seen.weight_bytes(10**6) - weights < 64 * 128 * 4
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "family, mac, options, reason",
+    [
+        ("deepseek", {}, {}, "MLA"),
+        ("llama", {"windw": 3}, {}, "did you mean 'window'?"),
+        ("llama", {}, {"kv_cache_dtype": "fp8"}, "give --kv-cache-dtype bfloat16"),
+        ("llama", {"ring_memory_gib": 0.0001}, {}, "ring_memory_gib: 0.0001 holds no ring"),
+    ],
+)
+def test_what_an_engine_would_refuse(models, family, mac, options, reason):
+    seen = examine(str(write(family, models)), mac, {"max_model_len": 512} | options)
+    assert reason in seen.refused and "MacConfigError" in seen.refused
+    (found,) = show.of_layers(seen)
+    assert found.mark == PROBLEM and reason in found.text
+
+
+@pytest.mark.cpu
+def test_a_rotation_that_cannot_be_undone_is_explained(models, tmp_path):
+    """LongRoPE, of which vLLM's module has no plain cache: what the engine's log says of it, and no estimate."""
+    config = json.loads((write("phi3", models) / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    factors = {"long_factor": [1.5] * 16, "short_factor": [1.0] * 16, "original_max_position_embeddings": 4096}
+    config |= {
+        "rope_scaling": {"type": "longrope", **factors},
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 4096,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(cli.app, ["doctor", str(tmp_path)], env={"COLUMNS": "120"})
+    assert done.exit_code == 1, done.output
+    assert "layers 0-1: exact (rotary), 2 of 2" in done.output and "has no cos_sin_cache" in done.output
+    assert "MAC serves no layer of this model" in done.output and "estimate" not in done.output
+
+
+@pytest.mark.cpu
+def test_what_cannot_be_built_here_is_no_refusal(models, monkeypatch):
+    from vllm.model_executor.model_loader import utils
+
+    monkeypatch.setattr(utils, "initialize_model", lambda config: torch.ones(1, device="meta").item())
+    seen = examine(str(write("llama", models)), {}, {"max_model_len": 512})
+    assert seen.refused is None and seen.unbuilt.startswith("RuntimeError: ")
+    (found,) = show.of_layers(seen)
+    assert found.mark == WARNING and found.text.startswith("could not be built here")
+
+
+@pytest.mark.cpu
+def test_a_large_model_takes_no_memory_of_its_own_size(models, tmp_path):
+    """Of 140 GB in bfloat16, with 64 heads that four workers share."""
+    config = json.loads((write("llama", models) / "config.json").read_text()) | {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    seen = examine(str(tmp_path), {}, {"tensor_parallel_size": 4}, max_num_seqs=16)
+    assert seen.refused is None and groups(seen.layers) == [("MAC", None, "layers 0-79", 80)]
+    one = 80 * 16 * 512 * (2 * 128 * 2 + 8)  # layers, heads, window, query and output in bfloat16, LSE and chain
+    assert seen.ring == (one, (4 << 30) // one, 16)
+    each = 8192 * 8192 * 2 + 8192 * 1024 * 2 + 3 * 8192 * 28672  # query and output, keys and values, the MLP
+    matrices = 2 * (80 * each + 8192 * 128256) / 4
+    assert matrices < seen.weight_bytes(1) < 1.001 * matrices
+    (found,) = show.of_rings(seen)
+    assert (
+        found.mark == WARNING
+        and "4 of 16 would decode exactly" in found.text
+        and "raise ring_memory_gib to 5.1" in found.cure
+    )
+
+
+def test_layers_in_words():
+    layers = [
+        Layer(f"l{i}", i, "MAC" if i not in (2, 7) else "exact", None if i not in (2, 7) else "rotary", 1, 1, 1, None)
+        for i in range(8)
+    ]
+    assert groups(layers) == [("MAC", None, "layers 0-1, 3-6", 6), ("exact", "rotary", "layers 2, 7", 2)]
+    assert groups(layers[:1]) == [("MAC", None, "layer 0", 1)]
+
+
+def model_of(**changes) -> Examined:
+    """Two layers that MAC serves and one of sliding windows; 10 GB of weights, 16 experts of which two are chosen."""
+    served = [Layer(f"l{i}", i, "MAC", None, 8, 64, 1000, None) for i in range(2)]
+    window = Layer("l2", 2, "exact", "sliding_window", 8, 64, 1000, 128)
+    from vllm_mac.config import resolve
+
+    return Examined(
+        layers=[*served, window], ring=(1, 4, 8), dense_bytes=10**10, experts=[(16 * 10**9, 1 / 8)], ring_element=2,
+        config=resolve({"window": 512, "band": 256}), max_model_len=10**6, **changes,
+    )  # fmt: skip
+
+
+def test_the_estimate_adds_up():
+    row = estimate(model_of(), context=100_000, batch=1, hit_rate=0.75, bandwidth=1e12)
+    assert row.weight_bytes == pytest.approx(10e9 + 2e9)
+    assert row.exact_kv_bytes == 1000 * (2 * 100_000 + 128)
+    assert row.mac_kv_bytes == pytest.approx(1000 * (2 * (0.25 * 100_000 + 0.75 * (256 + LAG)) + 128))
+    assert row.ring_bytes == 2 * 8 * 512 * 64 * 2
+    assert row.exact_ms == pytest.approx((12e9 + row.exact_kv_bytes) / 1e9)
+    assert row.mac_ms == pytest.approx((12e9 + row.mac_kv_bytes + row.ring_bytes) / 1e9)
+    assert row.gain == pytest.approx(row.exact_ms / row.mac_ms) and not row.pays  # 12.2 over 12.1
+
+
+def test_rows_without_a_ring_and_short_contexts_are_exact():
+    row = estimate(model_of(), 100_000, 6, 1.0, 1e12)
+    assert row.ringed == 4
+    assert row.mac_kv_bytes == pytest.approx(4 * 1000 * (2 * (256 + LAG) + 128) + 2 * row.exact_kv_bytes / 6)
+    assert row.weight_bytes == pytest.approx(10e9 + 16e9 * (1 - (7 / 8) ** 6))
+    short = estimate(model_of(), 2047, 6, 1.0, 1e12)
+    assert (short.ringed, short.ring_bytes, short.mac_kv_bytes, short.gain) == (0, 0, short.exact_kv_bytes, 1.0)
+    assert estimate(model_of(), 100_000, 6, 0.0, 1e12).gain < 1
+
+
+def test_it_says_when_mac_will_not_pay():
+    rows = [estimate(model_of(), 10**6, 32, rate, 1e12) for rate in (0.0, 1.0)]
+    no, yes = show.of_estimates(model_of(), rows, judged=True)
+    assert no.mark == WARNING and "MAC will not pay" in no.text and "vllm_mac_heads_total" in no.cure
+    assert yes.mark == OK and f"{rows[1].gain:.2f}x at best" in yes.text
+    (cpu,) = show.of_estimates(model_of(), rows, judged=False)
+    assert cpu.mark == UNCHECKED and "on CPUs MAC is slower" in cpu.text
+    beyond, *_ = show.of_estimates(model_of(), [estimate(model_of(), 10**6 + 1, 1, 1.0, 1e12)], judged=True)
+    assert beyond.mark == WARNING and "beyond max_model_len 1000000" in beyond.text
+
+
+@pytest.mark.cpu
+def test_a_bandwidth_is_measured():
+    speed, how = measured_bandwidth()
+    assert 1e8 < speed < 1e13 and "CPU" in how
+
+
+@pytest.mark.cpu
+def test_the_command(models, tmp_path):
+    """All sections; what a section says comes from the same findings as JSON."""
+    out = tmp_path / "report.json"
+    command = [
+        "doctor", str(write("gemma3", models)), "--context", "4096,8192", "--hit-rate", "0,1", "--bandwidth", "1000",
+        "--mac", json.dumps(SMALL), "--max-num-seqs", "4", "--json", str(out),
+    ]  # fmt: skip
+    done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "120"})
+    told = json.loads(out.read_text())
+    assert done.exit_code == told["status"] == 1, done.output  # no gain without a hit
+    assert "layers 0, 2: exact (sliding_window), 2 of 4" in done.output and "layers 1, 3: MAC, 2 of 4" in done.output
+    assert list(dict.fromkeys(one["section"] for one in told["findings"])) == [
+        "versions", "devices", "plugin", "model", "rings", "estimate",
+    ]  # fmt: skip
+    plugin = [(one["mark"], one["text"]) for one in told["findings"] if one["section"] == "plugin"]
+    assert [mark for mark, _ in plugin] == [OK] * 5 + [UNCHECKED], plugin
+    assert (OK, "MAC reaches a process that is spawned") in plugin
+    assert [layer["reason"] for layer in told["model"]["layers"]] == ["sliding_window", None] * 2
+    assert (told["model"]["rings_wanted"], told["model"]["name"]) == (4, command[1])
+    assert [(row["context"], row["hit_rate"]) for row in told["estimates"]] == [
+        (4096, 0.0),
+        (4096, 1.0),
+        (8192, 0.0),
+        (8192, 1.0),
+    ]
+    assert told["bandwidth"] == {"bytes_per_second": 1e12, "how": "as given"}
+    assert all(one["text"] in done.output for one in told["findings"])
+
+
+@pytest.mark.cpu
+def test_a_plugin_that_is_left_out(models, tmp_path):
+    out = tmp_path / "report.json"
+    env = {**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": "other"}
+    script = "import sys; from vllm_mac.tools.cli import main; sys.argv[0] = 'vllm-mac'; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "doctor", str(write("llama", models)), "--json", str(out)],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    assert done.returncode == 2, done.stderr
+    found = {one["text"]: one for one in json.loads(out.read_text())["findings"] if one["mark"] != OK}
+    assert found["VLLM_PLUGINS='other' leaves the plugin out"]["cure"] == "add mac to VLLM_PLUGINS, or unset it"
+    assert found["vLLM does not know MAC once its plugins are loaded"]["mark"] == PROBLEM
+    assert any(text.endswith("solve the plugin's problems first") for text in found)
+
+
+@pytest.mark.parametrize(
+    "arguments, option",
+    [(["--hit-rate", "2"], "--hit-rate"), (["--context", "x"], "--context"), (["--mac", "{"], "--mac")],
+)
+def test_wrong_options_are_named(arguments, option):
+    done = CliRunner().invoke(cli.app, ["doctor", *arguments], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and option in done.output

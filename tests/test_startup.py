@@ -1,0 +1,267 @@
+"""What is wrong with a configuration is said when vLLM makes it, in the process that the user started."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import write
+
+from vllm_mac import startup
+from vllm_mac.capabilities import BACKEND
+from vllm_mac.config import MacConfigError
+
+pytestmark = pytest.mark.cpu
+# What llm-compressor writes into a checkpoint whose KV cache is to be FP8.
+FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def make(models, monkeypatch):
+    """make(family, **options): what vLLM makes of these options; they are those of `vllm serve`."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+
+    def made(family="llama", quantization=None, **options):
+        model = write(family, models)
+        if quantization is not None:
+            config = json.loads((model / "config.json").read_text()) | {"quantization_config": quantization}
+            model = models / f"{family}-quantised"
+            model.mkdir(exist_ok=True)
+            (model / "config.json").write_text(json.dumps(config))
+        options = {"max_model_len": 512, "skip_tokenizer_init": True} | options
+        return EngineArgs(model=str(model), **options).create_engine_config()
+
+    return made
+
+
+@pytest.fixture
+def warnings(make):
+    """What MAC warns of; a message that vLLM gives once may come again in each test."""
+    from vllm.logger import _print_warning_once
+
+    make()  # vLLM sets its loggers up anew with the first configuration
+    _print_warning_once.cache_clear()
+    found, logger = [], logging.getLogger("vllm.mac")
+    handler, level = logging.Handler(logging.WARNING), logger.level
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def refused(make, *arguments, **options) -> str:
+    with pytest.raises(MacConfigError) as caught:
+        make(*arguments, **{"attention_backend": "MAC"} | options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mac, reason",
+    [
+        ({"windw": 256}, "windw: unknown key, received 256 (int) from --additional-config mac; did you mean 'window'?"),
+        (
+            {"window": "wide"},
+            "window: received 'wide' (str) from --additional-config mac; must be an integer from 1 to 65536",
+        ),
+        ({"band": 4096}, "band + sink must be less than min_context - 1"),
+        ({"config": "absent.yaml"}, "--additional-config mac.config: received 'absent.yaml': no file at"),
+        ("wide", "--additional-config mac: received 'wide' (str); must be a mapping"),
+    ],
+)
+def test_what_is_wrong_in_the_block(make, mac, reason):
+    for chosen in (
+        {},
+        {"attention_backend": None, "attention_config": {"backend_per_kind": {"full_attention": "MAC"}}},
+    ):
+        assert reason in refused(make, additional_config={"mac": mac}, **chosen).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "keys, received, right",
+    [
+        ({"window": 256}, "'window'", '{"mac": {"window": 256}}'),
+        ({"mac": {}, "audit": 0.1}, "'audit'", '{"mac": {"audit": 0.1}}'),
+        ({"Mac": {"window": 256}}, "'Mac'", '{"mac": {"window": 256}}'),
+    ],
+)
+def test_keys_beside_the_block_that_are_certainly_meant_for_it(make, warnings, keys, received, right):
+    message = refused(make, additional_config=keys)
+    assert f"--additional-config: received {received} at the top" in message and message.endswith(f"'{right}'")
+    make(additional_config=keys)  # of another plugin, where MAC is not chosen
+    assert [w for w in warnings if "but no layer's backend is MAC" in w] == [w for w in warnings]
+    assert len(warnings) == sum(key.lower() == "mac" for key in keys)
+
+
+@pytest.mark.parametrize(
+    "key, said", [("mac_attention", True), ("treshold", True), ("gdn_prefill_backend", False), ("machine", False)]
+)
+def test_keys_beside_the_block_that_look_like_its_own(make, warnings, key, said):
+    for _ in range(2):
+        make(attention_backend="MAC", additional_config={key: {}, "mac": {"window": 32}})
+    assert [repr(key) in text for text in warnings] == [True] * said
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_what_nothing_reads_draws_one_warning(make, warnings, monkeypatch, chosen):
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "MAC")
+    for _ in range(2):
+        make(attention_backend="MAC" if chosen else None, additional_config={"mac": {"window": 32}})
+    assert len(warnings) == (0 if chosen else 2)
+    assert (
+        chosen
+        or "Give --attention-backend MAC" in warnings[0]
+        and "has 'mac', but no layer's backend is MAC" in warnings[1]
+    )
+
+
+REFUSED = [
+    ({"kv_cache_dtype": "fp8"},
+     "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16: give --kv-cache-dtype bfloat16"),
+    ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+     f"use_kv_connector: {BACKEND['supports_kv_connector'].because}: leave out --kv-transfer-config and"),
+    ({"kv_offloading_size": 1.0}, "use_kv_connector: "),
+    ({"block_size": 48}, "--block-size is 48, and MAC takes multiples of 32: leave out --block-size"),
+    ({"attention_config": {"backend": "MAC", "use_non_causal": True}, "attention_backend": None}, "use_non_causal: "),
+    ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "leave out --decode-context-parallel-size"),
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "attention_backend": "MAC"}},
+     "speculative_config.attention_backend: received MAC, which serves no draft model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, reason", REFUSED)
+def test_what_mac_cannot_serve(make, options, reason):
+    message = refused(make, **options)
+    assert message.startswith("--attention-backend MAC cannot serve this model as configured: ")
+    assert reason in message and len(message.splitlines()) == 1
+    without = {
+        key: value
+        for key, value in options.items()
+        if key not in ("attention_config", "speculative_config", "attention_backend")
+    }
+    make(**without)  # vLLM itself has nothing against it
+
+
+@pytest.mark.parametrize(
+    "family, reason", [("deepseek", "MLA"), ("bert", "attention is encoder_only, and MAC takes decoder")]
+)
+def test_models_that_mac_cannot_serve(make, family, reason):
+    message = refused(make, family)
+    assert reason in message and message.endswith(": leave --attention-backend MAC out")
+
+
+def test_batch_invariance(make, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert refused(make).endswith(": unset VLLM_BATCH_INVARIANT")
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+def test_a_checkpoint_that_quantises_its_kv_cache(make, strategy):
+    """An explicit dtype cures the one, and nothing the other."""
+    from vllm.config import set_current_vllm_config
+
+    quantization = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "ignore": [],
+                    "kv_cache_scheme": FP8_SCHEME | {"strategy": strategy}}  # fmt: skip
+    options = {"quantization": quantization, "dtype": "bfloat16"}
+    message = refused(make, **options)
+    assert (
+        "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16, which is the checkpoint's choice"
+        in message
+    )
+    if strategy == "tensor":
+        assert message.endswith(": give --kv-cache-dtype bfloat16")
+        config = make(**options, attention_backend="MAC", kv_cache_dtype="bfloat16")
+        with set_current_vllm_config(config):
+            assert config.cache_config.cache_dtype == "bfloat16"
+    else:
+        assert "use_per_head_quant_scales: " in refused(make, **options, kv_cache_dtype="bfloat16")
+
+
+def test_the_layers_that_the_refusals_are_about(make):
+    """What concerns layers that MAC was not chosen for is no refusal."""
+    windows = {"backend_per_kind": {"sliding_window_mla": "MAC"}}
+    make(attention_config=windows, kv_cache_dtype="fp8")
+    make("deepseek", attention_config={"backend_per_kind": {"full_attention": "MAC"}})
+    make(attention_backend="MAC", kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=["0", "1"])
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 64}, {"attention_config": {"use_non_causal": True}}])
+def test_asked_is_what_vllm_will_ask(make, monkeypatch, options):
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention import selector
+
+    config, seen = make(**options), []
+    monkeypatch.setattr(
+        selector, "_cached_get_attn_backend", lambda **found: seen.append(found["attn_selector_config"])
+    )
+    with set_current_vllm_config(config):
+        selector.get_attn_backend(32, torch.float32, "auto")
+    expected = startup.asked(config)
+    assert {key: getattr(seen[0], key) for key in expected} == expected
+    assert {one.asked for one in BACKEND.values() if one.asked} == expected.keys()
+
+
+def test_in_process_it_is_the_error_itself(models):
+    from vllm import LLM
+
+    with pytest.raises(MacConfigError, match="windw: unknown key"):
+        LLM(str(write("llama", models)), attention_backend="MAC", additional_config={"mac": {"windw": 256}})
+
+
+def test_one_of_several_api_servers_says_nothing(make, warnings):
+    config = make(additional_config={"mac": {}})
+    warnings.clear()
+    said = []
+    for count, rank in ((2, -1), (2, 0), (2, 1), (1, 0), (1, -1)):
+        parallel = SimpleNamespace(_api_process_count=count, _api_process_rank=rank)
+        broken = SimpleNamespace(
+            parallel_config=parallel,
+            additional_config={"window": 1},
+            attention_config=make(attention_backend="MAC").attention_config,
+        )
+        try:
+            startup.check(broken)
+        except MacConfigError:
+            said.append((count, rank))
+    assert said == [(2, -1), (1, 0), (1, -1)]
+    assert config.additional_config == {"mac": {}}
+
+
+def test_installing_again_changes_nothing(make):
+    from vllm.engine.arg_utils import EngineArgs
+
+    before = EngineArgs.create_engine_config
+    assert before.checks_mac
+    startup.install()
+    assert EngineArgs.create_engine_config is before
+
+
+def test_a_fault_of_the_check_stops_no_start(make, warnings, monkeypatch):
+    monkeypatch.setattr(startup, "chosen_by", lambda config: 1 / 0)
+    assert make().model_config is not None
+    assert warnings == ["vllm-mac could not check its configuration before the engine starts"]
+
+
+def test_gpus_that_are_too_old_for_a_ring(monkeypatch, make):
+    from vllm.platforms import current_platform
+
+    config = make()
+    for capability, ring, reason in (
+        ((7, 5), "auto", "this GPU is sm75, and MAC needs sm80 or later"), ((8, 0), "auto", None),
+        ((8, 6), "float8_e4m3fn", "needs a GPU of sm89 or later, and this one is sm86"),
+        ((9, 0), "float8_e4m3fn", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+        monkeypatch.setattr(type(current_platform), "get_device_capability", lambda self, device_id=0: capability)
+        found = [because for because, _ in startup.refusals(config, startup.resolve({"ring_dtype": ring}))]
+        assert len(found) == (reason is not None) and all(reason in because for because in found)

@@ -1,0 +1,81 @@
+"""What MAC may give at a context, a batch and a hit rate, from bytes and a bandwidth.
+
+    time per token = (weights + keys and values + rings) / bandwidth
+
+    weights        what a step reads of them (`Examined.weight_bytes`), whatever the attention
+    exact          each row reads every key and value: context tokens, in sliding-window layers the window
+    MAC            in layers that it serves a KV head that hits reads band + lag tokens, one that misses the context
+    rings          each query head reads the queries of its ring, window of them, to find a match
+
+Assumptions: a batch's rows have one length; hits come as often in each layer; the match lies LAG tokens back; rows
+without a ring decode exactly, and so do contexts below min_context. Launches, sampling and the host are left out: they
+add the same to both, and MAC's own launches a few microseconds a layer. So the gain is what memory allows at best.
+"""
+
+import time
+from dataclasses import dataclass
+
+from vllm_mac.tools.doctor.model import Examined
+
+LAG = 64  # tokens; what the benchmarks take
+PAYS = 1.05  # below it the launches that are left out decide
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one decode step, and milliseconds a token. ringed: rows with a ring."""
+
+    context: int
+    batch: int
+    hit_rate: float
+    ringed: int
+    weight_bytes: float
+    exact_kv_bytes: float
+    mac_kv_bytes: float
+    ring_bytes: float
+    exact_ms: float
+    mac_ms: float
+
+    @property
+    def gain(self) -> float:
+        return self.exact_ms / self.mac_ms
+
+    @property
+    def pays(self) -> bool:
+        return self.gain >= PAYS
+
+
+def estimate(model: Examined, context: int, batch: int, hit_rate: float, bandwidth: float) -> Estimate:
+    """bandwidth: bytes per second. hit_rate: heads that hit over heads decoded, as the counters have it."""
+    tokens = lambda layer: min(context, layer.window or context)
+    exact = sum(layer.kv_bytes * tokens(layer) for layer in model.layers)
+    served = [layer for layer in model.layers if layer.state == "MAC"]
+    one_row, ring, ringed = exact, 0, 0
+    if served and context >= model.config.min_context:
+        config, (_, fitting, wanted) = model.config, model.ring
+        ringed = min(batch, fitting, wanted)
+        on_hit = min(context, config.band + config.sink + min(LAG, config.window))
+        mean = (1 - hit_rate) * context + hit_rate * on_hit
+        one_row = exact - sum(layer.kv_bytes * (context - mean) for layer in served)
+        ring = sum(layer.heads * config.window * layer.head_size * model.ring_element for layer in served)
+    weights = model.weight_bytes(batch)
+    exact_kv, mac_kv, rings = batch * exact, ringed * one_row + (batch - ringed) * exact, ringed * ring
+    exact_ms, mac_ms = (1000 * (weights + size) / bandwidth for size in (exact_kv, mac_kv + rings))
+    return Estimate(context, batch, hit_rate, ringed, weights, exact_kv, mac_kv, rings, exact_ms, mac_ms)
+
+
+def measured_bandwidth() -> tuple[float, str]:
+    """Bytes per second that this machine reads, and how it was measured."""
+    import torch
+
+    if torch.cuda.is_available():
+        from vllm_mac.tools.bench.timing import read_bandwidth
+
+        return read_bandwidth(1 << 30), "a read of 1 GiB on the GPU"
+    source = torch.ones(64 << 20, dtype=torch.float32)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * source.nbytes / best, "a copy of 256 MiB by this CPU, which says nothing of a GPU: give --bandwidth"
