@@ -96,7 +96,7 @@ def test_a_failure_is_one_logged_error(monkeypatch, errors, absent):
     monkeypatch.setitem(sys.modules, absent, None)  # importing it now fails
     plugin.register()
     assert len(errors) == 1
-    assert errors[0].startswith(f"vllm-mac {vllm_mac.__version__} could not register")
+    assert errors[0].startswith(f"vllm-mac {vllm_mac.__version__} does not fit this vLLM (register_name failed)")
 
 
 def test_other_members_pickle_as_without_us(vllm, monkeypatch):

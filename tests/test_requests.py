@@ -37,7 +37,7 @@ class Runner:
         if not v2:
             self.input_batch = SimpleNamespace(req_ids=self.rows)
         # The second of three KV-cache groups is MAC's.
-        requests._followed[self] = requests.Followed(RingOwners(rings, 8, (4,)), (1,), audits)
+        requests._followed[self] = requests.Followed(RingOwners(rings, 8, (4,)), (1,), audits=audits)
 
     def step(self, rows: list[str], output, padding: int = 0) -> requests.RowRings:
         self.rows[:] = rows

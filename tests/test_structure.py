@@ -13,10 +13,13 @@ LONGEST = 450
 CONFIG, ENGINE, BACKEND, TOOLS = range(4)
 ROOMS = {
     CONFIG: {"__init__", "config"},
-    ENGINE: {"reference", "paged", "audit", "counters", "ring", "owners", "rope", "kernels", "flashinfer_exact", "fused"},
+    ENGINE: {
+        "audit", "counter_files", "counters", "flashinfer_exact", "fused", "kernels", "owners", "paged", "reference", "ring",
+        "rope", "totals",
+    },
     BACKEND: {
-        "backend", "capabilities", "cpu", "cuda", "layers", "metrics", "per_request", "plugin", "requests", "startup", "steps",
-        "support", "warmup",
+        "backend", "capabilities", "cpu", "cuda", "exporter", "layers", "log_line", "metrics", "per_request", "plugin",
+        "publisher", "requests", "series", "startup", "steps", "support", "warmup",
     },
     TOOLS: {"tools"},
 }  # fmt: skip

@@ -399,3 +399,24 @@ def _outside_nested(function: ast.AST, nodes: list[ast.AST]) -> list[ast.AST]:
 
 def _calls(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) == name
+
+
+def test_servers_read_metrics_where_ours_are(vllm):
+    """What `exporter` and `metrics` rely on without calling it."""
+    registry = ast.unparse(vllm.tree.module("vllm.v1.metrics.prometheus"))
+    assert "from prometheus_client import REGISTRY, CollectorRegistry, multiprocess" in registry
+    assert "multiprocess.MultiProcessCollector(registry)" in registry and "return REGISTRY" in registry
+    assert "collector._name.startswith('vllm:')" in registry  # what it removes from the registry
+    server = ast.unparse(vllm.tree.module("vllm.entrypoints.serve.instrumentator.metrics"))
+    assert "registry = get_prometheus_registry()" in server and "make_asgi_app(registry=registry)" in server
+    assert "name=f'ApiServer_{i}'" in ast.unparse(vllm.tree.module("vllm.v1.utils"))
+    # Engines are labelled so in vLLM's own metrics, and a model by its first served name.
+    loggers = ast.unparse(vllm.tree.module("vllm.v1.metrics.loggers"))
+    assert "labelnames = ['model_name', 'engine']" in loggers
+    assert "model_name = vllm_config.model_config.served_model_name" in loggers
+    core = ast.unparse(vllm.tree.module("vllm.v1.engine.core"))
+    assert "parallel_config.data_parallel_index = dp_rank" in core and "engine_index=dp_rank" in core
+    assert "self.parallel_config.rank = rank" in ast.unparse(vllm.tree.module("vllm.v1.worker.worker_base"))
+    # The empty batch that follows the last of a request.
+    scheduler = vllm.tree.member(vllm.tree.find("vllm.v1.core.sched.interface.SchedulerInterface"), "has_requests")
+    assert "self.has_unfinished_requests() or self.has_finished_requests()" in ast.unparse(scheduler)

@@ -19,11 +19,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_mac import capabilities
-from vllm_mac.audit import histograms
 from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
+from vllm_mac.counters import Count
 from vllm_mac.counters import Count
 from vllm_mac.ring import RingStore, ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
+from vllm_mac.totals import allocate
 
 logger = init_logger("vllm.mac")
 
@@ -39,10 +40,12 @@ class MacLayer:
         go (`error_budget`), are counted, not kept.
     counts: `[len(Count)]` int64 on the layer's device, see `counters.Count`.
     audited: the histograms of audited steps (`audit.histograms`); None where none are audited.
+    totals: `[n]` int64, the memory that `counts` and `audited` of all layers of the worker are views of.
     paused: `[1]` int32 on the layer's device, 1 while the layer is exact over its error budget;
         None without a budget.
     group: the totals of the layer's KV-cache group; set by the metadata builder.
     decoder: the buffers that a GPU decodes with, on one layer for all that share them.
+    publisher: what publishes the counters of the worker's layers; None where it cannot.
     """
 
     def __init__(
@@ -84,9 +87,11 @@ class MacLayer:
         self.store: RingStore | None = None
         self.counts: Tensor | None = None
         self.audited: Tensor | None = None
+        self.totals: Tensor | None = None
         self.paused: Tensor | None = None
         self.group = None
         self.decoder = None
+        self.publisher = None
 
     def bind(self, holder: nn.Module, name: str) -> None:
         """Note the module that holds the layer, where its rotation is found, and its name."""
@@ -111,10 +116,10 @@ class MacLayer:
         if self.exact is None:
             query_dtype, out_dtype = ring_dtypes(self.config, dtype)
             check_device(query_dtype, device)
-            self.counts = torch.zeros(len(Count), dtype=torch.int64, device=device)
+            if self.counts is None:
+                count([layer for layer in layers if layer.exact is None], device)
             self.keep(counts=self.counts)
-            if self.config.audit:
-                self.audited = histograms(self.num_heads, device)
+            if self.audited is not None:
                 self.keep(audited=self.audited)
             if self.config.error_budget is not None:
                 self.paused = torch.zeros(1, dtype=torch.int32, device=device)
@@ -139,6 +144,14 @@ class MacLayer:
         attention = self.vllm_config.compilation_config.static_forward_context[self.name]
         for name, tensor in tensors.items():
             attention.register_buffer(f"mac_{name}", tensor, persistent=False)
+
+
+def count(served: list[MacLayer], device: torch.device) -> None:
+    """Give all served layers their counters, and their histograms where steps are audited."""
+    audited = bool(served[0].config.audit)
+    every, counts, histograms = allocate(len(Count), [layer.num_heads for layer in served], audited, device)
+    for i, layer in enumerate(served):
+        layer.totals, layer.counts, layer.audited = every, counts[i], histograms[i] if audited else None
 
 
 def mac_layers(vllm_config: VllmConfig) -> list[MacLayer]:

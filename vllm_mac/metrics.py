@@ -1,4 +1,4 @@
-"""The counters: their names, and how they are read from a running worker.
+"""The counters: their names, and how they are read from a running engine.
 
 Heads and KV tokens are counted over decode steps, prefill excluded. One KV token is the key
 and value of one token for one KV head, so that read + skipped is what full attention reads.
@@ -7,6 +7,7 @@ and value of one token for one KV head, so that read + skipped is what full atte
     vllm_mac_kv_tokens_total{layer, kind="read|skipped"}     KV tokens
     vllm_mac_exact_total{reason}                             query heads, over all layers
     vllm_mac_rings{state="active|idle|free"}                 rings, each serving all layers
+    vllm_mac_ring_bytes                                      bytes of all rings
 
 Where `audit` is above 0, of the query heads that hit in audited steps, or in any step of a request that asked for
 audits (`per_request`), histograms as Prometheus
@@ -16,97 +17,101 @@ What audits read is in none of the counters above.
     vllm_mac_error       |out - exact| / |exact| of the head's output
     vllm_mac_lag         tokens back to the match
     vllm_mac_chain       hits since the exact evaluation that the result descends from
+
+A server has them on its `/metrics`, without any option (`exporter`), with vLLM's own labels `model_name` and `engine`
+in addition. A process that has made an `LLM` reads the same with
+
+    summarise(published())
+
+Both are of this machine: workers of Ray and of other nodes are reached by messages only, which takes
+`worker_extension_cls="vllm_mac.metrics.WorkerExtension"` and gives a list of samples of each worker:
+
+    summarise(*llm.collective_rpc("mac_counters"))
+
+(`collective_rpc(counters)` needs no extension, but vLLM sends functions only where the engine runs in the calling
+process, `VLLM_ENABLE_V1_MULTIPROCESSING=0`, or where `VLLM_ALLOW_INSECURE_SERIALIZATION=1`.)
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from itertools import chain, pairwise
+from typing import NamedTuple
 
-from vllm_mac.counters import REASONS, Count
+from vllm_mac.series import CHAIN, ERROR, EXACT, HEADS, KV_TOKENS, LAG, RING_BYTES, RINGS, Sample, Series
 
-if TYPE_CHECKING:
-    from vllm_mac.layers import MacLayer
-
-HEADS = "vllm_mac_heads_total"
-KV_TOKENS = "vllm_mac_kv_tokens_total"
-EXACT = "vllm_mac_exact_total"
-RINGS = "vllm_mac_rings"
-ERROR, LAG, CHAIN = "vllm_mac_error", "vllm_mac_lag", "vllm_mac_chain"
-
-
-class Sample(NamedTuple):
-    """One value of one counter or gauge, as Prometheus has it."""
-
-    name: str
-    labels: dict[str, str]
-    value: int
+__all__ = [
+    "CHAIN", "ERROR", "EXACT", "HEADS", "KV_TOKENS", "LAG", "RINGS", "RING_BYTES", "Histogram", "Sample", "Summary",
+    "WorkerExtension", "counters", "head_errors", "histograms", "published", "summarise",
+]  # fmt: skip
 
 
 class WorkerExtension:
-    """Adds `collective_rpc("mac_counters")`: `--worker-extension-cls vllm_mac.metrics.WorkerExtension`.
-
-    `LLM.collective_rpc(vllm_mac.metrics.counters)` needs no extension where the engine runs in
-    the calling process.
-    """
+    """Adds `collective_rpc("mac_counters")`: `--worker-extension-cls vllm_mac.metrics.WorkerExtension`."""
 
     def mac_counters(self) -> list[Sample]:
         return counters(self)
 
 
 def counters(worker) -> list[Sample]:
-    """All samples of one worker; empty when no layer's backend is MAC."""
+    """All samples of one worker, as of now: waits for its device. Empty when no layer's backend is MAC."""
     # Here, not above: whoever only adds samples up, as a client does, needs no vLLM.
+    import numpy as np
+
     from vllm_mac.layers import mac_layers
     from vllm_mac.requests import ring_states
+    from vllm_mac.series import describe, groups, host_values, ring_memory
 
     layers = mac_layers(worker.vllm_config)
-    exact: Counter[str] = Counter()
-    samples = []
-    for layer in layers:
-        heads, tokens, reasons = _layer(layer)
-        samples += [Sample(HEADS, {"layer": layer.name, "outcome": k}, v) for k, v in heads.items()]
-        samples += [Sample(KV_TOKENS, {"layer": layer.name, "kind": k}, v) for k, v in tokens.items()]
-        exact.update(reasons)
-        if layer.audited is not None:
-            samples += _audited(layer)
-    samples += [Sample(EXACT, {"reason": k}, v) for k, v in exact.items()]
-    samples += [Sample(RINGS, {"state": k}, v) for k, v in ring_states(worker.model_runner).items()]
-    return samples
+    device = next((layer.totals.tolist() for layer in layers if layer.served), [])
+    rings, size = ring_memory(layers)
+    states = ring_states(worker.model_runner) or ({"active": 0, "idle": 0, "free": rings} if rings else {})
+    host = host_values(groups(layers), states, size)
+    return describe(layers).samples(np.array(device + host, dtype=np.int64))
 
 
-def _layer(layer: MacLayer) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Heads by outcome, KV tokens by kind and exact heads by reason of one layer."""
-    if layer.exact is None:
-        counts = layer.counts.tolist()
-        reasons = {reason: counts[count] for count, reason in REASONS.items()}
-        heads = {"hit": counts[Count.HIT], "miss": counts[Count.MISS], "exact": sum(reasons.values())}
-        return heads, {"read": counts[Count.READ], "skipped": counts[Count.SKIPPED]}, reasons
-    group = layer.group
-    decoded, read = 0, 0
-    if group is not None:
-        decoded = group.decoded * layer.num_heads
-        tokens = group.windowed[layer.sliding_window] if layer.sliding_window else group.context
-        read = tokens * layer.num_kv_heads
-    # What a sliding window leaves out full attention of that layer would not read either.
-    return {"hit": 0, "miss": 0, "exact": decoded}, {"read": read, "skipped": 0}, {layer.exact: decoded}
+def published(root: int | None = None) -> list[Sample]:
+    """All samples of the engines of this process, as of their last batch; waits for nothing.
+
+    Those of the workers of one engine are added up, rings apart, which are the same on all of them. Labels are those
+    above with `model_name` and `engine`, the data-parallel rank. One of several API servers reads the engines of the
+    process that launched it.
+
+    root: read the engines of this process instead, by its number.
+    """
+    from vllm_mac.counter_files import read
+
+    ranks: dict[tuple, list] = {}
+    for header, values in sorted(read(_root() if root is None else root), key=lambda one: one[0]["rank"]):
+        # Tensor-parallel ranks count the same things, so that their values are added up before they are named.
+        ranks.setdefault((header["model_name"], header["engine"], header["series"]), []).append(values)
+    total: Counter[tuple] = Counter()
+    with_rings = set()
+    for (model, engine, text), values in ranks.items():
+        series, own = _series(text), {"model_name": model, "engine": engine}
+        samples = series._replace(rings=[]).samples(sum(values))
+        if series.rings and (model, engine) not in with_rings:
+            with_rings.add((model, engine))
+            samples += series._replace(sums=[], histograms=[]).samples(values[0])
+        for name, labels, value in samples:
+            total[name, tuple((labels | own).items())] += value
+    return [Sample(name, dict(labels), value) for (name, labels), value in total.items()]
 
 
-def _audited(layer: MacLayer) -> list[Sample]:
-    from vllm_mac.audit import COUNT_EDGES, ERROR_EDGES
+_series = lru_cache(16)(Series.from_json)
 
-    counts, label = layer.audited.cpu(), {"layer": layer.name}
-    samples = []
-    for name, edges, own in (
-        (ERROR, ERROR_EDGES, counts[:-2].sum(0)), (LAG, COUNT_EDGES, counts[-2]), (CHAIN, COUNT_EDGES, counts[-1]),
-    ):  # fmt: skip
-        *cumulative, total = accumulate(own.tolist())
-        limits = [*zip(edges, cumulative, strict=True), ("+Inf", total)]
-        samples += [Sample(f"{name}_bucket", label | {"le": str(le)}, value) for le, value in limits]
-        samples.append(Sample(f"{name}_count", label, total))
-    return samples
+
+def _root() -> int:
+    """The process that this server's engines descend from."""
+    parent = multiprocessing.parent_process()
+    # vLLM names so the API servers, several, that one process starts beside their engines.
+    if parent is not None and multiprocessing.current_process().name.startswith("ApiServer_"):
+        return parent.pid
+    return os.getpid()
 
 
 def head_errors(worker) -> dict[str, list[list[int]]]:
@@ -157,12 +162,12 @@ class Summary(NamedTuple):
     exact: dict[str, int]
 
 
-def summarise(samples: Iterable[tuple[str, dict[str, str], int]]) -> Summary:
-    """Add up samples, for instance of several workers."""
+def summarise(*workers: Iterable[tuple[str, dict[str, str], int]]) -> Summary:
+    """Add up the samples of one or several workers."""
     heads: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     exact: Counter[str] = Counter()
-    for name, labels, value in samples:
+    for name, labels, value in chain.from_iterable(workers):
         if name == HEADS:
             heads[labels["outcome"]] += value
         elif name == KV_TOKENS:

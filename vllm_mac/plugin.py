@@ -27,6 +27,7 @@ def register() -> None:
     _guarded(_honour_on_cpu)
     _guarded(_check_early)
     _guarded(_check_requests)
+    _guarded(_export_counters)
 
 
 def _guarded(step) -> None:
@@ -109,3 +110,9 @@ def _honour_on_cpu() -> None:
 
     get_attn_backend_cls.honours_mac = True
     cls.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _export_counters() -> None:
+    from vllm_mac.exporter import install
+
+    install()

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_mac.counters import OPTED_OUT
-from vllm_mac.layers import mac_layers
+from vllm_mac.layers import MacLayer, mac_layers
 from vllm_mac.owners import Arrival, Growth, RingOwners
 from vllm_mac.per_request import NOTHING, Ask, read
 
@@ -39,11 +39,13 @@ class Batch:
 
 @dataclass
 class Followed:
-    """What is kept of a runner. groups: its KV-cache groups that hold a layer which MAC serves. audits: whether hits
-    may be audited. asks: of running requests that asked for something, what."""
+    """What is kept of a runner. owners: None where MAC serves no layer. groups: its KV-cache groups that hold a layer
+    which MAC serves. layer: one of its layers. audits: whether hits may be audited. asks: of running requests that
+    asked for something, what."""
 
-    owners: RingOwners
+    owners: RingOwners | None
     groups: tuple[int, ...]
+    layer: MacLayer | None = None
     audits: bool = False
     asks: dict[str, Ask] = field(default_factory=dict)
 
@@ -65,7 +67,7 @@ class RowRings(NamedTuple):
 
 
 _batch: Batch | None = None
-_followed: WeakKeyDictionary = WeakKeyDictionary()  # model runner -> Followed, or None where MAC serves no layer
+_followed: WeakKeyDictionary = WeakKeyDictionary()  # model runner -> Followed, or None where no layer is MAC's
 
 
 def follow(vllm_config: VllmConfig) -> None:
@@ -124,7 +126,7 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
 def ring_states(runner) -> dict[str, int]:
     """See `RingOwners.states`; empty before a runner's first batch and where MAC serves none of its layers."""
     followed = _followed.get(runner)
-    return followed.owners.states() if followed is not None else {}
+    return followed.owners.states() if followed is not None and followed.owners is not None else {}
 
 
 @contextmanager
@@ -135,18 +137,24 @@ def _executing(runner, scheduled: SchedulerOutput) -> Iterator[None]:
     if (followed := _followed[runner]) is None:
         yield
         return
-    _note(followed, scheduled)
-    _batch = Batch(runner, scheduled, getattr(runner, "input_batch", None))  # V1 has one, which it edits
+    if followed.owners is not None:
+        _note(followed, scheduled)
+        _batch = Batch(runner, scheduled, getattr(runner, "input_batch", None))  # V1 has one, which it edits
     try:
         yield
     finally:
         _batch = None
+    if followed.layer is not None and followed.layer.publisher is not None:
+        followed.layer.publisher.after_batch(ring_states(runner), idle=not scheduled.num_scheduled_tokens)
 
 
 def _make(runner) -> Followed | None:
-    served = [layer for layer in mac_layers(runner.vllm_config) if layer.store is not None]
-    if not served:
+    layers = mac_layers(runner.vllm_config)
+    if not layers:
         return None
+    served = [layer for layer in layers if layer.store is not None]
+    if not served:
+        return Followed(None, (), layers[0])
     names = {layer.name for layer in served}
     all_groups = runner.kv_cache_config.kv_cache_groups
     groups = tuple(i for i, group in enumerate(all_groups) if names & set(group.layer_names))
@@ -154,7 +162,7 @@ def _make(runner) -> Followed | None:
     # With pipeline stages that many batches are in flight, each with its own requests.
     stages = runner.vllm_config.parallel_config.pipeline_parallel_size
     owners = RingOwners(len(served[0].store.query), served[0].config.min_context, sizes, stages)
-    return Followed(owners, groups, served[0].audited is not None)
+    return Followed(owners, groups, layers[0], served[0].audited is not None)
 
 
 def _note(followed: Followed, scheduled: SchedulerOutput) -> None:

@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_mac.audit import Audit
 from vllm_mac.layers import mac_layers
+from vllm_mac.publisher import publish
 from vllm_mac.requests import row_rings
 from vllm_mac.ring import RingTable
 
@@ -64,6 +65,8 @@ class Group:
         self._table: RingTable | None = None
         served = [layer for layer in self.layers if layer.audited is not None]
         self._audit = Audit(served[0].config, served) if served else None
+        if self.layers:
+            publish(mac_layers(vllm_config))
 
     def begin_decodes(self) -> bool:
         """Whether all rows of the decode step about to be planned are audited; to be called once for each."""
