@@ -1,5 +1,6 @@
 """Counters on their way from a worker to whoever reads them: files, adding up, the collector, the line in the log."""
 
+import fcntl
 import gc
 import json
 import os
@@ -245,12 +246,25 @@ def test_what_is_not_a_worker_s_file_is_left_alone(folders, monkeypatch):
     (folders[0] / "vllm-mac-1-link").symlink_to(folders[1] / "target")
     (folders[1] / "target").write_text("")
     os.mkfifo(folders[0] / "vllm-mac-1-pipe")
+    for name in ("vllm-mac-0.1-backup.tar", "vllm-mac-2-results0", "vllm-mac-3-notes___"):
+        (folders[0] / name).write_text("somebody's own\n")
     before = names(folders)
     assert list(counter_files.read(os.getpid())) == [] and names(folders) == before
     other = folders[0] / "vllm-mac-1-other"
     other.write_text("")
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert list(counter_files.read(os.getpid())) == [] and other.exists()  # another user's
+
+
+def test_a_file_of_another_version_stops_nobody(folders):
+    """Its worker lives: it holds the lock."""
+    with open(folders[0] / "vllm-mac-1-abcdefgh", "wb") as file:
+        file.write(b'{"pid": 1, "format": "another"}\n')
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        own = CounterFile({}, 1)
+        assert [header["pid"] for header, _ in counter_files.read(os.getpid())] == [os.getpid()]
+        assert len(names(folders)) == 2 and own.path.exists()
 
 
 def test_containers_that_share_memory_tell_their_workers_apart(folders, monkeypatch):

@@ -146,6 +146,32 @@ def test_what_was_asked_for_outlasts_preemption_and_ends_with_the_request(v2):
     assert not requests._followed[runner].asks
 
 
+def test_what_a_front_end_should_have_refused_is_decoded_exactly(monkeypatch):
+    """Not every front end checks requests, and an exception here would end the engine for all of them."""
+    said = []
+    monkeypatch.setattr(requests.logger, "warning", lambda text, *args: said.append(text % args))
+    runner = Runner(True)
+    new = [("a", 0, blocks(1, 2)), ("b", 0, blocks(3, 4))]
+    found = runner.step(["a", "b"], scheduled(new, tokens={"a": 8, "b": 8}, extra={"a": {"mac": "offf"}}))
+    assert found.ring.tolist() == [OPTED_OUT, 0]
+    assert len(said) == 1 and "MAC decodes request a exactly" in said[0] and "'offf'" in said[0]
+
+
+def test_a_publisher_that_fails_ends_no_batch(monkeypatch):
+    said = []
+    monkeypatch.setattr(requests.logger, "exception", said.append)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("can't start new thread")
+
+    runner = Runner(True)
+    layer = requests._followed[runner].layer = SimpleNamespace(publisher=SimpleNamespace(after_batch=fail))
+    for length in (0, 8):
+        new, going_on = ([("a", 0, blocks(1, 2))], ()) if not length else ((), [("a", 8, None)])
+        assert runner.step(["a"], scheduled(new, going_on, {"a": 8 if not length else 1})).ring.tolist() == [0]
+    assert layer.publisher is None and len(said) == 1
+
+
 def test_a_request_that_opted_out_takes_over_no_ring_and_lends_none():
     runner = Runner(True, rings=1)
     (ring,) = runner.step(["a"], scheduled([("a", 0, blocks(1, 2))], tokens={"a": 8})).ring

@@ -91,7 +91,6 @@ def test_what_is_wrong_in_the_block(make, mac, reason):
     "keys, received, right",
     [
         ({"window": 256}, "'window'", '{"mac": {"window": 256}}'),
-        ({"mac": {}, "audit": 0.1}, "'audit'", '{"mac": {"audit": 0.1}}'),
         ({"Mac": {"window": 256}}, "'Mac'", '{"mac": {"window": 256}}'),
     ],
 )
@@ -104,7 +103,7 @@ def test_keys_beside_the_block_that_are_certainly_meant_for_it(make, warnings, k
 
 
 @pytest.mark.parametrize(
-    "key, said", [("mac_attention", True), ("treshold", True), ("gdn_prefill_backend", False), ("machine", False)]
+    "key, said", [("mac_attention", True), ("treshold", True), ("audit", True), ("gdn_prefill_backend", False), ("machine", False)]
 )
 def test_keys_beside_the_block_that_look_like_its_own(make, warnings, key, said):
     for _ in range(2):
@@ -255,7 +254,7 @@ def test_a_fault_of_the_check_stops_no_start(make, warnings, monkeypatch):
 def test_gpus_that_are_too_old_for_a_ring(monkeypatch, make):
     from vllm.platforms import current_platform
 
-    config = make()
+    config = make(attention_backend="MAC")
     for capability, ring, reason in (
         ((7, 5), "auto", "this GPU is sm75, and MAC needs sm80 or later"), ((8, 0), "auto", None),
         ((8, 6), "float8_e4m3fn", "needs a GPU of sm89 or later, and this one is sm86"),

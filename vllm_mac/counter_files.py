@@ -13,6 +13,7 @@ import fcntl
 import json
 import mmap
 import os
+import re
 import stat
 import tempfile
 import time
@@ -25,6 +26,7 @@ import numpy as np
 import psutil
 
 PREFIX = "vllm-mac-"
+FORMAT = "vllm-mac counters 1"  # to be changed with what is in a file
 
 
 def folders() -> list[Path]:
@@ -40,9 +42,9 @@ class CounterFile:
     """
 
     def __init__(self, header: dict, size: int):
-        """header: what JSON can hold; the names "pid", "ancestors" and "namespace" are added."""
+        """header: what JSON can hold; the names "format", "pid", "ancestors" and "namespace" are added."""
         ancestors = [process.pid for process in psutil.Process().parents()]
-        own = {"pid": os.getpid(), "ancestors": ancestors, "namespace": _namespace()}
+        own = {"format": FORMAT, "pid": os.getpid(), "ancestors": ancestors, "namespace": _namespace()}
         line = json.dumps(own | header).encode() + b"\n"
         begin = _pages(len(line))
         sweep()
@@ -76,6 +78,8 @@ def _held() -> Iterator[tuple[BinaryIO, dict, int]]:
     """
     namespace = _namespace()
     for path in sorted(path for folder in dict.fromkeys(folders()) for path in folder.glob(f"{PREFIX}[0-9]*-*")):
+        if not re.fullmatch(PREFIX + r"\d+-[a-z0-9_]{8}", path.name):  # as `_create` names them
+            continue
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:  # another user's, or removed just now
@@ -89,11 +93,22 @@ def _held() -> Iterator[tuple[BinaryIO, dict, int]]:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
                 line = file.readline()
-                header = json.loads(line)
-                if header["namespace"] == namespace:
+                header = _header(line)
+                if header is not None and header["namespace"] == namespace:
                     yield file, header, _pages(len(line))
             else:
-                path.unlink(missing_ok=True)
+                if _header(file.readline()) is not None:
+                    path.unlink(missing_ok=True)
+
+
+def _header(line: bytes) -> dict | None:
+    """The header of a file of this version's; None for whatever else has such a name."""
+    try:
+        header = json.loads(line)
+        own = header["format"] == FORMAT and {"pid", "ancestors", "namespace"} <= header.keys()
+    except (ValueError, KeyError, TypeError):
+        return None
+    return header if own else None
 
 
 def _create(line: bytes, size: int) -> tuple[Path, int]:

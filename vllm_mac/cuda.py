@@ -98,7 +98,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         self._rows = [torch.zeros_like(self.decoder.position) for _ in range(3)]
         self._facts: dict[str, tuple[bytes, Tensor]] = {}
         # What the decoder's buffers hold, as it was made; an earlier builder may have served.
-        self.decoder.slack.fill_(1), self.decoder.spared.fill_(-1)
+        with torch.inference_mode():  # as vLLM profiles, which may have made the decoder
+            self.decoder.slack.fill_(1), self.decoder.spared.fill_(-1)
         self._told = {name: getattr(self.decoder, name).to("cpu", copy=True).numpy() for name in ("slack", "spared")}
         # Whatever else an engine runs before it serves, it makes its builders. Eager mode turns vLLM's own warm-up
         # off, but its first requests would wait for the compiler just as long.

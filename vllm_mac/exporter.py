@@ -94,7 +94,9 @@ class Exporter:
         for name, labels, value in samples:
             # Not through `add_metric`: that of histograms leaves out the count where there is no sum, and
             # nobody adds up the values here.
-            families[kind.get(name, name)].samples.append(Sample(name, labels, value))
+            family = families.get(kind.get(name, name))
+            if family is not None:  # a worker of another version may have more
+                family.samples.append(Sample(name, labels, value))
         return (family for family in families.values() if family.samples)
 
 

@@ -21,7 +21,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_mac import capabilities
 from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.counters import Count
-from vllm_mac.counters import Count
 from vllm_mac.ring import RingStore, ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
 from vllm_mac.totals import allocate

@@ -82,6 +82,9 @@ def published(root: int | None = None) -> list[Sample]:
     process that launched it.
 
     root: read the engines of this process instead, by its number.
+
+    Two engines of one model that live in one process at once have equal labels, and are added up; the rings are the
+    first one's.
     """
     from vllm_mac.counter_files import read
 

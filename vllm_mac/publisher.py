@@ -93,6 +93,12 @@ def copier(totals: torch.Tensor, file: CounterFile) -> Callable[[bool], object]:
     if not totals.is_cuda:
         return lambda idle: target.copy_(totals)
     refusal = page_lock(file)
+    if refusal is not None:
+        # CUDA remembers its error until somebody asks, and PyTorch would raise it at the next kernel's launch.
+        try:
+            torch.empty(1, device=totals.device).fill_(0)
+        except RuntimeError:
+            pass
     target.copy_(totals)
     if refusal is None:
         return lambda idle: None if idle else target.copy_(totals, non_blocking=True)

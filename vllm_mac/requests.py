@@ -17,13 +17,16 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_mac.counters import OPTED_OUT
 from vllm_mac.layers import MacLayer, mac_layers
 from vllm_mac.owners import Arrival, Growth, RingOwners
-from vllm_mac.per_request import NOTHING, Ask, read
+from vllm_mac.per_request import NOTHING, Ask, RequestError, read
+
+logger = init_logger("vllm.mac")
 
 RUNNERS = {False: "vllm.v1.worker.gpu_model_runner", True: "vllm.v1.worker.gpu.model_runner"}  # V1, V2
 
@@ -145,7 +148,11 @@ def _executing(runner, scheduled: SchedulerOutput) -> Iterator[None]:
     finally:
         _batch = None
     if followed.layer is not None and followed.layer.publisher is not None:
-        followed.layer.publisher.after_batch(ring_states(runner), idle=not scheduled.num_scheduled_tokens)
+        try:
+            followed.layer.publisher.after_batch(ring_states(runner), idle=not scheduled.num_scheduled_tokens)
+        except Exception:  # of which serving is no part
+            logger.exception("MAC's counters are no longer published")
+            followed.layer.publisher = None
 
 
 def _make(runner) -> Followed | None:
@@ -173,8 +180,12 @@ def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
         asks.pop(request, None)
     for x in scheduled.scheduled_new_reqs:
         asks.pop(x.req_id, None)
-        # Pooling requests have no such parameters. What the front end has not refused can be read.
-        ask = read(x.sampling_params.extra_args if x.sampling_params else None, followed.audits)
+        # Pooling requests have no such parameters.
+        try:
+            ask = read(x.sampling_params.extra_args if x.sampling_params else None, followed.audits)
+        except RequestError as error:  # from a front end that checks nothing, such as vLLM's in Rust: not to end all others
+            logger.warning("MAC decodes request %s exactly: %s", x.req_id, error)
+            ask = Ask(exact=True)
         if ask != NOTHING:
             asks[x.req_id] = ask
     arrived = [Arrival(x.req_id, x.num_computed_tokens, of_groups(x.block_ids)) for x in scheduled.scheduled_new_reqs]

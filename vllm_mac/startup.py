@@ -27,7 +27,7 @@ VARIABLE = "VLLM_ATTENTION_BACKEND"  # no vLLM that is supported reads it; older
 KEYS = (*MacConfig.model_fields, FILE_KEY)
 # KV-cache kinds by which vLLM looks a layer's backend up in `backend_per_kind`.
 PLAIN, MLA = ("full_attention", "sliding_window"), ("mla_attention", "sliding_window_mla")
-ENCODERS = {"encoder_only": ("encoder_only_attention",), "encoder_decoder": ("cross_attention", *PLAIN)}
+ENCODERS = {"encoder_only": ("encoder_only_attention",), "encoder_decoder": ("cross_attention",)}
 
 
 def install() -> None:
@@ -92,17 +92,17 @@ def refusals(
 
     if reason := capabilities.refused_draft_backend(vllm_config.speculative_config):
         yield reason, "leave attention_backend out of --speculative-config"
+    model, attention = vllm_config.model_config, vllm_config.attention_config
+    kinds = ENCODERS.get(model.attn_type, MLA if model.use_mla else PLAIN)
+    backends = (attention.backend_per_kind.get(kind, attention.backend) for kind in kinds)
+    if model.is_attention_free or not any(map(_is_mac, backends)):
+        return
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
     if capability is not None:
         if reason := capabilities.refused_gpu(tuple(capability)):
             yield reason, None
         elif reason := capabilities.refused_ring_dtype(config.ring_dtype, tuple(capability), RING_DTYPES):
             yield reason, "choose another ring_dtype"
-    model, attention = vllm_config.model_config, vllm_config.attention_config
-    kinds = ENCODERS.get(model.attn_type, MLA if model.use_mla else PLAIN)
-    backends = (attention.backend_per_kind.get(kind, attention.backend) for kind in kinds)
-    if model.is_attention_free or not any(map(_is_mac, backends)):
-        return
     if model.attn_type in ENCODERS:
         yield (
             f"the model's attention is {model.attn_type}, and MAC takes {', '.join(capabilities.ATTENTION_TYPES)}",
@@ -169,7 +169,7 @@ def _check_neighbours(keys: Mapping) -> None:
     Other plugins have keys of their own there.
     """
     for key in keys:
-        if key in MacConfig.model_fields or (_is_block(key) and key != BLOCK):
+        if (key in MacConfig.model_fields and BLOCK not in keys) or (_is_block(key) and key != BLOCK):
             right = keys[key] if _is_block(key) else {key: keys[key]}
             raise MacConfigError(
                 f"--additional-config: received {key!r} at the top, where MAC reads {BLOCK!r} alone; "
