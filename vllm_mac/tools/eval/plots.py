@@ -75,9 +75,11 @@ def scores(results: dict):
 
 def trade(results: dict):
     """What a configuration saves and costs: score over all prompts against KV tokens read, and beside it tokens per
-    second where they were counted. A point for each configuration; exact attention reads everything. None without scores.
+    second where they were counted. A point for each configuration that decoded; exact attention reads everything.
+    None without scores.
     """
     rows = [row for row in results["totals"] if "score" in row and row["configuration"] != YARDSTICK]
+    rows = [row for row in rows if row.get("read_share", 1.0) is not None]  # of one that decoded nothing it is unknown
     if not rows:
         return None
     colours = {EXACT: "0.4", **_colours(results)}
