@@ -91,12 +91,12 @@ def test_registering_again_changes_nothing(vllm):
     assert vllm.backends["MAC"].get_path() == plugin.BACKEND
 
 
-@pytest.mark.parametrize("absent", [REGISTRY, "vllm.platforms"])
-def test_a_failure_is_one_logged_error(monkeypatch, errors, absent):
+@pytest.mark.parametrize("absent, step", [(REGISTRY, "register_name"), ("vllm.platforms", "honour_on_cpu")])
+def test_a_failure_is_one_logged_error(monkeypatch, errors, absent, step):
     monkeypatch.setitem(sys.modules, absent, None)  # importing it now fails
     plugin.register()
     assert len(errors) == 1
-    assert errors[0].startswith(f"vllm-mac {vllm_mac.__version__} does not fit this vLLM (register_name failed)")
+    assert errors[0].startswith(f"vllm-mac {vllm_mac.__version__} does not fit this vLLM ({step} failed)")
 
 
 def test_other_members_pickle_as_without_us(vllm, monkeypatch):
