@@ -296,14 +296,14 @@ def test_warming_up_leaves_no_trace(keys):
         if name != "work.arrived":
             value.fill_(torch.nan if value.is_floating_point() else 77)
     for i, layer in enumerate(layers):
-        layer.counts += torch.arange(7, device=DEVICE)
+        layer.counts += torch.arange(len(layer.counts), device=DEVICE)
         watched[f"{i}.counts"] = layer.counts
         if keys:
             layer.audited += 5
             watched |= {f"{i}.audited": layer.audited, f"{i}.paused": layer.paused}
     engines = [decoder._exact] + ([decoder._auditor._whole] if keys else [])
     watched |= {f"arrived {i}": engine._arrived for i, engine in enumerate(engines)}
-    watched |= {name: getattr(decoder, name) for name in ("position", "ring", "first")}
+    watched |= {name: getattr(decoder, name) for name in ("position", "ring", "first", "slack", "spared")}
     before = {name: value.clone().view(torch.uint8) for name, value in watched.items()}
     warmup.warm_up(decoder, layers, table)
     changed = [name for name, value in watched.items() if not torch.equal(value.view(torch.uint8), before[name])]
