@@ -174,10 +174,15 @@ def _tell(name: str, budget: Budget, step: int) -> None:
         )  # fmt: skip
 
 
+def histogram_shape(heads: int) -> tuple[int, int]:
+    """Of the histograms of one layer with these query heads."""
+    return heads + 2, BUCKETS
+
+
 def histograms(heads: int, device) -> Tensor:
     """Empty histograms of one layer, `[H + 2, BUCKETS]` int64: errors of each query head, then
     lags, then chain lengths of all heads."""
-    return torch.zeros(heads + 2, BUCKETS, dtype=torch.int64, device=device)
+    return torch.zeros(histogram_shape(heads), dtype=torch.int64, device=device)
 
 
 def edges(device) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_mac.audit import BUCKETS
+from vllm_mac.audit import histogram_shape
 
 
 class Totals(NamedTuple):
@@ -21,7 +21,7 @@ class Totals(NamedTuple):
 
 def allocate(counters: int, heads: Sequence[int], audited: bool, device) -> Totals:
     """Zeros for layers of these query heads each."""
-    shapes = [(counters,)] * len(heads) + [(count + 2, BUCKETS) for count in heads if audited]
+    shapes = [(counters,)] * len(heads) + [histogram_shape(count) for count in heads if audited]
     # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes, and what compiles kernels
     # before serving goes through one layer of a kind.
     sizes = [size + size % 2 for size in (torch.Size(shape).numel() for shape in shapes)]
