@@ -42,7 +42,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", default=str(TESTBED), help="chat model's folder or name (default: examples/testbed)")
     parser.add_argument("--tokens", type=int, default=400, help="most tokens to generate (default 400)")
     parser.add_argument("--context", type=int, default=8192, help="characters of the prompt (default 8192)")
-    parser.add_argument("--threshold", type=float, help="MAC's threshold; 1 reuses nothing, so both answers are the same")
+    parser.add_argument(
+        "--threshold", type=float, help="MAC's threshold; 1 reuses nothing, so both answers are the same"
+    )
     parser.add_argument("--timeout", type=int, default=600, help="seconds to wait for a server (default 600)")
     args = parser.parse_args()
     for name in ("tokens", "context", "timeout"):
@@ -52,7 +54,11 @@ def options() -> argparse.Namespace:
 
 
 def on_gpu() -> bool:
-    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0 if shutil.which("nvidia-smi") else False
+    return (
+        subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+        if shutil.which("nvidia-smi")
+        else False
+    )
 
 
 def free_port() -> int:
@@ -81,7 +87,9 @@ def server(model: str, backend: str | None, config: dict, timeout: int):
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
         # A process group of its own, so that the server's children end with it.
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             with console.status(f"starting vLLM with {backend or 'its own attention'} (log: {log.relative_to(ROOT)})"):
                 wait(address, process, log, timeout)

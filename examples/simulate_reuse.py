@@ -359,9 +359,9 @@ def simulate(model: Decoder, ids: list[int], index: list, match: list, steps: in
         for i in range(len(model.layers)):
             q, k, v = model.qkv(i, x, p)
             q, k, v = (t.transpose(0, 1) for t in (q.view(n, model.groups, -1, model.size), k, v))
-            out, tokens, exact = first[i].step(q[:, :cut].contiguous(), k[:, :cut], v[:, :cut], p)
+            out, tokens, exact = first[i].step(q[:, :cut].contiguous(), k[:, :cut], v[:, :cut], p)  # noqa: F821 - deleted below
             if match:
-                more = rings[i].step(q[:, cut:].contiguous(), k[:, cut:], v[:, cut:], p)
+                more = rings[i].step(q[:, cut:].contiguous(), k[:, cut:], v[:, cut:], p)  # noqa: F821
                 out, tokens, exact = (torch.cat(pair, 1) for pair in zip((out, tokens, exact), more, strict=False))
                 hits[i, cut:] += more[3].float().mean(0)
             wrong = model.layers[i].self_attn.o_proj((out - exact).transpose(0, 1).reshape(n, -1))

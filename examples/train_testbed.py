@@ -185,7 +185,7 @@ def choose_attention(model: Llama, device: torch.device) -> dict[str, float]:
         name = f"{way[0].name} {'grouped' if way[1] else 'expanded'}"
         model.attention = way
         try:
-            for trial in range(3):
+            for _ in range(3):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 out = model.attend(q, k, v, length)

@@ -41,9 +41,7 @@ def attend(
     weight = tl.exp2(score - base[:, None])  # [M, BN]
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weight, 1)
-    acc = acc * shrink[:, None] + tl.dot(
-        weight.to(rounded).to(value.dtype), value, input_precision="ieee"
-    )
+    acc = acc * shrink[:, None] + tl.dot(weight.to(rounded).to(value.dtype), value, input_precision="ieee")
     return new_peak, total, acc
 
 

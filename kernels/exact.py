@@ -46,9 +46,7 @@ class PrefixProblem:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"heads: {self.heads}, choose a multiple of kv_heads ({self.kv_heads})"
-            )
+            raise ValueError(f"heads: {self.heads}, choose a multiple of kv_heads ({self.kv_heads})")
         if self.dtype not in _DOT_TYPES:
             raise ValueError(f"dtype: {self.dtype}, choose one of {list(_DOT_TYPES)}")
 

@@ -63,7 +63,7 @@ def hit_kernel(
     whole = False
     if WHOLE:
         whole = ring < 0
-        if SINK == 0:  # noqa: SIM102 - known when compiling, unlike the other
+        if SINK == 0:
             if whole:
                 if i_part == 0:
                     o_w = tl.arange(0, M)

@@ -58,9 +58,7 @@ class Workspace:
     MAX_BANDS = 8
 
     @classmethod
-    def allocate(
-        cls, rows: int, heads: int, kv_heads: int, head_size: int, device, whole: bool = False
-    ) -> "Workspace":
+    def allocate(cls, rows: int, heads: int, kv_heads: int, head_size: int, device, whole: bool = False) -> "Workspace":
         """For batches of at most `rows` rows, padding included."""
         on = torch.device(device)
 
@@ -175,9 +173,7 @@ def decode_hits(
     launch(hit_kernel, grid, pointers, sizes, others, constants, OPTIONS[tune["registers"]], work.options)
 
 
-def _tune(
-    rows: int, heads: int, kv_heads: int, slots: int, d: int, window: int, entry_bytes: int
-) -> dict:
+def _tune(rows: int, heads: int, kv_heads: int, slots: int, d: int, window: int, entry_bytes: int) -> dict:
     """How the work is split, as measured on an H200 with 32/8 and 32/4 heads, D 128, window 512.
 
     Small batches want many programs with little to do one after the other; large ones want the
@@ -195,7 +191,7 @@ def _tune(
     bands = max(1, min(4, (slots - rows * heads * splits) // (rows * kv_heads)))
     group = heads // kv_heads
     # Where programs queue, a multiprocessor should hold a fourth one.
-    tight = group > 8 or rows * (heads * splits + kv_heads * bands) > slots and group & (group - 1) == 0
+    tight = group > 8 or (rows * (heads * splits + kv_heads * bands) > slots and group & (group - 1) == 0)
     few, usual, most = REGISTERS
     tokens = 32 if dp > 128 else 64
     return {

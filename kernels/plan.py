@@ -94,9 +94,7 @@ def _plan_kernel(
     # Tiles of one length run in waves; of many lengths, as a list that ends at most a tile late.
     f_slots, f_chunk = slots.to(tl.float32), b_chunk.to(tl.float32)
     b_time = ((b_tiles + slots - 1) // slots).to(tl.float32) * f_chunk
-    b_time = (
-        tl.minimum(b_time, work / f_slots + f_chunk) + TILE_COST * b_tiles.to(tl.float32) / f_slots
-    )
+    b_time = tl.minimum(b_time, work / f_slots + f_chunk) + TILE_COST * b_tiles.to(tl.float32) / f_slots
     # Candidate 0 makes at most max(slots, count) tiles, which always fit.
     b_time = tl.where((b_tiles > capacity) | (b_wave > waves) & (o_c > 0), float("inf"), b_time)
     chunk = tl.min(tl.where(b_time == tl.min(b_time, 0), b_chunk, 2147483647), 0)
@@ -180,9 +178,7 @@ class Plan:
             offset[name] = at
             part = buffer[at : at + size * width]
             if part.numel() < size * width:
-                raise ValueError(
-                    f"buffer: {buffer.numel()} bytes, a plan of {tiles} tiles needs more"
-                )
+                raise ValueError(f"buffer: {buffer.numel()} bytes, a plan of {tiles} tiles needs more")
             views[name] = part.view(torch.int8 if name == "valid" else torch.int32).zero_()
             at += -(-size * width // 16) * 16
         return cls(**views, offset=offset)

@@ -187,18 +187,14 @@ def prefix_kernel(
                 b_v = tl.load(at_kv[:, None] + D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
             # Keys and values, not the few queries, are the tall operand: Hopper's tensor cores
             # then read them from shared memory, without a pass through registers.
-            b_s = (
-                tl.dot(b_k.to(DOT), tl.trans(b_q).to(DOT), input_precision="ieee") * scale_log2
-            )  # [BN, BG]
+            b_s = tl.dot(b_k.to(DOT), tl.trans(b_q).to(DOT), input_precision="ieee") * scale_log2  # [BN, BG]
             b_s = tl.where((t + o_n < end)[:, None], b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 0))
             b_w = tl.exp2(b_s - b_new[None, :])
             b_old = tl.exp2(b_max - b_new)
             b_sum = b_sum * b_old[None, :] + b_w
             b_w = b_w.to(b_v.dtype).to(DOT)
-            b_o = tl.dot(
-                tl.trans(b_v).to(DOT), b_w, b_o * b_old[None, :], input_precision="ieee"
-            )  # [BD, BG]
+            b_o = tl.dot(tl.trans(b_v).to(DOT), b_w, b_o * b_old[None, :], input_precision="ieee")  # [BD, BG]
             b_max = b_new
         b_total = tl.sum(b_sum, 0)  # [BG]
         b_o = tl.trans(b_o / b_total[None, :])  # [BG, BD]

@@ -40,7 +40,16 @@ SHAPES = [
     {"rows": 40, "heads": 32, "kv_heads": 8, "d": 128, "dtype": torch.bfloat16},
 ]
 # The longest window, whose page numbers a program holds all at once, where there is least shared memory.
-LONG = {"rows": 1, "heads": 16, "kv_heads": 1, "d": 256, "dtype": torch.bfloat16, "sink": 4, "window": 65536, "rings": 1}
+LONG = {
+    "rows": 1,
+    "heads": 16,
+    "kv_heads": 1,
+    "d": 256,
+    "dtype": torch.bfloat16,
+    "sink": 4,
+    "window": 65536,
+    "rings": 1,
+}
 
 
 class Driver:
@@ -110,7 +119,9 @@ def main(arch: int) -> None:
     registers._spills = lambda made: measure(made.asm["cubin"])["stack"]
     registers._enough = noting(passed_over)
     allocate, default, init = Workspace.allocate.__func__, Tuning.default.__func__, TritonExact.__init__
-    Workspace.allocate = classmethod(lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=3 * sms, pdl=pdl))
+    Workspace.allocate = classmethod(
+        lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=3 * sms, pdl=pdl)
+    )
     Tuning.default = classmethod(lambda cls, *args: default(cls, *args, shared))
 
     def init_for(self, problem, device, **more):

@@ -55,7 +55,9 @@ def _rows(section, prefix: str):
         default = field.get_default()
         assert default is not PydanticUndefined
         told = {"include": None, "exclude": [], "threshold": {}}[name] if prefix else default
-        yield f"| `{prefix}{name}` | {_values(field)} | `{json.dumps(told)}` | {field.description} |\n".replace("|q-q'|", "\\|q-q'\\|")
+        yield f"| `{prefix}{name}` | {_values(field)} | `{json.dumps(told)}` | {field.description} |\n".replace(
+            "|q-q'|", "\\|q-q'\\|"
+        )
 
 
 def _values(field) -> str:
@@ -63,13 +65,19 @@ def _values(field) -> str:
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{kind}`" for kind in kinds)
-    limits = {name: getattr(rule, name) for rule in field.metadata for name in ("ge", "gt", "le") if hasattr(rule, name)}
+    limits = {
+        name: getattr(rule, name) for rule in field.metadata for name in ("ge", "gt", "le") if hasattr(rule, name)
+    }
     words = [f"at least {limits['ge']:g}"] if "ge" in limits else []
     words += [f"above {limits['gt']:g}"] if "gt" in limits else []
     words += [f"at most {limits['le']:g}"] if "le" in limits else []
     name = {bool: "true, false", int: "whole number", float: "number"}.get(kinds[0])
     if name is None:  # the keys below `layers`
-        name = "patterns, each with a number from 0 to 1" if "Thresholds" in (field.description or "") else "list of patterns"
+        name = (
+            "patterns, each with a number from 0 to 1"
+            if "Thresholds" in (field.description or "")
+            else "list of patterns"
+        )
     nullable = " or `null`" if type(None) in get_args(field.annotation) else ""
     return f"{name}{' ' if words else ''}{' and '.join(words)}{nullable}"
 

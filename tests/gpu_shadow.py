@@ -172,9 +172,7 @@ class Step:
         query = self.query[:n]
         pre = mac.rotary.undo(query, position)
         distance = self._distances(pre, position, ring)
-        want = paged.decode(
-            position, query, pre, self.kv, self.table[:n], ring, first, self.store, config, self.scale
-        )
+        want = paged.decode(position, query, pre, self.kv, self.table[:n], ring, first, self.store, config, self.scale)
         found = self.metadata.decoder._work.source[:n].long()
         hit = self.metadata.decoder._work.hit[:n].bool()
         same = (found == want.source).view(n, mac.num_kv_heads, -1).all(-1)
@@ -269,4 +267,3 @@ class Step:
         watch.read += int(read.sum())
         watch.skipped += int((length - read).sum())
         watch.rows += len(position)
-

@@ -308,7 +308,11 @@ class Engine:
             assert stop < self.min_context or all(in_use), "a ring was left"
             self.seen["exhausted"] += stop >= self.min_context
             request.given = None
-        elif request.given is not None and request.scheduled == self.step_no - self.lanes and self.holder[ring] is not request:
+        elif (
+            request.given is not None
+            and request.scheduled == self.step_no - self.lanes
+            and self.holder[ring] is not request
+        ):
             raise AssertionError("a live request lost its ring")
 
     def finish(self) -> None:
@@ -322,7 +326,7 @@ class Engine:
         assert not self.owners._arrival, "requests that ended pile up"
         names = [f"last {i}" for i in range(self.owners.rings)]
         arrived = [Arrival(name, 0, ([1 + i],)) for i, name in enumerate(names)]
-        self.owners.begin_step((), arrived, (), {name: self.min_context for name in names})
+        self.owners.begin_step((), arrived, (), dict.fromkeys(names, self.min_context))
         assert sorted(self.owners.ring(name) for name in names) == [(i, True) for i in range(self.owners.rings)]
         assert self.owners.states() == {"active": self.owners.rings, "idle": 0, "free": 0}
 

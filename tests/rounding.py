@@ -50,9 +50,7 @@ def merge_error(a: Error, b: Error, share: float, lse: float, u: float = FLOAT32
     """
     eta = u * (abs(lse) + 5)
     weights = 2 * share * (1 - share) * (a.lse + b.lse) + eta + 5 * u
-    return Error(
-        share * a.out + (1 - share) * b.out + weights, share * a.lse + (1 - share) * b.lse + eta
-    )
+    return Error(share * a.out + (1 - share) * b.out + weights, share * a.lse + (1 - share) * b.lse + eta)
 
 
 def decode_error(n: int, d: int, sigma: float, chain: int, u: float = FLOAT32) -> float:

@@ -70,8 +70,7 @@ def prefix() -> Scenario:
         events,
         caching=ON,
         reached=lambda run: {
-            "found by all but the first": run.cached
-            == {name: 4 * BLOCK for name in "abcde"} | {"a": 0},
+            "found by all but the first": run.cached == dict.fromkeys("abcde", 4 * BLOCK) | {"a": 0},
             "one token left to prefill": run.single["b"] == run.single["e"] == 1,
         },
     )
@@ -94,9 +93,7 @@ def turns() -> Scenario:
         events,
         caching=ON,
         hybrid=False,
-        reached=lambda run: {
-            "found": run.cached == {"a": 0, "b": 4 * BLOCK, "c": 4 * BLOCK, "d": 5 * BLOCK}
-        },
+        reached=lambda run: {"found": run.cached == {"a": 0, "b": 4 * BLOCK, "c": 4 * BLOCK, "d": 5 * BLOCK}},
     )
 
 

@@ -516,7 +516,8 @@ def test_a_tiny_budget_makes_every_layer_exact_and_each_is_tried_again(model, mo
 
 def test_histograms_of_workers_add_up():
     bucket = lambda layer, *values: [
-        metrics.Sample("vllm_mac_lag_bucket", {"layer": layer, "le": le}, v) for le, v in zip(("1", "2.5", "+Inf"), values)
+        metrics.Sample("vllm_mac_lag_bucket", {"layer": layer, "le": le}, v)
+        for le, v in zip(("1", "2.5", "+Inf"), values)
     ]
     samples = [*bucket("a", 1, 3, 3), *bucket("b", 0, 0, 5), *bucket("a", 0, 1, 2)]
     found = metrics.histograms(samples, metrics.LAG)

@@ -25,9 +25,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_mac import paged
+from vllm_mac.config import resolve
 from vllm_mac.tools import cli
 from vllm_mac.tools.bench import BenchError, data, decode, kernel, report
-from vllm_mac.config import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,7 +83,10 @@ def test_help_names_every_option(command):
         (["decode", "--model", "m"], "--shapes: choose either --context, with --batch where it is not 1, or --shapes"),
         (["decode", "--model", "m", "--context", "10", "--shapes", "1x10"], "choose either --context"),
         (["decode", "--model", "m", "--batch", "2", "--shapes", "1x10"], "choose either --context"),
-        (["decode", "--model", "m", "--shapes", "1x10,8"], "--shapes: received '1x10,8'; choose requests at once x prompt tokens"),
+        (
+            ["decode", "--model", "m", "--shapes", "1x10,8"],
+            "--shapes: received '1x10,8'; choose requests at once x prompt tokens",
+        ),
         (["decode", "--model", "m", "--shapes", "0x10"], "--shapes: received '0x10'"),
     ],
 )
@@ -334,7 +337,9 @@ def test_no_speed_of_a_wrong_baseline(baselines):
         list(rows)
 
 
-@pytest.mark.parametrize("spoil, said", [("out", "MAC is wrong"), ("hits", "counters of layer 0"), ("nan", "unwritten")])
+@pytest.mark.parametrize(
+    "spoil, said", [("out", "MAC is wrong"), ("hits", "counters of layer 0"), ("nan", "unwritten")]
+)
 def test_no_speed_of_a_wrong_decode(baselines, monkeypatch, spoil, said):
     right = kernel._decode
 
@@ -432,7 +437,10 @@ def decode_row(**changes):
 
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need the extra 'bench'")
-    for name, rows in (("k", [kernel_row(**changes) for changes in ROWS]), ("d", [decode_row(), decode_row(engine="default")])):
+    for name, rows in (
+        ("k", [kernel_row(**changes) for changes in ROWS]),
+        ("d", [decode_row(), decode_row(engine="default")]),
+    ):
         report.plot(rows, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BenchError, match="choose files of one benchmark"):
@@ -472,12 +480,15 @@ def decoded(shapes=((1, 100),), **changes):
 
 
 def test_each_backend_gets_a_row(monkeypatch):
-    fake_engine(monkeypatch, f"""
+    fake_engine(
+        monkeypatch,
+        f"""
 name = spec["llm"].get("attention_backend")
 tell(stage=f"{{name}} {{spec['llm'].get('additional_config')}} {{spec['llm']['max_num_seqs']}}")
 if name == "CRASH":
     print("Traceback\\nValueError: out of luck"); os._exit(9)
-{EACH}""")
+{EACH}""",
+    )
     rows, told = decoded(((3, 100),), backends=("MAC", "default", "CRASH"), mac={"band": 9})
     assert told == [
         ("MAC: MAC {'mac': {'band': 9}} 3", 0), ("MAC: batch 3, 100 tokens: done", 1),
@@ -499,7 +510,9 @@ SHAPES = ((1, 4000), (8, 100), (2, 50))
 
 def test_an_engine_measures_several_shapes(monkeypatch, tmp_path):
     starts = tmp_path / "starts"
-    fake_engine(monkeypatch, f"""
+    fake_engine(
+        monkeypatch,
+        f"""
 open({str(starts)!r}, "a").write(str(spec["llm"]["max_num_seqs"]) + " " + str(spec["llm"]["max_model_len"]) + "\\n")
 own = "attention_backend" not in spec["llm"]
 for i, (batch, context) in enumerate(spec["shapes"]):
@@ -508,7 +521,8 @@ for i, (batch, context) in enumerate(spec["shapes"]):
         tell(shape=i, result=dict(error="RuntimeError: the KV cache is too small"))
     else:
         tell(shape=i, result={RESULT} | dict(step_ms=[batch * (1.0 + own)]))
-tell(done=True)""")
+tell(done=True)""",
+    )
     rows, told = decoded(SHAPES, tokens=10)
     assert starts.read_text() == "8 4045\n8 4045\n"  # 4000 prompt tokens, 10 generated, room to wait for others
     assert [(row["engine"], row["batch"], row["context"]) for row in rows] == [
@@ -521,10 +535,13 @@ tell(done=True)""")
 
 
 def test_what_was_measured_before_a_crash_is_kept(monkeypatch):
-    fake_engine(monkeypatch, f"""
+    fake_engine(
+        monkeypatch,
+        f"""
 tell(shape=0, result={RESULT})
 tell(stage="batch 8, 100 tokens: decoding")
-print("AssertionError: no more"); os._exit(3)""")
+print("AssertionError: no more"); os._exit(3)""",
+    )
     rows, told = decoded(SHAPES, backends=("MAC",))
     assert "error" not in rows[0] and sum(done for _, done in told) == 3
     said = "batch 8, 100 tokens: decoding: the engine ended with code 3 and gave no result: AssertionError: no more"
@@ -538,12 +555,15 @@ WARNING 11-22 00:00:00 [base.py:377] ValueError: Tokenizer not available when `s
 
 
 def test_a_late_stage_is_named_and_no_warning_blamed(monkeypatch):
-    fake_engine(monkeypatch, f"""
+    fake_engine(
+        monkeypatch,
+        f"""
 print({WARNED!r}, flush=True)
 tell(stage="starting the engine"); time.sleep(1.2)
 tell(stage="batch 1, 4000 tokens: warming up"); time.sleep(1.2)
 tell(shape=0, result={RESULT})
-tell(stage="batch 8, 100 tokens: reading the prompts, 1 of 1"); time.sleep(60)""")
+tell(stage="batch 8, 100 tokens: reading the prompts, 1 of 1"); time.sleep(60)""",
+    )
     rows, _ = decoded(SHAPES, backends=("MAC",), timeout=2.0)  # for each stage: the first two take longer together
     assert "error" not in rows[0]
     last = rows[1]["error"].splitlines()[-1]
@@ -565,10 +585,13 @@ def test_a_warning_is_not_why_an_engine_ended(monkeypatch):
 
 def test_a_backend_that_hangs_is_stopped_with_all_its_processes(monkeypatch, tmp_path):
     note = tmp_path / "pid"
-    fake_engine(monkeypatch, f"""
+    fake_engine(
+        monkeypatch,
+        f"""
 import subprocess
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-open({str(note)!r}, "w").write(str(child.pid)); time.sleep(60)""")
+open({str(note)!r}, "w").write(str(child.pid)); time.sleep(60)""",
+    )
     (row,), _ = decoded(backends=("MAC",), timeout=2.0)
     assert row["error"] == "the engine was stopped because this had taken 2 s"
     time.sleep(0.2)
@@ -606,7 +629,12 @@ def test_an_interrupt_keeps_what_was_measured(number, tmp_path):
 def test_the_built_in_shape_is_what_transformers_takes():
     transformers = pytest.importorskip("transformers", reason="comes with vLLM")
     config = transformers.LlamaConfig.from_dict(decode.SHAPES["llama-3.1-8b"])
-    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 32, 8, 128)
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (
+        32,
+        32,
+        8,
+        128,
+    )
     rope = getattr(config, "rope_parameters", None) or config.rope_scaling
     assert rope["rope_type"] == "llama3" and rope["factor"] == 8.0
 
@@ -638,9 +666,14 @@ def test_decode_on_a_real_engine(tmp_path):
     for row in every:
         assert PROVENANCE <= row.keys()
         if row["context"] == 900:
-            assert row["error"].startswith("ValueError: --max-model-len: 800 has no room for 900 prompt tokens and 17 generated")
+            assert row["error"].startswith(
+                "ValueError: --max-model-len: 800 has no room for 900 prompt tokens and 17 generated"
+            )
             continue
-        assert 0 < row["p20"] <= row["p50"] <= row["p80"] and row["start_s"] == every[0 if row["engine"] == "MAC" else 4]["start_s"]
+        assert (
+            0 < row["p20"] <= row["p50"] <= row["p80"]
+            and row["start_s"] == every[0 if row["engine"] == "MAC" else 4]["start_s"]
+        )
         assert row["samples"] == 12 and row["speedup"] > 0 and row["prompt"] == "random words, seed 0"
         assert len(row["ttft_ms"]) == 2 * row["batch"] and row["cached_prompt_tokens"] == 0
         assert 0 < row["metadata_p50"] < row["p80"]

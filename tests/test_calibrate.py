@@ -11,6 +11,7 @@ from test_structure import MODULES, top
 from typer.testing import CliRunner
 
 from vllm_mac import metrics, reference
+from vllm_mac.config import MacConfig, resolve
 from vllm_mac.tools import cli
 from vllm_mac.tools.calibrate import CalibrateError
 from vllm_mac.tools.calibrate.bins import BINS, UPPER
@@ -18,7 +19,6 @@ from vllm_mac.tools.calibrate.choose import Chooser, Rule, outcome, single
 from vllm_mac.tools.calibrate.grid import PAPER, Candidate, Grid, Setting
 from vllm_mac.tools.calibrate.measured import Measured, figures
 from vllm_mac.tools.calibrate.simulate import Layer, measure, simulate, tally
-from vllm_mac.config import MacConfig, resolve
 
 U64 = torch.finfo(torch.float64).eps / 2
 HEADS, KV_HEADS, D, TOKENS, WINDOW, STEPS = 6, 2, 8, 120, 24, 40
@@ -162,7 +162,10 @@ def test_who_knows_what():
 
 # --- the choice ---------------------------------------------------------------------------------
 
-A, B = Setting(128, 0, "anchored", 0.0, None, "absolute", None), Setting(256, 0, "anchored", 0.0, None, "absolute", None)
+A, B = (
+    Setting(128, 0, "anchored", 0.0, None, "absolute", None),
+    Setting(256, 0, "anchored", 0.0, None, "absolute", None),
+)
 GRID = Grid(512, 2048, 100, (0.3, 0.5, 0.7), (128, 256), (0,), (0.0,), ("anchored",), (None,), ("absolute",), (None,))
 
 
@@ -170,7 +173,9 @@ def made_up(errors: dict, reads: dict, heads: int = 8, prompts: int = 2) -> Meas
     """Two layers; errors and reads `[candidate][layer]`, equal for all heads. In the second half errors double."""
     candidates = GRID.candidates(False)
     shape = (2, 2, len(candidates))
-    counts = {name: np.zeros(shape) for name in ("error", "matched", "lag", "chain", "longest", "read", "full", "steps")}
+    counts = {
+        name: np.zeros(shape) for name in ("error", "matched", "lag", "chain", "longest", "read", "full", "steps")
+    }
     counts |= {"bins": np.zeros((*shape, BINS), int), "heads": np.zeros((*shape, heads), int)}
     counts["steps"][:], counts["full"][:] = 100 * heads, 1000
     for c, candidate in enumerate(candidates):
@@ -181,7 +186,7 @@ def made_up(errors: dict, reads: dict, heads: int = 8, prompts: int = 2) -> Meas
                 counts["bins"][half, row, c, np.searchsorted(UPPER, value)] = 100 * heads
                 counts["error"][half, row, c] = value * 100 * heads
                 counts["read"][half, row, c] = 1000 * reads[key][row]
-    environment = {key: "?" for key in ("command", "gpu", "vllm", "torch", "commit", "timestamp")}
+    environment = dict.fromkeys(("command", "gpu", "vllm", "torch", "commit", "timestamp"), "?")
     source = {"model": "m", "prompts": "p", "mac": MacConfig().model_dump(mode="json"), "environment": environment}
     names = "model.layers.0.attn", "model.layers.1.attn"
     return Measured(counts, names, (0, 1), GRID, False, (4000,) * prompts, source)
@@ -219,7 +224,14 @@ def test_among_nearly_equal_reads_the_error_decides():
 def test_a_budget_that_nothing_meets_names_the_nearest():
     with pytest.raises(CalibrateError) as raised:
         Chooser(made_up(ERRORS, READS), Rule("p95")).best(0.001)
-    for part in ("--budget: received 0.001", "Nearest: p95 0.02", "model.layers.0.attn", "reads 60.0%", "threshold 0.7", "band 256"):
+    for part in (
+        "--budget: received 0.001",
+        "Nearest: p95 0.02",
+        "model.layers.0.attn",
+        "reads 60.0%",
+        "threshold 0.7",
+        "band 256",
+    ):
         assert part in str(raised.value)
     with pytest.raises(CalibrateError, match="no layer saves 95% of its KV reads under any candidate"):
         Chooser(made_up(ERRORS, READS), Rule("p95", min_saving=0.95)).best(0.5)
@@ -284,7 +296,20 @@ def test_the_file_is_read_back_and_says_where_it_came_from(tmp_path):
     made_up(ERRORS, READS).save(tmp_path / "m.npz")
     names = {name: tmp_path / "new" / name for name in ("mac.yaml", "r.json", "t.md", "p.png")}
     out, told, table, plot = names.values()
-    result = invoke("--measured", tmp_path / "m.npz", "--budget", 0.11, "--out", out, "--json", told, "--markdown", table, "--plot", plot)
+    result = invoke(
+        "--measured",
+        tmp_path / "m.npz",
+        "--budget",
+        0.11,
+        "--out",
+        out,
+        "--json",
+        told,
+        "--markdown",
+        table,
+        "--plot",
+        plot,
+    )
     assert result.exit_code == 0, result.output
     config = resolve({"config": str(out)}, {})
     assert (config.band, config.reuse, config.layers.exclude) == (128, "anchored", (1,))
@@ -314,14 +339,32 @@ def test_one_prompt_is_said_to_flatter(tmp_path):
         (["--model", "m"], "choose --prompts FILE or --tasks NAMES"),
         (["--tasks", "ruler"], "choose --model to measure, or --measured to choose from a file"),
         (["--model", "m", "--tasks", "nihil"], "--tasks: received 'nihil'; choose from all, ruler, long"),
-        (["--model", "m", "--tasks", "ruler", "--metric", "p90"], "--metric: received 'p90'; choose from kl, p50, p95, p99, mean"),
-        (["--model", "m", "--tasks", "ruler", "--reuse", "both"], "--reuse: received 'both'; choose from anchored, chained"),
-        (["--model", "m", "--tasks", "ruler", "--thresholds", "0.5,2"], "--thresholds: received '0.5,2'; choose numbers from 0 to 1"),
-        (["--model", "m", "--tasks", "ruler", "--max-chain", "0"], "--max-chain: received '0'; choose whole numbers of at least 1"),
+        (
+            ["--model", "m", "--tasks", "ruler", "--metric", "p90"],
+            "--metric: received 'p90'; choose from kl, p50, p95, p99, mean",
+        ),
+        (
+            ["--model", "m", "--tasks", "ruler", "--reuse", "both"],
+            "--reuse: received 'both'; choose from anchored, chained",
+        ),
+        (
+            ["--model", "m", "--tasks", "ruler", "--thresholds", "0.5,2"],
+            "--thresholds: received '0.5,2'; choose numbers from 0 to 1",
+        ),
+        (
+            ["--model", "m", "--tasks", "ruler", "--max-chain", "0"],
+            "--max-chain: received '0'; choose whole numbers of at least 1",
+        ),
         (["--model", "m", "--tasks", "ruler", "--saving", "0.9", "--budget", "0.1"], "--saving: received 0.9"),
         (["--model", "m", "--tasks", "ruler", "--bands", "4096"], "band + sink must be less than min_context - 1"),
-        (["--model", "m", "--tasks", "ruler", "--mac", '{"band": 64}'], "band is calibrated; give the values to try with --bands"),
-        (["--model", "m", "--tasks", "ruler", "--metric", "p95", "--engine", '{"max_num_seqs": 8}'], "--engine: max_num_seqs: received 8; calibration needs 1"),
+        (
+            ["--model", "m", "--tasks", "ruler", "--mac", '{"band": 64}'],
+            "band is calibrated; give the values to try with --bands",
+        ),
+        (
+            ["--model", "m", "--tasks", "ruler", "--metric", "p95", "--engine", '{"max_num_seqs": 8}'],
+            "--engine: max_num_seqs: received 8; calibration needs 1",
+        ),
         (["--model", "/no/such", "--tasks", "niah_single"], "--model: no folder '/no/such'"),
         (["--measured", "/no/such.npz"], "/no/such.npz: not a file of measurements"),
     ],
@@ -335,7 +378,22 @@ def test_wrong_options_are_named(args, message, tmp_path):
 # --- whole runs ---------------------------------------------------------------------------------
 
 SMALL = json.dumps({"window": 64, "min_context": 200})
-FEW = ("--metric", "p95", "--bands", "32", "--sinks", "0,4", "--thresholds", "0.3,0.6,0.8", "--lag-weights", "0", "--reuse", "anchored", "--steps", 48)
+FEW = (
+    "--metric",
+    "p95",
+    "--bands",
+    "32",
+    "--sinks",
+    "0,4",
+    "--thresholds",
+    "0.3,0.6,0.8",
+    "--lag-weights",
+    "0",
+    "--reuse",
+    "anchored",
+    "--steps",
+    48,
+)
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +418,21 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "mistral"])
 def test_calibrate_a_folder(name, models, quick, tmp_path):
     out, told = tmp_path / "mac.yaml", tmp_path / "r.json"
-    args = ["--model", models(name), "--mac", SMALL, *FEW, "--budget", 3, "--min-saving", 0.01, "--out", out, "--json", told]
+    args = [
+        "--model",
+        models(name),
+        "--mac",
+        SMALL,
+        *FEW,
+        "--budget",
+        3,
+        "--min-saving",
+        0.01,
+        "--out",
+        out,
+        "--json",
+        told,
+    ]
     engine = {"max_num_batched_tokens": 100} if name == "llama3" else {}
     text = tmp_path / "text.txt"
     text.write_text("The lighthouse keeper writes down ships, winds and lamps. " * 20)
@@ -407,7 +479,10 @@ def test_an_engine_reads_what_the_simulation_says(models):
     setting = Setting(32, 4, "anchored", 1.0, 4, "absolute", 0.2)
     keys = {"window": 64, "min_context": 200, "threshold": 0.6, **setting._asdict()}
     grid = Grid(64, 200, tokens - 1, (0.6,), (32,), (4,), (1.0,), ("anchored",), (4,), ("absolute",), (0.2,))
-    options = {"worker_extension_cls": "vllm_mac.tools.calibrate.capture.CalibrateWorker", "additional_config": {"mac": keys}}
+    options = {
+        "worker_extension_cls": "vllm_mac.tools.calibrate.capture.CalibrateWorker",
+        "additional_config": {"mac": keys},
+    }
     with harness.engine(models("qwen3"), backend="MAC", chunk=100, max_num_seqs=1, **options) as llm:
         generate = lambda ids, n: llm.generate(
             [{"prompt_token_ids": ids}], SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True), use_tqdm=False
@@ -429,7 +504,17 @@ def test_an_engine_reads_what_the_simulation_says(models):
 def test_no_layer_is_served(models, quick, tmp_path):
     keys = json.loads(SMALL) | {"layers": {"include": ["7-9"]}}
     prompts = ["--tasks", "niah_single", "--length", 400, "--samples", 1]
-    result = invoke("--model", models("llama3"), *prompts, "--mac", json.dumps(keys), *FEW, "--out", tmp_path / "mac.yaml", "--no-progress")
+    result = invoke(
+        "--model",
+        models("llama3"),
+        *prompts,
+        "--mac",
+        json.dumps(keys),
+        *FEW,
+        "--out",
+        tmp_path / "mac.yaml",
+        "--no-progress",
+    )
     assert result.exit_code == 2 and "MAC serves no attention layer" in said(result) and "2 (excluded)" in said(result)
 
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_calibrate import invoke, models, quick, said  # noqa: F401, models and quick are fixtures
 
+from vllm_mac.config import resolve
 from vllm_mac.tools import options
 from vllm_mac.tools.calibrate import CalibrateError, by_kl, knapsack
 from vllm_mac.tools.calibrate.divergence import Run, _calibrate
 from vllm_mac.tools.calibrate.journal import Journal
 from vllm_mac.tools.calibrate.knapsack import Option
-from vllm_mac.config import resolve
 
 EXACT = Option(None, 1.0, 0.0)
 share = lambda low, high: st.integers(low, high).map(lambda i: i / 128)  # sums are exact
@@ -109,7 +109,11 @@ class Told:
         thresholds, others = self.set_to
         read = [self.read[n][thresholds[n]] if n in thresholds else 1.0 for n in self.layers]
         # Together layers cost more than the sum.
-        cost = sum(self.cost[n][t] for n, t in thresholds.items()) * (1 + 0.5 * (len(thresholds) - 1)) * (9 if others else 1)
+        cost = (
+            sum(self.cost[n][t] for n, t in thresholds.items())
+            * (1 + 0.5 * (len(thresholds) - 1))
+            * (9 if others else 1)
+        )
         return Run(cost, cost, 1.0, read, 10)
 
 
@@ -135,7 +139,11 @@ def test_a_choice_is_within_the_budget_as_measured():
 def test_what_costs_nothing_is_measured_as_a_whole_too():
     free = {"a": {0.1: 0.0, 0.45: 0.0}, "b": {0.1: 0.0, 0.45: 0.0}}
     found = calibrated(free, READS, budget=0.01)
-    assert found["thresholds"] == [0.1, 0.1] and found["chosen"]["kl"] == 0 and found["chosen"]["read"] == pytest.approx(0.1)
+    assert (
+        found["thresholds"] == [0.1, 0.1]
+        and found["chosen"]["kl"] == 0
+        and found["chosen"]["read"] == pytest.approx(0.1)
+    )
 
 
 def test_a_saving_is_reached_as_measured_or_refused():
@@ -176,13 +184,19 @@ def test_a_stopped_run_goes_on_with_what_was_kept(models, quick, tmp_path):
     second = run("--json", told[1])
     assert second.exit_code == 0 and "3 passes were measured before" in said(second), said(second)
     assert kept.read_text().splitlines(keepends=True)[:5] == lines[:5]
-    assert [sorted(json.loads(line)) for line in kept.read_text().splitlines()] == [sorted(json.loads(line)) for line in lines]
+    assert [sorted(json.loads(line)) for line in kept.read_text().splitlines()] == [
+        sorted(json.loads(line)) for line in lines
+    ]
     one, two = (json.loads(path.read_text()) for path in told)
     assert one["config"] == two["config"] and len(one["singles"]) == len(two["singles"]) == 3
     for a, b in zip(one["singles"] + one["curve"], two["singles"] + two["curve"], strict=True):
         assert a["read"] == b["read"] and a["kl"] == pytest.approx(b["kl"], rel=1e-3)
     other = run("--steps", 40)
-    assert other.exit_code == 2 and "holds another run's measurements" in said(other) and "--steps: there 48, now 40" in said(other)
+    assert (
+        other.exit_code == 2
+        and "holds another run's measurements" in said(other)
+        and "--steps: there 48, now 40" in said(other)
+    )
 
 
 def test_a_journal_reads_what_it_wrote_and_nothing_else(tmp_path):
@@ -197,7 +211,10 @@ def test_a_journal_reads_what_it_wrote_and_nothing_else(tmp_path):
         file.write('{"pass": [1')  # cut short
     again = Journal(path, about)
     assert again.replies == [[1], []] and len(again) == 1
-    assert again.found([{"a": 0.2, "b": 0.1}, None, 0]) == [0.5, [1.0]] and again.found([{"a": 0.2, "b": 0.1}, None, 1]) is None
+    assert (
+        again.found([{"a": 0.2, "b": 0.1}, None, 0]) == [0.5, [1.0]]
+        and again.found([{"a": 0.2, "b": 0.1}, None, 1]) is None
+    )
     del again
     content = path.read_bytes()
     assert content.endswith(b"]}\n")
@@ -205,7 +222,14 @@ def test_a_journal_reads_what_it_wrote_and_nothing_else(tmp_path):
     with pytest.raises(CalibrateError, match=r"another file\. llm\.mac\.window: there 512, now 256$"):
         Journal(path, about)
     assert path.read_bytes() == content
-    for other in (b"\xff\xfe", b"[]\n", b"PK", b'{"about": 1}\n', b'{"about": [1]}\n', b'{"about": {}}\n{"found": 2}\n'):
+    for other in (
+        b"\xff\xfe",
+        b"[]\n",
+        b"PK",
+        b'{"about": 1}\n',
+        b'{"about": [1]}\n',
+        b'{"about": {}}\n{"found": 2}\n',
+    ):
         path.write_bytes(other)
         with pytest.raises(CalibrateError, match="^--keep: .*holds no measurements of --metric kl"):
             Journal(path, {})
@@ -270,4 +294,9 @@ def test_a_log_says_how_much_of_what_is_done(capsys):
         tell("first", 1, 3)
         tell("second", 1)
         tell("more", 1, 4)
-    assert [line.split("s  ")[1] for line in capsys.readouterr().err.splitlines()] == ["starting", "[1/3] first", "[2/3] second", "[3/4] more"]
+    assert [line.split("s  ")[1] for line in capsys.readouterr().err.splitlines()] == [
+        "starting",
+        "[1/3] first",
+        "[2/3] second",
+        "[3/4] more",
+    ]

@@ -7,7 +7,23 @@ import numpy as np
 import pytest
 import torch
 from test_calibrate import (  # noqa: F401, models and quick are fixtures
-    CANDIDATES, ERRORS, EXACT64, FEW, HEADS, READS, SETTINGS, SMALL, STEPS, WINDOW, D, invoke, layer, made_up, models, quick, said,
+    CANDIDATES,
+    ERRORS,
+    EXACT64,
+    FEW,
+    HEADS,
+    READS,
+    SETTINGS,
+    SMALL,
+    STEPS,
+    WINDOW,
+    D,
+    invoke,
+    layer,
+    made_up,
+    models,
+    quick,
+    said,
 )  # fmt: skip
 
 from vllm_mac.tools.calibrate import CalibrateError
@@ -45,7 +61,9 @@ def test_the_error_after_the_output_matrix_is_that_of_the_formula(monkeypatch):
     found = figures(counts)["output"]
     np.testing.assert_allclose(found, wanted / STEPS, rtol=1e-9, atol=1e-20)
     monkeypatch.setattr("vllm_mac.tools.calibrate.simulate.STATE_BYTES", 400_000)
-    np.testing.assert_allclose(measure(given, CANDIDATES, STEPS, EXACT64)["output"], counts["output"], rtol=1e-9, atol=1e-20)
+    np.testing.assert_allclose(
+        measure(given, CANDIDATES, STEPS, EXACT64)["output"], counts["output"], rtol=1e-9, atol=1e-20
+    )
     assert "output" not in measure(layer(), CANDIDATES[:2], STEPS, EXACT64)
 
 
@@ -75,7 +93,10 @@ def test_the_residual_and_the_output_matrix_are_the_model_s(name, models):
     folder, prompt = models(name), list(b"a keeper writes down ships and winds; " * 6)
     keys = {"window": 64, "min_context": 150, "band": 32, "threshold": 1.0}
     grid = Grid(64, 150, 20, (0.6,), (32,), (0,), (0.0,), ("anchored",), (None,), ("absolute",), (None,))
-    options = {"worker_extension_cls": "vllm_mac.tools.calibrate.capture.CalibrateWorker", "additional_config": {"mac": keys}}
+    options = {
+        "worker_extension_cls": "vllm_mac.tools.calibrate.capture.CalibrateWorker",
+        "additional_config": {"mac": keys},
+    }
     with harness.engine(folder, backend="MAC", chunk=100, max_num_seqs=1, **options) as llm:
         llm.collective_rpc("calibrate_start", args=(grid.as_dict(), False, True))
         llm.collective_rpc("calibrate_prompt", args=(len(prompt),))
@@ -108,7 +129,12 @@ def test_calibrate_by_the_output_s_error(models, quick, tmp_path):
     layers = rows["by_threshold"]["layers"]
     for figures_ in layers.values():
         assert figures_["output"] == sorted(figures_["output"], reverse=True) and figures_["output"][0] > 0
-    assert all(row["output"] <= 0.5 for row in rows["layers"]["chosen"]) and any(row["output"] > 0 for row in rows["layers"]["chosen"])
+    assert all(row["output"] <= 0.5 for row in rows["layers"]["chosen"]) and any(
+        row["output"] > 0 for row in rows["layers"]["chosen"]
+    )
     text = table.read_text()
     assert "## Percent of heads hit: 1000 x output, by threshold, chosen setting" in text and "| output |" in text
-    assert "squared error after W_O over the residual's at most 0.5" in out.read_text() and plot.read_bytes().startswith(b"\x89PNG")
+    assert (
+        "squared error after W_O over the residual's at most 0.5" in out.read_text()
+        and plot.read_bytes().startswith(b"\x89PNG")
+    )

@@ -14,16 +14,25 @@ from stub_flashinfer import gpu_backend
 from vllm_sources import VERSIONS, folder
 
 from vllm_mac import capabilities
-from vllm_mac.capabilities import BACKEND, BUILDER, IMPL, _NOTHING
+from vllm_mac.capabilities import _NOTHING, BACKEND, BUILDER, IMPL
 
 pytestmark = pytest.mark.cpu
-BASE, GPU, CPU = "vllm.v1.attention.backend", "vllm.v1.attention.backends.flashinfer", "vllm.v1.attention.backends.cpu_attn"
+BASE, GPU, CPU = (
+    "vllm.v1.attention.backend",
+    "vllm.v1.attention.backends.flashinfer",
+    "vllm.v1.attention.backends.cpu_attn",
+)
 # Each table, and the classes whose names it decides: those that all backends have, and the platforms' own.
 TABLES = {
     "BACKEND": (BACKEND, [f"{BASE}.AttentionBackend", f"{GPU}.FlashInferBackend", f"{CPU}.CPUAttentionBackend"]),
     "IMPL": (
         IMPL,
-        [f"{BASE}.AttentionImplBase", f"{BASE}.AttentionImpl", f"{GPU}.FlashInferImpl", f"{CPU}.CPUAttentionBackendImpl"],
+        [
+            f"{BASE}.AttentionImplBase",
+            f"{BASE}.AttentionImpl",
+            f"{GPU}.FlashInferImpl",
+            f"{CPU}.CPUAttentionBackendImpl",
+        ],
     ),
     "BUILDER": (
         BUILDER,
@@ -62,7 +71,11 @@ def test_no_decision_outlives_its_name(table):
 def test_a_new_flag_is_noticed(tmp_path):
     """How these tests read classes: methods and attributes, of vLLM's base and of the platforms' own."""
     for module, cls, text in (
-        ("backend", "AttentionBackend", "    @classmethod\n    def supports_rewind(cls): ...\n    def _own(self): ...\n"),
+        (
+            "backend",
+            "AttentionBackend",
+            "    @classmethod\n    def supports_rewind(cls): ...\n    def _own(self): ...\n",
+        ),
         ("flashinfer", "FlashInferBackend", "    supports_undo: bool = True\n    size: int\n    tiles = 3\n"),
         ("cpu_attn", "CPUAttentionBackend", "    @staticmethod\n    def is_slow() -> bool:\n        return True\n"),
     ):
@@ -70,7 +83,11 @@ def test_a_new_flag_is_noticed(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".py").write_text(f"class {cls}:\n{text}")
     found = Tree({"vllm": tmp_path / "vllm"})
-    assert [names(found, cls) for cls in TABLES["BACKEND"][1]] == [{"supports_rewind"}, {"supports_undo", "tiles"}, {"is_slow"}]
+    assert [names(found, cls) for cls in TABLES["BACKEND"][1]] == [
+        {"supports_rewind"},
+        {"supports_undo", "tiles"},
+        {"is_slow"},
+    ]
 
 
 def test_vllm_asks_by_these_parameters(tree):
@@ -150,11 +167,15 @@ def test_large_pages_are_not_offered(classes, monkeypatch):
     backend = classes["gpu"][0]
     base = backend.__mro__[2]
     assert base.__name__ == "FlashInferBackend"
-    monkeypatch.setattr(base, "get_supported_kernel_block_sizes", staticmethod(lambda spec=None: [16, 32, 64, 128, 1024]))
+    monkeypatch.setattr(
+        base, "get_supported_kernel_block_sizes", staticmethod(lambda spec=None: [16, 32, 64, 128, 1024])
+    )
     assert backend.get_supported_kernel_block_sizes() == [16, 32, 64]
 
 
-@pytest.mark.parametrize("platform, metadata", [("cpu", {"step": None}), ("cpu", {}), ("gpu", {"decoder": None}), ("gpu", {})])
+@pytest.mark.parametrize(
+    "platform, metadata", [("cpu", {"step": None}), ("cpu", {}), ("gpu", {"decoder": None}), ("gpu", {})]
+)
 def test_a_served_layer_in_an_unplanned_batch_raises(classes, platform, metadata):
     """Nothing would write its output, which would stay what it was."""
     cls = classes[platform][1]

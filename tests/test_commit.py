@@ -15,7 +15,9 @@ FILES = {"vllm_mac/__init__.py": "one\n", "vllm_mac/tools/eval/run.py": "two\n",
 
 def git(folder, *args):
     who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-    return subprocess.run(["git", "-C", str(folder), *who, *args], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *who, *args], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def commit(folder) -> str:
@@ -93,7 +95,9 @@ def test_a_package_from_elsewhere_is_unknown(places, monkeypatch, tmp_path):
     assert named() == "unknown"
 
 
-@pytest.mark.parametrize("url, folder", [("file:///some%20where/x", "/some where/x"), ("https://index/x.whl", None), (None, None)])
+@pytest.mark.parametrize(
+    "url, folder", [("file:///some%20where/x", "/some where/x"), ("https://index/x.whl", None), (None, None)]
+)
 def test_where_a_package_was_installed_from(url, folder, monkeypatch, tmp_path):
     told = json.dumps({"url": url, "dir_info": {}}) if url else None
     distribution = type("Distribution", (), {"read_text": lambda self, name: told})

@@ -116,9 +116,7 @@ def test_a_float_takes_an_integer(field):
 
 
 @pytest.mark.parametrize("field", FLOATS)
-@pytest.mark.parametrize(
-    "value", ["0.5", True, None, float("nan"), float("inf"), -float("inf"), 10**400]
-)
+@pytest.mark.parametrize("value", ["0.5", True, None, float("nan"), float("inf"), -float("inf"), 10**400])
 def test_a_float_takes_no_text_no_truth_value_and_nothing_infinite(field, value):
     assert f"{field}: received" in refusal({field: value})
 
@@ -353,9 +351,7 @@ def test_all_errors_are_reported_at_once(yaml_file):
     lines = message.splitlines()
     assert lines[0] == "invalid MAC configuration:"
     fields = sorted(line.strip().split(":")[0] for line in lines[1:])
-    assert fields == sorted(
-        ["windw", "threshold", "config", "reuse", "bnad", "min_context", "layers.a"]
-    )
+    assert fields == sorted(["windw", "threshold", "config", "reuse", "bnad", "min_context", "layers.a"])
     origin = {line.strip().split(":")[0]: path in line for line in lines[1:]}
     assert origin["windw"] and origin["threshold"] and origin["config"]
     assert not (origin["reuse"] or origin["bnad"] or origin["layers.a"])
@@ -401,9 +397,7 @@ def test_the_process_environment_is_read_by_default(yaml_file, monkeypatch):
 
 def test_a_wrong_value_of_a_file_names_the_file_and_what_named_it(yaml_file):
     path = yaml_file("window: 0\n")
-    assert f"window: received 0 (int) from {path} (named by {ENV_VAR})" in refusal(
-        None, {ENV_VAR: path}
-    )
+    assert f"window: received 0 (int) from {path} (named by {ENV_VAR})" in refusal(None, {ENV_VAR: path})
     assert f"from {path} (named by {INLINE}.config)" in refusal({"config": path})
 
 
@@ -454,9 +448,7 @@ def test_a_file_without_permission(yaml_file, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", denied)  # root reads whatever the mode says
-    assert f"{path} (named by {INLINE}.config): cannot be read: Permission denied" in refusal(
-        {"config": path}
-    )
+    assert f"{path} (named by {INLINE}.config): cannot be read: Permission denied" in refusal({"config": path})
 
 
 @pytest.mark.parametrize(
@@ -562,17 +554,12 @@ def test_round_trip(tmp_path_factory, keys):
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
 
 
-@given(
-    VALUES
-    | st.dictionaries(st.sampled_from(list(DEFAULTS)) | st.text(max_size=8), VALUES, max_size=4)
-)
+@given(VALUES | st.dictionaries(st.sampled_from(list(DEFAULTS)) | st.text(max_size=8), VALUES, max_size=4))
 @settings(max_examples=200, deadline=None)
 def test_whatever_comes_is_accepted_in_full_or_refused_by_the_one_exception(inline):
     try:
@@ -595,9 +582,7 @@ def test_describe_is_one_line_with_every_key():
     assert "\n" not in line
     assert line.startswith("enabled=true window=512 band=256 sink=0 threshold=0.85 ")
     assert "reuse=anchored max_chain=3 mass_floor=0.2 ring_dtype=auto max_sequences=null" in line
-    assert line.endswith(
-        'layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}'
-    )
+    assert line.endswith('layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}')
     assert all(f"{key}=" in line for key in DEFAULTS if key != "layers")
 
 
@@ -652,9 +637,7 @@ def test_a_bundled_name_yields_to_a_file_but_not_to_a_directory(tmp_path, monkey
 )
 def test_importing_it_imports_neither_vllm_nor_torch(module, absent):
     script = f"import sys, {module}; print(sorted({{*{absent}}} & {{*sys.modules}}))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -681,9 +664,7 @@ def test_every_folder_with_modules_is_installed(pyproject):
 
 
 def test_no_top_level_module_but_the_package_is_installed(pyproject):
-    assert {name.partition(".")[0] for name in pyproject["tool"]["setuptools"]["packages"]} == {
-        "vllm_mac"
-    }
+    assert {name.partition(".")[0] for name in pyproject["tool"]["setuptools"]["packages"]} == {"vllm_mac"}
 
 
 def test_plugin_groups_share_one_entry_point_name(pyproject):

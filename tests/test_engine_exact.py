@@ -66,9 +66,7 @@ class Engines:
             llm = self.get(model, "v1", caching, None)
             for other in {case[3] for case in cases() if case[0] == model and case[2] == caching}:
                 scenario = SCENARIOS[other]
-                self.references[model, caching, other] = run_schedule(
-                    llm, scenario.events, scenario.limits, logprobs=2
-                )
+                self.references[model, caching, other] = run_schedule(llm, scenario.events, scenario.limits, logprobs=2)
         return self.references[model, caching, name]
 
     def close(self):
@@ -88,9 +86,7 @@ def test_tokens_equal_exact_attention(engines, model, runner, caching, name):
     scenario = SCENARIOS[name]
     expected = engines.reference(model, caching, name)
     assert not scenario.missed(expected), expected
-    assert min(gap for gaps in expected.gaps.values() for gap in gaps) > CLEAR, (
-        "a tie decides nothing: new seed"
-    )
+    assert min(gap for gaps in expected.gaps.values() for gap in gaps) > CLEAR, "a tie decides nothing: new seed"
     try:
         llm = engines.get(model, runner, caching, BACKEND)
         before = mac_counters(llm) if BACKEND else None

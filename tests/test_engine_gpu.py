@@ -31,7 +31,12 @@ from vllm_mac.layers import mac_layers
 
 pytestmark = pytest.mark.gpu
 
-WIDE = {"threshold": 0.5, "mass_floor": None, "miss_engine": "flashinfer", "sink": 20}  # default window, band and min_context
+WIDE = {
+    "threshold": 0.5,
+    "mass_floor": None,
+    "miss_engine": "flashinfer",
+    "sink": 20,
+}  # default window, band and min_context
 SMALL = {"window": 32, "band": 16, "min_context": 64, "threshold": 0.5, "mass_floor": 0.2}
 DEFAULT_SIZES = (1, 2, 4, 8, 16, 1024)  # vLLM's own for eight sequences, and one that whole chunks of prompts replay
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
@@ -86,7 +91,11 @@ class Engines:
             self.close()
             backend, dtype, config, sizes = ENGINES[name]
             default = name.startswith("default ")
-            graphs = {"compilation_config": ({} if default else GRAPHS) | {"cudagraph_capture_sizes": list(sizes)}} if sizes else {}
+            graphs = (
+                {"compilation_config": ({} if default else GRAPHS) | {"cudagraph_capture_sizes": list(sizes)}}
+                if sizes
+                else {}
+            )
             if default:  # the harness turns the compiler off, for the sake of quick starts
                 self.stack.enter_context(patch.dict(harness.ENVIRONMENT, TORCHDYNAMO_DISABLE="0"))
             self.llm = self.stack.enter_context(harness.engine(

@@ -49,7 +49,11 @@ def engines(tmp_path_factory):
             close()
             runner, variant, caching = key
             context = harness.engine(
-                model, runner=runner, backend="MAC", prefix_caching=caching, additional_config={"mac": VARIANTS[variant]}
+                model,
+                runner=runner,
+                backend="MAC",
+                prefix_caching=caching,
+                additional_config={"mac": VARIANTS[variant]},
             )
             current[key] = context, context.__enter__()
         return current[key][1]

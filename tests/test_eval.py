@@ -106,14 +106,18 @@ def test_kl_of_equal_distributions_is_zero():
 
 def counters(layer, hit, miss, read, skipped, errors=()):
     samples = [("vllm_mac_heads_total", {"layer": layer, "outcome": k}, v) for k, v in (("hit", hit), ("miss", miss))]
-    samples += [("vllm_mac_kv_tokens_total", {"layer": layer, "kind": k}, v) for k, v in (("read", read), ("skipped", skipped))]
+    samples += [
+        ("vllm_mac_kv_tokens_total", {"layer": layer, "kind": k}, v) for k, v in (("read", read), ("skipped", skipped))
+    ]
     return samples + [("vllm_mac_error_bucket", {"layer": layer, "le": le}, n) for le, n in errors]
 
 
 def test_figures_by_layer():
     samples = counters("a", 3, 1, 10, 30, [("0.1", 50), ("0.2", 90), ("+Inf", 100)]) + counters("b", 0, 0, 0, 0)
     samples += counters("a", 1, 3, 30, 10, [("0.1", 50), ("0.2", 90), ("+Inf", 100)])  # a second worker
-    samples += [(statistics.HEAD_HITS, {"layer": "a", "head": head}, count) for head, count in (("0", 1), ("1", 3), ("1", 0))]
+    samples += [
+        (statistics.HEAD_HITS, {"layer": "a", "head": head}, count) for head, count in (("0", 1), ("1", 3), ("1", 0))
+    ]
     found = statistics.layers(samples)
     assert list(found) == ["a", "b"] and found["b"] == {"hit_rate": None, "read_share": None}
     assert found["a"] == {
@@ -152,18 +156,26 @@ def test_prompts_are_in_the_chat_template_where_there_is_one():
     assert bytes(requests.Encoder(Chat(), 99).prompt("ask", "pre")) == b"<user>ask<assistant>pre"
     encoder = requests.Encoder(Bytes(), 99)
     assert encoder.count("four") == 4
-    assert encoder.cut("0123456789", 5) == "01289" and encoder.cut("0123", 4) == "0123" and encoder.cut("0123", 1) == "0"
+    assert (
+        encoder.cut("0123456789", 5) == "01289" and encoder.cut("0123", 4) == "0123" and encoder.cut("0123", 1) == "0"
+    )
 
 
 def test_generated_prompts_follow_the_seed_and_fit_their_length():
     encoder = requests.Encoder(Chat(), 4000)
     make = lambda seed: list(requests.generated(("niah_single", "common_words"), (1500, 3000), 2, seed, encoder))
     made = make(0)
-    assert [r.id for r in made[:3]] == ["ruler/1500/niah_single/0", "ruler/1500/niah_single/1", "ruler/1500/common_words/0"]
+    assert [r.id for r in made[:3]] == [
+        "ruler/1500/niah_single/0",
+        "ruler/1500/niah_single/1",
+        "ruler/1500/common_words/0",
+    ]
     assert len({r.id for r in made}) == len(made) == 8
     for request in made:
         assert 0.8 * request.length < request.total <= request.length
-        assert bytes(request.ids).startswith(b"<user>") and bytes(request.ids).endswith(f"<assistant>{request.prefix}".encode())
+        assert bytes(request.ids).startswith(b"<user>") and bytes(request.ids).endswith(
+            f"<assistant>{request.prefix}".encode()
+        )
         assert requests.score(request, f" {' '.join(request.answers)}.") == 1 and requests.score(request, "") == 0
     assert made == make(0) and requests.digest(made) == requests.digest(make(0))
     assert requests.digest(made) != requests.digest(make(1))
@@ -178,7 +190,10 @@ def test_requests_survive_their_file(tmp_path):
 
 @pytest.mark.parametrize(
     "length, said",
-    [(5000, r"--lengths: received 5000; the model's longest sequence is 4000 tokens"), (60, "--lengths: 60 is too short for task niah_single")],
+    [
+        (5000, r"--lengths: received 5000; the model's longest sequence is 4000 tokens"),
+        (60, "--lengths: 60 is too short for task niah_single"),
+    ],
 )
 def test_lengths_that_cannot_be(length, said):
     with pytest.raises(EvalError, match=said):
@@ -192,7 +207,9 @@ def test_lengths_matter_only_to_generated_prompts():
 def test_names_of_tasks():
     assert requests.names("all") == (*tasks.RULER, *tasks.LONG, *stdlib.REAL) and requests.names("ruler") == tasks.RULER
     assert requests.names(f"long, {tasks.RULER[1]},long") == (*tasks.LONG, tasks.RULER[1])
-    with pytest.raises(EvalError, match=r"--tasks: received 'haystack'; choose from all, ruler, long, real, niah_single"):
+    with pytest.raises(
+        EvalError, match=r"--tasks: received 'haystack'; choose from all, ruler, long, real, niah_single"
+    ):
         requests.names("ruler,haystack")
 
 
@@ -332,7 +349,9 @@ def test_both_model_runners_decode_what_is_forced(tmp_path):
     keys = {"window": 64, "band": 32, "min_context": 128, "threshold": 1.0}
     for runner in ("v1", "v2"):
         v2 = runner == "v2"
-        with engine(write("llama", tmp_path), runner, "MAC", {"mac": keys}, **forced.engine_arguments(v2, vocabulary)) as llm:
+        with engine(
+            write("llama", tmp_path), runner, "MAC", {"mac": keys}, **forced.engine_arguments(v2, vocabulary)
+        ) as llm:
             assert llm.llm_engine.vllm_config.use_v2_model_runner == v2
             llm.llm_engine.add_request("a", {"prompt_token_ids": prompt}, forced.params(text, v2, vocabulary))
             outputs = []
@@ -348,7 +367,10 @@ def test_both_model_runners_decode_what_is_forced(tmp_path):
 
 
 def made(count=4):
-    some = [requests.Request(f"ruler/99/niah_single/{i}", "ruler", "niah_single", 99, (1, 2, i), 5, "p", ("x",)) for i in range(count)]
+    some = [
+        requests.Request(f"ruler/99/niah_single/{i}", "ruler", "niah_single", 99, (1, 2, i), 5, "p", ("x",))
+        for i in range(count)
+    ]
     return [*some, requests.Request("prompts/1", "prompts", "prompts", None, (9,), 5, "go on")]
 
 
@@ -404,7 +426,9 @@ def test_a_run_from_its_answers_to_its_tables(monkeypatch, tmp_path):
 
 def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path):
     fake_engine(monkeypatch, "name == 'exact' and count == 2")
-    with pytest.raises(EvalError, match="(?s)^exact: .*ended with code 9 and gave no result: ValueError: out of luck$") as caught:
+    with pytest.raises(
+        EvalError, match="(?s)^exact: .*ended with code 9 and gave no result: ValueError: out of luck$"
+    ) as caught:
         run.run(options(tmp_path), made(), ENVIRONMENT, lambda *_: None)
     assert "Traceback" in str(caught.value)
     with open(tmp_path / "out" / "exact" / "samples.jsonl", "a") as file:
@@ -463,7 +487,7 @@ def test_engines_run_side_by_side(gpus, monkeypatch, tmp_path):
         time.sleep(0.05)
         told.append(telling.pop())
 
-    opts = options(tmp_path, mac=dict.fromkeys(names, {}), gpus=gpus)
+    opts = options(tmp_path, mac={key: {} for key in names}, gpus=gpus)
     found = run.run(opts, made(), ENVIRONMENT, tell)
     assert not found["errors"] and [row["configuration"] for row in found["totals"]] == ["exact", *names]
     assert sorted(told) == sorted((f"{name}: all", 5) for name in ("exact", *names))
@@ -474,7 +498,10 @@ def test_engines_run_side_by_side(gpus, monkeypatch, tmp_path):
         running[gpu] += 1 if what == "begin" else -1
         most[gpu] = max(most[gpu], running[gpu])
     assert most == Counter(entries) and not any(running.values())
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7" and "gpus" not in json.loads((opts.out / "run.json").read_text())["configuration"]
+    assert (
+        os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+        and "gpus" not in json.loads((opts.out / "run.json").read_text())["configuration"]
+    )
 
 
 def ended(pid):
@@ -528,7 +555,17 @@ def test_an_interrupt_stops_all_engines(number, tmp_path):
         "test_eval.fake_engine(pytest.MonkeyPatch(), 'hangs and count == 2 and hang()', first)\nvllm_mac.tools.cli.main()\n"
     )
     configurations = [part for name in ("one", "two", "three", "four") for part in ("--mac", f"{name}=paper")]
-    command = [sys.executable, str(script), str(ROOT / "tests"), "eval", "--model", "m", "--out", str(out), *configurations]
+    command = [
+        sys.executable,
+        str(script),
+        str(ROOT / "tests"),
+        "eval",
+        "--model",
+        "m",
+        "--out",
+        str(out),
+        *configurations,
+    ]
     output = {"cwd": ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([*command, "--kl", "0", "--gpus", "4,5"], env=environment, **output)
@@ -545,7 +582,9 @@ def test_an_interrupt_stops_all_engines(number, tmp_path):
     assert found["errors"] == dict.fromkeys(["two", "three", "four"], run.INTERRUPTED)
     assert [len(results.read_samples(out / name)) for name in ("two", "three")] == [2, 2]
     (tmp_path / "go").touch()
-    done = subprocess.run([*command, "--kl", "0", "--gpus", "6", "--resume"], env=environment, timeout=120, check=False, **output)
+    done = subprocess.run(
+        [*command, "--kl", "0", "--gpus", "6", "--resume"], env=environment, timeout=120, check=False, **output
+    )
     assert done.returncode == 0, done.stderr
     assert "two: 2 were done before" in done.stderr
     assert len(json.loads((out / "results.json").read_text())["totals"]) == 5
@@ -581,7 +620,11 @@ def test_an_interrupted_run_shows_what_was_finished(monkeypatch, tmp_path, name,
 @pytest.mark.parametrize(
     "changes, environment, said",
     [
-        ({"mac": {"one": {"threshold": 0.6}}}, {}, "mac: there {'one': {'threshold': 0.5}}, now {'one': {'threshold': 0.6}}"),
+        (
+            {"mac": {"one": {"threshold": 0.6}}},
+            {},
+            "mac: there {'one': {'threshold': 0.5}}, now {'one': {'threshold': 0.6}}",
+        ),
         ({"seed": 1}, {}, "seed: there 0, now 1"),
         ({}, {"gpu": "H200"}, "gpu: there None, now 'H200'"),
         ({}, {"commit": "f00-dirty"}, "commit: there '0123456789ab', now 'f00'"),
@@ -616,7 +659,11 @@ class FakeLLM:
     def step(self):
         self.ticks += 1
         reply = SimpleNamespace(text="x", token_ids=(1, 2), finish_reason="stop")
-        return [SimpleNamespace(request_id=self.left.pop(0), finished=True, outputs=[reply])] if self.ticks % 2 == 0 else []
+        return (
+            [SimpleNamespace(request_id=self.left.pop(0), finished=True, outputs=[reply])]
+            if self.ticks % 2 == 0
+            else []
+        )
 
     def collective_rpc(self, method):
         assert method == "mac_counters"
@@ -630,7 +677,13 @@ def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
 
     monkeypatch.setattr(vllm, "LLM", FakeLLM)
     requests.save(made(), tmp_path / "requests.jsonl")
-    spec = {"llm": {}, "requests": str(tmp_path / "requests.jsonl"), "folder": str(tmp_path), "exact": str(tmp_path), "kl": 0}
+    spec = {
+        "llm": {},
+        "requests": str(tmp_path / "requests.jsonl"),
+        "folder": str(tmp_path),
+        "exact": str(tmp_path),
+        "kl": 0,
+    }
     told = []
     engine.main(spec, lambda **message: told.append(message))
     everything = [request.id for request in made()]
@@ -660,10 +713,16 @@ def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
         (["--mac", "yardstick=paper"], "received 'yardstick=paper'; choose NAME=JSON"),
         (["--mac", 'a={"bandd": 1}'], "bandd: unknown key"),
         (["--engine", "[]"], "--engine: received '[]'; choose a JSON object"),
-        (["--gpus", "0,,1"], "--gpus: received '0,,1'; choose GPUs as CUDA_VISIBLE_DEVICES takes them, separated by commas"),
+        (
+            ["--gpus", "0,,1"],
+            "--gpus: received '0,,1'; choose GPUs as CUDA_VISIBLE_DEVICES takes them, separated by commas",
+        ),
         (["--gpus", ""], "--gpus: received ''; choose GPUs"),
         *(
-            (["--gpus", "0", "--engine", json.dumps({key: 2})], f"--engine: {key}: received 2; choose 1, for with --gpus")
+            (
+                ["--gpus", "0", "--engine", json.dumps({key: 2})],
+                f"--engine: {key}: received 2; choose 1, for with --gpus",
+            )
             for key in run.PARALLEL
         ),
         (["--resume"], "holds no run"),
@@ -701,7 +760,16 @@ def test_configurations_are_whole_and_named(tmp_path):
     found = cli._configurations(["paper", 'b={"band": 9}', "c=paper", str(tmp_path / "mine.yaml")], audit=False)
     assert list(found) == ["paper", "b", "c", "mine"]
     assert found["paper"] == found["c"] and found["b"]["band"] == 9 and found["mine"]["window"] == 99
-    paper = {"window": 512, "band": 256, "threshold": 0.45, "reuse": "chained", "lag_weight": 0.0, "max_chain": None, "sink": 0, "mass_floor": None}
+    paper = {
+        "window": 512,
+        "band": 256,
+        "threshold": 0.45,
+        "reuse": "chained",
+        "lag_weight": 0.0,
+        "max_chain": None,
+        "sink": 0,
+        "mass_floor": None,
+    }
     assert paper.items() <= found["paper"].items()
 
 
@@ -749,12 +817,18 @@ def test_eval_on_real_engines(tmp_path):
     for figures in found["layers"]["reuse"].values():
         assert 0 < figures["hit_rate"] <= 1 and 0 < figures["error_p50"] < figures["error_p95"]
         # Every step is audited, so that the heads' rates are exact.
-        assert np.mean(figures["head_hit_rates"]) == pytest.approx(figures["hit_rate"]) and max(figures["head_hit_rates"]) <= 1 + 1e-9
+        assert (
+            np.mean(figures["head_hit_rates"]) == pytest.approx(figures["hit_rate"])
+            and max(figures["head_hit_rates"]) <= 1 + 1e-9
+        )
     assert all("error_p50" not in figures for figures in found["layers"]["never"].values())
     lags, chains = found["histograms"]["reuse"]["lag"], found["histograms"]["reuse"]["chain"]
     assert sum(count for _, count in lags) == sum(count for _, count in chains) > 0
     assert all(count == 0 for edge, count in lags if edge is None or edge > 64)  # the window
-    assert [(r["group"], r["length"], r["requests"]) for r in found["rows"][:2]] == [("ruler", 1200, 1), ("prompts", None, 2)]
+    assert [(r["group"], r["length"], r["requests"]) for r in found["rows"][:2]] == [
+        ("ruler", 1200, 1),
+        ("prompts", None, 2),
+    ]
     # What the prompts took to read is part of the time.
     assert all(0 < row["tokens_per_s"] < 1e5 for row in found["totals"] + found["rows"])
     rows = results.read_samples(out / "reuse")

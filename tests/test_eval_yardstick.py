@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from test_eval import ENVIRONMENT, ROOT, fake_engine, invoke, made, options
 
-from vllm_mac.tools.eval import EvalError, plots, report, requests, results, run, statistics
+from vllm_mac.tools.eval import EvalError, plots, report, requests, run, statistics
 from vllm_mac.tools.eval.yardstick import OWN, ROUNDING, Yardstick, choose
 
 VOCABULARY, STEPS = 50, 40
@@ -73,7 +73,10 @@ def test_the_yardstick_is_another_exact_engine_on_the_same_texts(monkeypatch, tm
 def test_figures_of_the_yardstick_are_those_of_the_formulas(monkeypatch, tmp_path):
     found = done(monkeypatch, tmp_path)
     ids = np.tile(np.arange(VOCABULARY), (STEPS, 1))
-    kl = {name: statistics.kl(ids, logprobs(0), ids, logprobs(size), VOCABULARY) for name, size in (("yardstick", 0.1), ("one", 0.3))}
+    kl = {
+        name: statistics.kl(ids, logprobs(0), ids, logprobs(size), VOCABULARY)
+        for name, size in (("yardstick", 0.1), ("one", 0.3))
+    }
     best = logprobs(0).argmax(1)
     _, yard, one = found["totals"]
     for row, name, size in ((yard, "yardstick", 0.1), (one, "one", 0.3)):
@@ -100,7 +103,9 @@ def test_every_table_and_plot_has_the_yardstick(monkeypatch, tmp_path):
     *tables, layers = text.split("\n## ")[1:]
     assert layers.startswith("By layer") and len(tables) == 6
     for table in tables:
-        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+        cells = [
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")
+        ]
         at = cells[0].index("configuration")
         assert {row[at] for row in cells[2:]} >= {"yardstick", "one"}, table
         if "x yardstick" in cells[0]:
@@ -122,7 +127,11 @@ def test_every_table_and_plot_has_the_yardstick(monkeypatch, tmp_path):
     "noise, said, times",
     [
         ({"exact": 0.0, "yardstick": 0.0, "one": 0.3}, "Its results are identical to exact's", False),
-        ({"exact": 0.0, "yardstick": 1e-4, "one": 0.3}, "not above the 1e-06 nats that KL is known to: no multiples", False),
+        (
+            {"exact": 0.0, "yardstick": 1e-4, "one": 0.3},
+            "not above the 1e-06 nats that KL is known to: no multiples",
+            False,
+        ),
         ({"exact": 0.0, "yardstick": 0.1, "one": 0.3}, "on the same prompts and forced texts.", True),
     ],
 )
@@ -134,7 +143,9 @@ def test_a_yardstick_that_measures_nothing_is_said_to(noise, said, times, monkey
 
 
 def test_other_answers_are_not_identical_whatever_the_forced_texts(monkeypatch, tmp_path):
-    assert done(monkeypatch, tmp_path, {"exact": 0.0, "yardstick": 0.0, "one": 0.3})["yardstick"] == {"identical": False}
+    assert done(monkeypatch, tmp_path, {"exact": 0.0, "yardstick": 0.0, "one": 0.3})["yardstick"] == {
+        "identical": False
+    }
 
 
 def test_without_forced_texts_nothing_is_said_to_be_identical(monkeypatch, tmp_path):
@@ -146,14 +157,20 @@ def test_without_forced_texts_nothing_is_said_to_be_identical(monkeypatch, tmp_p
 def test_without_a_yardstick_one_line_says_so(monkeypatch, tmp_path):
     found = done(monkeypatch, tmp_path, yardstick=None)
     assert found["yardstick"] is None and not (tmp_path / "out" / "yardstick").exists()
-    assert report.markdown(found).count("No yardstick (--yardstick)") == shown(found, 100).count("No yardstick (--yardstick)") == 1
+    assert (
+        report.markdown(found).count("No yardstick (--yardstick)")
+        == shown(found, 100).count("No yardstick (--yardstick)")
+        == 1
+    )
     assert "kl_times" not in found["totals"][1] and "kl_mean" in found["totals"][1]
 
 
 def test_a_yardstick_that_fails_leaves_the_others(monkeypatch, tmp_path):
     engine(monkeypatch, tmp_path, {"exact": 0.0, "yardstick": 0.1, "one": 0.3}, dies="name == 'yardstick'")
     found = run.run(options(tmp_path, yardstick=YARD, kl=2), made(), ENVIRONMENT, lambda *_: None)
-    assert [row["configuration"] for row in found["totals"]] == ["exact", "one"] and "out of luck" in found["errors"]["yardstick"]
+    assert [row["configuration"] for row in found["totals"]] == ["exact", "one"] and "out of luck" in found["errors"][
+        "yardstick"
+    ]
     assert "It gave no figures." in report.yardstick(found) and "kl_times" not in found["totals"][1]
 
 
@@ -166,11 +183,31 @@ def test_a_run_goes_on_with_its_own_yardstick_only(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "text, exact, on_gpu, said",
     [
-        ("FLASH_ATTN", OWN, False, "--yardstick: received 'FLASH_ATTN'; on CPUs vLLM has no second exact backend. Choose chunks"),
+        (
+            "FLASH_ATTN",
+            OWN,
+            False,
+            "--yardstick: received 'FLASH_ATTN'; on CPUs vLLM has no second exact backend. Choose chunks",
+        ),
         ("", OWN, False, "--yardstick: received ''; on CPUs"),
-        ("FLASHINFER", "FLASHINFER", True, "which is what is compared with; choose another exact backend, such as FLASH_ATTN, TRITON_ATTN"),
-        ("MAC", "FLASHINFER", True, "received 'MAC'; choose another exact backend of vLLM's, such as FLASH_ATTN, TRITON_ATTN"),
-        ("FLASHATTN", "FLASH_ATTN", True, "received 'FLASHATTN'; choose another exact backend of vLLM's, such as FLASHINFER, TRITON_ATTN"),
+        (
+            "FLASHINFER",
+            "FLASHINFER",
+            True,
+            "which is what is compared with; choose another exact backend, such as FLASH_ATTN, TRITON_ATTN",
+        ),
+        (
+            "MAC",
+            "FLASHINFER",
+            True,
+            "received 'MAC'; choose another exact backend of vLLM's, such as FLASH_ATTN, TRITON_ATTN",
+        ),
+        (
+            "FLASHATTN",
+            "FLASH_ATTN",
+            True,
+            "received 'FLASHATTN'; choose another exact backend of vLLM's, such as FLASHINFER, TRITON_ATTN",
+        ),
         ("chunks", "FLASHINFER", True, "received 'chunks'; choose another exact backend"),
     ],
 )
@@ -223,11 +260,15 @@ def test_tables_fit_the_terminal(width, monkeypatch, tmp_path):
     text = shown(found, width)
     assert "…" not in text and max(map(len, text.splitlines())) <= width
     for title, columns, rows in report.tables(found)[: report.SHOWN]:
-        following = [other for other, *_ in report.tables(found) if other != title and text.find(other) > text.find(title)]
+        following = [
+            other for other, *_ in report.tables(found) if other != title and text.find(other) > text.find(title)
+        ]
         part = text.partition(title)[2].partition(following[0] if following else report.NOTE[:20])[0]
         columns = [column for column in columns if column not in report.WHERE]
         cells = Counter(word for _, read in columns for row in rows for word in report.cell(read, row).split())
-        assert cells <= Counter(part.split()) and {word for name, _ in columns for word in name.split()} <= set(part.split()), title
+        assert cells <= Counter(part.split()) and {word for name, _ in columns for word in name.split()} <= set(
+            part.split()
+        ), title
 
 
 # A whole run
@@ -242,7 +283,13 @@ def test_the_standard_library_and_a_yardstick_on_real_engines(tmp_path):
 
     out = tmp_path / "out"
     # A quarter of the length is the reply's; what is left is read in one step by exact, in three by the yardstick.
-    engine_ = {"block_size": 32, "dtype": "bfloat16", "kv_cache_memory_bytes": 32 << 20, "enforce_eager": True, "max_num_batched_tokens": 2048}
+    engine_ = {
+        "block_size": 32,
+        "dtype": "bfloat16",
+        "kv_cache_memory_bytes": 32 << 20,
+        "enforce_eager": True,
+        "max_num_batched_tokens": 2048,
+    }
     quick = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
              "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0",
              "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}  # fmt: skip
@@ -258,9 +305,18 @@ def test_the_standard_library_and_a_yardstick_on_real_engines(tmp_path):
     found = json.loads((out / "results.json").read_text())
     exact, yard, reuse = found["totals"]
     assert [row["configuration"] for row in found["totals"]] == ["exact", "yardstick", "reuse"]
-    assert found["yardstick"] == {"identical": False} and found["configuration"]["yardstick"]["llm"] == {"max_num_batched_tokens": 512}
-    assert 0 < yard["kl_mean"] < reuse["kl_mean"] / 10 and reuse["kl_times"] == pytest.approx(reuse["kl_mean"] / yard["kl_mean"])
+    assert found["yardstick"] == {"identical": False} and found["configuration"]["yardstick"]["llm"] == {
+        "max_num_batched_tokens": 512
+    }
+    assert 0 < yard["kl_mean"] < reuse["kl_mean"] / 10 and reuse["kl_times"] == pytest.approx(
+        reuse["kl_mean"] / yard["kl_mean"]
+    )
     assert exact["scored"] == 0 and "score" not in exact and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert {row["task"] for row in found["tasks"]} == {"manual", "codebase"} and all(row["group"] == "real" for row in found["rows"])
+    assert {row["task"] for row in found["tasks"]} == {"manual", "codebase"} and all(
+        row["group"] == "real" for row in found["rows"]
+    )
     assert all(0 <= row["agreed_share"] <= 1 for row in (yard, reuse)) and reuse["agreed_share"] <= yard["agreed_share"]
-    assert "no score" in (out / "results.md").read_text() and "vLLM's own backend, reading prompts 512 tokens at a time" in ended.stdout
+    assert (
+        "no score" in (out / "results.md").read_text()
+        and "vLLM's own backend, reading prompts 512 tokens at a time" in ended.stdout
+    )

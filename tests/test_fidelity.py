@@ -22,7 +22,15 @@ pytestmark = pytest.mark.cpu
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("fidelity") / "run"
-    command = [sys.executable, "-P", "-c", "from vllm_mac.tools.cli import main; main()", "eval", "--model", str(TESTBED)]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "from vllm_mac.tools.cli import main; main()",
+        "eval",
+        "--model",
+        str(TESTBED),
+    ]
     command += ["--tasks", "niah_multikey,plan", "--lengths", "4864", "--samples", "1", "--kl", "2", "--out", str(out)]
     command += ["--no-audit"]
     command += ["--engine", json.dumps({"dtype": "float32", "max_num_seqs": 4, "enforce_eager": True})]

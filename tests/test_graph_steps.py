@@ -223,7 +223,9 @@ class Run(Engine):
 
     def _write(self, plan, kv: list) -> None:
         """Put the step's keys and values into their blocks."""
-        slots = [r.blocks[p // self.size] * self.size + p % self.size for r, stop in plan for p in range(r.computed, stop)]
+        slots = [
+            r.blocks[p // self.size] * self.size + p % self.size for r, stop in plan for p in range(r.computed, stop)
+        ]
         slots = torch.tensor(slots)
         block, at, kv = slots // self.size, slots % self.size, torch.cat(kv, 1)
         for layer in range(LAYERS):
@@ -371,7 +373,12 @@ def check(setup: Setup, seed: int = 0) -> Run:
     assert counts[Count.HIT] > decoded / 5 and counts[Count.MISS] > decoded / 20, counts
     assert counts[Count.SKIPPED] > counts[Count.READ] / 20, counts
     scale = setup.steps // 50
-    least = {"preempted": max(1, scale // 2), "prefix found": scale, "poisoned rings": scale, "poisoned blocks": 5 * scale}
+    least = {
+        "preempted": max(1, scale // 2),
+        "prefix found": scale,
+        "poisoned rings": scale,
+        "poisoned blocks": 5 * scale,
+    }
     if setup.graphs:
         least["padded rows"] = setup.steps // 4
     assert all(run.seen[what] >= n for what, n in least.items()), (least, run.seen)

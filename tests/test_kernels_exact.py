@@ -100,9 +100,7 @@ class Batch:
             key, value = paged.gather(self.kv.cpu(), self.table[row].cpu(), token)  # [K, T, D]
             query = self.query[row].cpu().view(c.kv_heads, c.group, c.d)
             start, stop = torch.tensor(0), torch.tensor(n)
-            exact = paged.attend(
-                query.double(), key.double(), value.double(), token, start, stop, p.scale
-            )
+            exact = paged.attend(query.double(), key.double(), value.double(), token, start, stop, p.scale)
             score = query.float() @ key.transpose(1, 2) * p.scale
             peak = score.amax(-1, keepdim=True)
             weight = torch.exp(score - peak)
@@ -129,9 +127,7 @@ class Batch:
             return
         bound = 3 * (rounded - want).abs().max() + 1e-6
         assert (out - want).abs().max() <= bound
-        bound = 3 * (rounded_lse - want_lse)[some].abs().max() + 4e-7 * (
-            1 + want_lse[some].abs().max()
-        )
+        bound = 3 * (rounded_lse - want_lse)[some].abs().max() + 4e-7 * (1 + want_lse[some].abs().max())
         # FlashInfer sums weights that are already rounded to KV's dtype.
         bound = max(bound, rounded_weights * torch.finfo(self.case.dtype).eps / 2 / math.log(2))
         assert (lse - want_lse)[some].abs().max() <= bound
@@ -208,7 +204,9 @@ def test_many_pieces_are_merged_in_two_stages():
         run(made, batch)
         assert not made._arrived.any()
     # Pieces of 4 blocks of 16 tokens: 11 programs have put theirs, two of them their block's as well.
-    assert made._part_lse.view(16, 2, 4)[:11].isfinite().any(1).all() and made._part_lse.view(16, 2, 4)[11:].isnan().all()
+    assert (
+        made._part_lse.view(16, 2, 4)[:11].isfinite().any(1).all() and made._part_lse.view(16, 2, 4)[11:].isnan().all()
+    )
 
 
 @pytest.mark.gpu
@@ -231,9 +229,7 @@ def test_lengths_groups_and_layouts(name, missed, head_major, group):
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("name", ["triton", "flashinfer"])
 def test_head_sizes_and_long_rows(name, d, dtype):
-    batch = Batch(
-        Case(lengths=(40_000, 700, 20_001), d=d, dtype=dtype, band=256, sink=4, kv_heads=4)
-    )
+    batch = Batch(Case(lengths=(40_000, 700, 20_001), d=d, dtype=dtype, band=256, sink=4, kv_heads=4))
     run(engine(name, batch.problem()), batch)
 
 
@@ -285,9 +281,7 @@ def test_flashinfer_falls_back_to_its_public_path(caplog, monkeypatch):
 def test_unknown_inputs_are_refused():
     batch = Batch(Case())
     with pytest.raises(ValueError, match="max_rows"):
-        engine("triton", batch.problem(max_rows=1), programs=2).run(
-            *batch.inputs(), *batch.poisoned(BF16)
-        )
+        engine("triton", batch.problem(max_rows=1), programs=2).run(*batch.inputs(), *batch.poisoned(BF16))
     with pytest.raises(ValueError, match="kv_heads"):
         batch.problem(kv_heads=3)
     with pytest.raises(ValueError, match="dtype"):
@@ -315,7 +309,9 @@ def test_it_is_launched_so_that_registers_are_enough(spills, tried, taken, monke
             return SimpleNamespace(_init_handles=lambda: None, n_spills=int(spills(num_warps, num_stages, maxnreg)))
 
         def __getitem__(self, grid):
-            return lambda STAGES, num_warps, num_stages, maxnreg, **arguments: launched.append((num_warps, STAGES, maxnreg))
+            return lambda STAGES, num_warps, num_stages, maxnreg, **arguments: launched.append(
+                (num_warps, STAGES, maxnreg)
+            )
 
     monkeypatch.setattr(exact, "prefix_kernel", Kernel())
     batch = Batch(Case())
@@ -365,9 +361,7 @@ def test_plan_lists_the_missed_tiles_and_nothing_else(name, slots):
     assert torch.equal(plan.valid.cpu() != 0, torch.arange(tiles) < total)
     assert plan.request_indices[:total].tolist() == torch.repeat_interleave(parts).tolist()
     assert plan.kv_tile_indices[:total].tolist() == [i for n in parts.tolist() for i in range(n)]
-    if (
-        name == "all missed"
-    ):  # long equal rows: the busiest slot has at most a tenth more than the mean
+    if name == "all missed":  # long equal rows: the busiest slot has at most a tenth more than the mean
         waves = -(-total // slots)
         assert waves * chunk <= 1.1 * int(tokens.sum()) / slots
 

@@ -120,23 +120,17 @@ class Batch:
         rotary = d if case.rotary is None else case.rotary
         self.cos_sin = None
         if rotary:
-            angle = torch.arange(int(length.max()))[:, None] * 0.3 ** (
-                torch.arange(rotary // 2) * 8 / rotary
-            )
+            angle = torch.arange(int(length.max()))[:, None] * 0.3 ** (torch.arange(rotary // 2) * 8 / rotary)
             self.cos_sin = (1.1 * torch.cat((angle.cos(), angle.sin()), -1)).to(case.dtype)
         pre = case.size * randn(b, h, d)
         query = pre if self.cos_sin is None else rotate(pre, self.cos_sin, self.position, case.neox)
         self.query = query.to(case.dtype)
 
-        self.ring = torch.tensor(
-            [-1 if i in case.ringless or n == 0 else i for i, n in enumerate(case.lengths)]
-        )
+        self.ring = torch.tensor([-1 if i in case.ringless or n == 0 else i for i, n in enumerate(case.lengths)])
         self.ring = torch.where(self.ring >= 0, b - self.ring, -1)  # not the row's own number
         self.ring[list(case.opted_out)] = OPTED_OUT
         self.slack = torch.tensor([case.slack.get(i, 1.0) for i in range(b)])
-        self.first = torch.tensor(
-            [max(0, n - 1 - case.fresh.get(i, w)) for i, n in enumerate(case.lengths)]
-        )
+        self.first = torch.tensor([max(0, n - 1 - case.fresh.get(i, w)) for i, n in enumerate(case.lengths)])
         ring_dtype = case.ring_dtype or case.dtype
         out_dtype = case.dtype if ring_dtype == FP8 else ring_dtype
         self.store = RingStore.allocate(b + 2, h, w, d, ring_dtype, "cpu", out_dtype)
@@ -328,9 +322,7 @@ class Batch:
             if ringless:
                 continue
             r, slot = int(self.ring[i]), m % config.window
-            for h, entry, rough_entry in zip(
-                range(at.start, at.stop), entries[i, k], rough_entries[i, k], strict=True
-            ):
+            for h, entry, rough_entry in zip(range(at.start, at.stop), entries[i, k], rough_entries[i, k], strict=True):
                 at_slot = r, h, slot
                 close_query(self.store.query[at_slot].cpu(), entry.query)
                 close(self.store.out[at_slot], entry.summary.out, rough_entry.summary.out, ring_eps, sigma)
@@ -339,9 +331,7 @@ class Batch:
                 else:
                     # An LSE errs by no more than its largest score does.
                     error = abs(float(rough_entry.summary.lse.double() - entry.summary.lse))
-                    assert (
-                        abs(float(self.store.lse[at_slot]) - entry.summary.lse) <= 2 * error + 1e-5
-                    )
+                    assert abs(float(self.store.lse[at_slot]) - entry.summary.lse) <= 2 * error + 1e-5
                 assert int(self.store.chain[at_slot]) == entry.chain
                 for name in (
                     "query",
@@ -571,7 +561,7 @@ def test_threads_get_the_registers_that_they_need(device, monkeypatch):
             return lambda maxnreg, **arguments: launched.append((grid, maxnreg))
 
     monkeypatch.setattr(hit, "hit_kernel", Kernel())
-    for wanted, needed, tried, taken in (
+    for wanted, needed, tried, taken in (  # noqa: B007 - Kernel reads `needed`
         (128, 120, [128], 128), (128, 160, [128, 168], 168), (128, 200, [128, 168], 255), (168, 400, [168], 255), (None, 99, [], None),
     ):  # fmt: skip
         batch = Batch(Case(lengths=(140, 140)), config(), device)
@@ -666,7 +656,9 @@ def test_choice(max_chain, lag_weight, device):
     assert observed(batch.check()) != "none"
 
 
-@pytest.mark.parametrize("lag_weight, distance", [(0.0, "absolute"), (1.5, "absolute"), (20.0, "absolute"), (1.0, "relative")])
+@pytest.mark.parametrize(
+    "lag_weight, distance", [(0.0, "absolute"), (1.5, "absolute"), (20.0, "absolute"), (1.0, "relative")]
+)
 @pytest.mark.parametrize("sink, reuse", [(0, "anchored"), (5, "chained")])
 @pytest.mark.parametrize("splits, halves, ring_dtype, max_chain", [(1, True, None, None), (3, False, FP8, 2)])
 def test_mass(lag_weight, distance, sink, reuse, splits, halves, ring_dtype, max_chain, device):
@@ -696,9 +688,7 @@ def test_a_group_in_many_pieces_is_completed_once(device):
 def test_ties_go_to_the_later_position(device):
     batch = Batch(Case(pattern="none"), config(), device)
     m, r = 199, int(batch.ring[0])
-    pre = unrotate(
-        batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True
-    )[0]
+    pre = unrotate(batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True)[0]
     for p in (m - 32, m - 20, m - 7, m - 11):
         batch.store.query[r, :, p % 32] = pre.to(batch.store.query)
     steps = batch.check()
@@ -708,9 +698,7 @@ def test_ties_go_to_the_later_position(device):
 def test_the_entry_that_leaves_the_window_can_be_matched(device):
     """Position m-W has the slot that m is written to."""
     batch = Batch(Case(pattern="none", lengths=(200, 230)), config(), device)
-    pre = unrotate(
-        batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True
-    )
+    pre = unrotate(batch.query.double().cpu(), batch.cos_sin.cpu(), batch.position.cpu().long(), True)
     for i, m in enumerate((199, 229)):
         batch.store.query[int(batch.ring[i]), :, m % 32] = pre[i].to(batch.store.query)
     steps = batch.check()
@@ -768,9 +756,7 @@ def test_steps_in_a_row(device):
         batch.case.lengths, batch.tokens = (n,), [tokens[:, :n]]
         batch.position.fill_(n - 1)
         batch.first.fill_(max(109 - 32, 0))
-        batch.query = query + 0.1 * torch.randn(
-            query.shape, generator=torch.Generator().manual_seed(n)
-        ).to(device)
+        batch.query = query + 0.1 * torch.randn(query.shape, generator=torch.Generator().manual_seed(n)).to(device)
         if step == 0:
             batch.cos_sin = None
         batch.counters.zero_()
@@ -788,9 +774,7 @@ def test_every_split_gives_the_same(device):
         (8, 8, 16, False),
         (2, 4, 64, True),
     ):
-        batch = Batch(
-            Case(lengths=(200, 190)), config(window=50, band=70, sink=9, min_context=81), device
-        )
+        batch = Batch(Case(lengths=(200, 190)), config(window=50, band=70, sink=9, min_context=81), device)
         batch.work.tune = tune(splits, bands, small, halves)
         assert observed(batch.check()) == "mixed"
         outs.append(batch.out)
@@ -808,13 +792,9 @@ def test_every_split_gives_the_same(device):
 def test_full_size(group, kv_heads, d, page, head_major, dtype, pattern, device):
     """Window 512, band 256 and lengths around them, at every size that models have."""
     lengths = (1, 255, 256, 257, 511, 512, 513, 0, 1024, 2047, 2048, 4097)
-    case = Case(
-        lengths, pattern, group, kv_heads, d, page, dtype, head_major=head_major, ringless=(9,)
-    )
+    case = Case(lengths, pattern, group, kv_heads, d, page, dtype, head_major=head_major, ringless=(9,))
     settings = config(window=512, band=256, sink=4 if dtype == FP16 else 0, min_context=512)
-    assert observed(Batch(case, settings, device).check()) == (
-        "mixed" if pattern == "all" else pattern
-    )
+    assert observed(Batch(case, settings, device).check()) == ("mixed" if pattern == "all" else pattern)
 
 
 @pytest.mark.gpu
@@ -830,26 +810,28 @@ def test_full_size(group, kv_heads, d, page, head_major, dtype, pattern, device)
 )
 def test_full_size_options(distance, ring_dtype, lag_weight, reuse, d, like_rows, device):
     """Options of the match at window 512, each with the work split as for a small and a large batch."""
-    settings = config(
-        window=512, band=256, min_context=512, distance=distance, lag_weight=lag_weight, reuse=reuse
-    )
+    settings = config(window=512, band=256, min_context=512, distance=distance, lag_weight=lag_weight, reuse=reuse)
     case = Case((2100, 4097, 700), "mixed", 4, 8, d, dtype=BF16, ring_dtype=ring_dtype)
     batch = Batch(case, settings, device)
-    batch.work.tune = hit._tune(
-        like_rows, 32, 8, batch.work.slots, d, 512, batch.store.query.dtype.itemsize
-    )
+    batch.work.tune = hit._tune(like_rows, 32, 8, batch.work.slots, d, 512, batch.store.query.dtype.itemsize)
     assert observed(batch.check()) == "mixed"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows, rings, whole", [(r, *x) for r in (1, 3, 64) for x in ((True, False), (True, True), (False, True))])
+@pytest.mark.parametrize(
+    "rows, rings, whole", [(r, *x) for r in (1, 3, 64) for x in ((True, False), (True, True), (False, True))]
+)
 def test_graph_replay(rows, rings, whole, device):
     """A captured step, replayed on restored rings, gives the same, and follows changed inputs; also without rings."""
     lengths = tuple(2100 + 37 * i for i in range(rows))
     settings = config(window=512, band=256, min_context=1024)
     # Without the entry whose slot the step overwrites: a second step would match what it wrote.
     fresh = dict.fromkeys(range(rows), 511)
-    batch = Batch(Case(lengths, "mixed", 4, 8, 128, 16, BF16, fresh=fresh, ringless=() if rings else range(rows)), settings, device)
+    batch = Batch(
+        Case(lengths, "mixed", 4, 8, 128, 16, BF16, fresh=fresh, ringless=() if rings else range(rows)),
+        settings,
+        device,
+    )
     names = ("query", "out", "lse", "chain")
     before = [getattr(batch.store, name).clone() for name in names]
     prefix = (

@@ -45,7 +45,16 @@ class Both:
         flags = [FRESH.value * f + PREFILLING.value * p + SKIPS.value * s for f, p, s in zip(fresh, prefilling, skips)]
         ints = lambda values: torch.tensor(values, dtype=torch.int32, device=DEVICE)
         position, got, first = torch.full((3, self.padded), -77, dtype=torch.int32, device=DEVICE)
-        assign(table, ints([0, *count]).cumsum(0, dtype=torch.int32), ints(length), ints(ring), ints(flags), position, got, first)
+        assign(
+            table,
+            ints([0, *count]).cumsum(0, dtype=torch.int32),
+            ints(length),
+            ints(ring),
+            ints(flags),
+            position,
+            got,
+            first,
+        )
         wanted = model_assign(expected, start, length, ring, fresh, prefilling, skips)
         single = [n - 1 if c == 1 and n > 0 else -1 for c, n in zip(count, length)]
         assert position.tolist() == single + [-1] * rest
@@ -53,7 +62,9 @@ class Both:
         assert got.tolist() == used + [-1] * rest
         assert first.tolist() == wanted + [0] * rest
         # The oracle dumps what has no ring into the last element.
-        assert torch.equal(table.first[:-1].cpu(), expected.first[:-1]) and torch.equal(table.last[:-1].cpu(), expected.last[:-1])
+        assert torch.equal(table.first[:-1].cpu(), expected.first[:-1]) and torch.equal(
+            table.last[:-1].cpu(), expected.last[:-1]
+        )
         self.seen["rows"] += rows
         return wanted
 
@@ -65,7 +76,13 @@ def test_assign_follows_the_oracle(drafts):
     for seed in range(6 if INTERPRETED else 30):
         rng, both = random.Random(seed), Both(40)
         engine = random_engine(
-            rng, drafts=drafts, told=seed % 2 > 0, lanes=1 + seed % 3 // 2, seed=seed, answer=both, exact=0.3 * (seed % 2)
+            rng,
+            drafts=drafts,
+            told=seed % 2 > 0,
+            lanes=1 + seed % 3 // 2,
+            seed=seed,
+            answer=both,
+            exact=0.3 * (seed % 2),
         )
         play(engine, random_schedule(rng, 120))
         seen += engine.seen + both.seen
@@ -187,26 +204,16 @@ def check(case: Case) -> Counter:
         position += last.tolist()
         at = torch.arange(stop)
         key, value = paged.gather(kv, table[i], at)
-        q = (
-            mine[-window:]
-            .double()
-            .view(len(last), k, case.group, d)
-            .permute(1, 2, 0, 3)
-            .flatten(1, 2)
-        )
+        q = mine[-window:].double().view(len(last), k, case.group, d).permute(1, 2, 0, 3).flatten(1, 2)
         end = (last + 1 - case.band).repeat(case.group)
         part = paged.attend(q, key.double(), value.double(), at, torch.tensor(lo), end, scale)
         by_head = lambda x: x.unflatten(1, (case.group, -1)).movedim(2, 0).flatten(1, 2)
         empty = (last + 1 - case.band <= lo)[:, None].expand(-1, h)
         outs.append(by_head(part.out).masked_fill(empty[..., None], torch.nan))
-        lses.append(
-            (by_head(part.lse) / torch.log(torch.tensor(2.0))).masked_fill(empty, torch.nan)
-        )
+        lses.append((by_head(part.lse) / torch.log(torch.tensor(2.0))).masked_fill(empty, torch.nan))
         if i not in case.ringless:
             kinds["far"] += int((last + 1 - case.band > lo).sum())
-            kinds["near only"] += int(
-                ((last + 1 - case.band <= lo) & (last + 1 - case.band > case.sink)).sum()
-            )
+            kinds["near only"] += int(((last + 1 - case.band <= lo) & (last + 1 - case.band > case.sink)).sum())
             kinds["empty"] += int((last + 1 - case.band <= case.sink).sum())
     seen_query = torch.full((len(query), h, d + 8), torch.nan, dtype=case.dtype)  # and rows apart
     seen_query[token, :, :d] = query[token]
@@ -272,9 +279,7 @@ def test_record_sinks_and_pages(sink, page, head_major):
     assert kinds["far"] and kinds["empty"] and bool(kinds["near only"]) == (sink % page > 0)
 
 
-@pytest.mark.parametrize(
-    "group, d", [(1, 32), (2, 64), (7, 96), (8, 128), (16, 256), (1, 256), (16, 32)]
-)
+@pytest.mark.parametrize("group, d", [(1, 32), (2, 64), (7, 96), (8, 128), (16, 256), (1, 256), (16, 32)])
 def test_record_shapes(group, d):
     kinds = check(Case(group=group, d=d, sink=3, window=5, chunks=((0, 50), (30, 34)), ringless=()))
     assert kinds["far"] and kinds["near only"]
@@ -309,9 +314,7 @@ def test_record_rotary(rotary, neox):
     check(Case(rotary=rotary, neox=neox, dtype=FP32, window=4))
 
 
-@pytest.mark.parametrize(
-    "chunks", [((0, 1),), ((20, 24), (20, 25)), ((511, 512),), ((7, 40), (24, 40))]
-)
+@pytest.mark.parametrize("chunks", [((0, 1),), ((20, 24), (20, 25)), ((511, 512),), ((7, 40), (24, 40))])
 def test_record_lengths(chunks):
     """One token; a prefix of none and of one; the window just filled, just overfilled."""
     check(Case(chunks=chunks, ringless=(), sink=0, group=2))
@@ -323,9 +326,7 @@ def test_record_nothing():
     kv, store = torch.empty(2, 2, 16, 128), RingStore.allocate(1, 4, 8, 64, FP32, "cpu")
     config = SimpleNamespace(window=8, band=4, sink=0)
     table = torch.zeros(1, 1, dtype=torch.int32)
-    record_prefill(
-        torch.empty(0, 4, 64), none, none, none, none, table, kv, store, config, 1.0, *prefix
-    )
+    record_prefill(torch.empty(0, 4, 64), none, none, none, none, table, kv, store, config, 1.0, *prefix)
 
 
 @pytest.mark.gpu

@@ -143,7 +143,9 @@ def test_a_draft_model_cannot_choose_mac(load):
         load(1, {}, backend="MAC")
 
 
-@pytest.mark.parametrize("mac, kept", [({}, {"counts"}), ({"audit": 0.5, "error_budget": 0.1}, {"counts", "audited", "paused"})])
+@pytest.mark.parametrize(
+    "mac, kept", [({}, {"counts"}), ({"audit": 0.5, "error_budget": 0.1}, {"counts", "audited", "paused"})]
+)
 def test_what_outlasts_sleep_is_a_buffer_of_the_layer(load, mac, kept):
     served, windowed = load(2, mac, exact=[1])
     context = served.vllm_config.compilation_config.static_forward_context
@@ -166,7 +168,9 @@ def test_rotation_by_several_positions_needs_text_alone(load, warnings, monkeypa
     monkeypatch.setattr(layers.logger, "warning", lambda text, *args: warnings.append(text % args))
     with set_current_vllm_config(VllmConfig()):
         several = {"rope_type": "default", "mrope_section": [4, 6, 6]}
-        modules = [get_rope(32, 64, rope_parameters=keys, dtype=torch.float32) for keys in (several, {"rope_type": "default"})]
+        modules = [
+            get_rope(32, 64, rope_parameters=keys, dtype=torch.float32) for keys in (several, {"rope_type": "default"})
+        ]
         made = load(2, {}, holders=[SimpleNamespace(rotary_emb=module) for module in modules], media=media)
     assert [layer.exact for layer in made] == (["mrope", None] if media else [None, None])
     assert made[1].rotary.module is modules[1] and (made[0].store is None) == media

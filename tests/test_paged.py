@@ -52,7 +52,18 @@ class Case:
     slack: tuple = ()  # of each row, 1 without
 
     def config(self) -> MacConfig:
-        names = ("window", "band", "sink", "threshold", "distance", "min_context", "lag_weight", "reuse", "max_chain", "mass_floor")
+        names = (
+            "window",
+            "band",
+            "sink",
+            "threshold",
+            "distance",
+            "min_context",
+            "lag_weight",
+            "reuse",
+            "max_chain",
+            "mass_floor",
+        )
         ring = str(self.ring).removeprefix("torch.")
         return MacConfig(ring_dtype=ring, **{name: getattr(self, name) for name in names})
 
@@ -132,13 +143,14 @@ class Batch:
             self.write(b, s, e)
             q, pre = self.query[b, s:e], self.pre[b, s:e]
             given_pre = pre if self.ring[b] >= 0 else None
-            out = paged.prefill(
-                s, q, given_pre, self.kv, self.table[b], self.ring[b], self.store, self.c, self.scale
-            )
+            out = paged.prefill(s, q, given_pre, self.kv, self.table[b], self.ring[b], self.store, self.c, self.scale)
             assert out.shape == q.shape and out.dtype == torch.float32
             for k, (qk, prek) in enumerate(zip(self.groups(q), self.groups(pre))):
                 key, value = self.key[b, k], self.value[b, k]
-                exact = [[reference.attend(x, key, value, 0, s + i + 1, self.scale).out for x in xs] for i, xs in enumerate(qk)]
+                exact = [
+                    [reference.attend(x, key, value, 0, s + i + 1, self.scale).out for x in xs]
+                    for i, xs in enumerate(qk)
+                ]
                 self.close(out.unflatten(1, (-1, self.case.group))[:, k], exact, b, slice(s, e), 0)
                 if self.ring[b] >= 0:
                     reference.seed(s, qk, prek, key, value, self.plain[b][k], self.c, self.scale)
@@ -203,7 +215,9 @@ class Batch:
                     if entry.summary.lse == -torch.inf:
                         assert self.store.lse[ring, h, slot] == -torch.inf
                     else:
-                        assert abs(self.store.lse[ring, h, slot] - entry.summary.lse) <= error + FLOAT32 * (sigma + log(n))
+                        assert abs(self.store.lse[ring, h, slot] - entry.summary.lse) <= error + FLOAT32 * (
+                            sigma + log(n)
+                        )
         used = set(self.ring) - {-1}
         for ring in set(range(self.rings)) - used:
             assert self.store.query[ring].isnan().all(), "a ring that no row has was written"
@@ -360,7 +374,9 @@ def test_float8_rings_hold_no_more_than_their_largest_and_no_nan():
     paged.decode(torch.tensor([20]), *args, torch.tensor([20]), store, config, 1.0)
     assert store.query[0, 0, 20 % 8].float().tolist() == [448.0, -448.0, 448.0, 448.0]
     assert store.out.dtype == torch.float32
-    got = paged.match(torch.tensor([21]), query.clamp(-448, 448), args[-1], torch.tensor([20]), store, config, torch.zeros(1, 1))
+    got = paged.match(
+        torch.tensor([21]), query.clamp(-448, 448), args[-1], torch.tensor([20]), store, config, torch.zeros(1, 1)
+    )
     assert got.tolist() == [[20]]
 
 
@@ -368,7 +384,15 @@ def test_match_takes_the_later_of_equals_across_the_wrap():
     config = MacConfig(window=8, band=4, min_context=16)
     queries = torch.ones(1, 1, 8, 4)
     queries[..., [13 % 8, 17 % 8], :] = 0.0  # slot of 13 lies behind that of 17
-    args = torch.tensor([20]), torch.zeros(1, 1, 4), torch.tensor([0]), torch.tensor([0]), store_of(queries), config, torch.zeros(1, 1)
+    args = (
+        torch.tensor([20]),
+        torch.zeros(1, 1, 4),
+        torch.tensor([0]),
+        torch.tensor([0]),
+        store_of(queries),
+        config,
+        torch.zeros(1, 1),
+    )
     assert paged.match(*args).tolist() == [[17]]
 
 

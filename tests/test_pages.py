@@ -28,7 +28,9 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
-    path for path in ROOT.rglob("*.md") if not any(part.startswith(".") or part == "build" for part in path.relative_to(ROOT).parts)
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith(".") or part == "build" for part in path.relative_to(ROOT).parts)
 )
 FILES = {"my.yaml": "threshold: 0.9\n", "mac.yaml": "threshold: 0.9\n", "prompts.jsonl": '{"prompt": "Say one."}\n'}
 
@@ -37,7 +39,9 @@ def blocks() -> list:
     """Each fenced block with its language."""
     found = []
     for page in PAGES:
-        for i, (language, text) in enumerate(re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)):
+        for i, (language, text) in enumerate(
+            re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+        ):
             found.append(pytest.param(language, text, id=f"{page.relative_to(ROOT)}-{i}"))
     return found
 

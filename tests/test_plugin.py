@@ -284,7 +284,7 @@ def test_server_serves_and_stops(model, tmp_path):
     # The engine, where MAC is, ends without one.
     errors = [line for line in text.splitlines() if re.search(r"\bERROR\b|\bTraceback\b", line)]
     assert not [line for line in errors if "EngineCore pid=" in line], text
-    assert not errors or "EngineDeadError" in text and "/vllm_mac/" not in "\n".join(errors), text
+    assert not errors or ("EngineDeadError" in text and "/vllm_mac/" not in "\n".join(errors)), text
 
 
 @pytest.mark.cpu

@@ -252,7 +252,9 @@ eighths = st.integers(-8, 8).map(lambda n: n / 8)  # distances without rounding,
 @given(
     m=st.integers(0, 30),
     query=eighths,
-    ring=st.dictionaries(st.integers(0, 32), st.tuples(eighths, st.integers(0, 4), st.sampled_from([-inf, -1.0, 0.0, 2.0])), max_size=20),
+    ring=st.dictionaries(
+        st.integers(0, 32), st.tuples(eighths, st.integers(0, 4), st.sampled_from([-inf, -1.0, 0.0, 2.0])), max_size=20
+    ),
     keys=st.fixed_dictionaries(
         {
             "window": st.integers(1, 16),

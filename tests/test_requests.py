@@ -199,7 +199,9 @@ def test_dummy_batches_have_no_requests(monkeypatch):
             assert self.prepare_inputs(["a"]).req_ids == ["a"]
             rings.append(requests.row_rings(SimpleNamespace(num_reqs=1)).ring.tolist())
 
-    monkeypatch.setattr(requests.importlib, "import_module", lambda name: SimpleNamespace(GPUModelRunner=GPUModelRunner))
+    monkeypatch.setattr(
+        requests.importlib, "import_module", lambda name: SimpleNamespace(GPUModelRunner=GPUModelRunner)
+    )
     for _ in range(2):  # each layer asks for it
         requests.follow(SimpleNamespace(use_v2_model_runner=True))
     runner = GPUModelRunner()

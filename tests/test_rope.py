@@ -135,7 +135,10 @@ def test_positions_after_an_image_are_not_the_sequence_s(kind):
     module = make(kind)
     query = torch.randn(2, HEADS, SIZE, generator=torch.Generator().manual_seed(3))
     index = torch.tensor([40, 41])  # after an image of 30 tokens, whose rows and columns end at 11
-    for position in (torch.stack((index, index - 19, index - 20)), (index - 19).expand(3, -1)):  # within it, and after it
+    for position in (
+        torch.stack((index, index - 19, index - 20)),
+        (index - 19).expand(3, -1),
+    ):  # within it, and after it
         rotated, _ = module(position, query.flatten(1).clone(), query.flatten(1).clone())
         undone = Rotary(module).undo(rotated.view_as(query), index)
         assert (undone - query).norm() > 0.2 * query.norm()
@@ -158,7 +161,11 @@ def test_every_module_of_several_positions_is_known_by_its_sections(version):
                 classes[node.name] = node
 
     def mentions(name: str, attribute: str, of: str) -> bool:
-        return any(ast.unparse(node) == f"{of}.{attribute}" for node in ast.walk(classes[name]) if isinstance(node, ast.Attribute))
+        return any(
+            ast.unparse(node) == f"{of}.{attribute}"
+            for node in ast.walk(classes[name])
+            if isinstance(node, ast.Attribute)
+        )
 
     def has_sections(name: str) -> bool:
         bases = [base.id for base in classes[name].bases if isinstance(base, ast.Name) and base.id in classes]
@@ -174,7 +181,9 @@ def test_a_cache_shorter_than_sequences_is_refused(dtype):
     """Where vLLM reads what lies behind it (VLLM_ALLOW_LONG_MAX_MODEL_LEN), nothing is undone."""
     module = make("default", dtype)
     assert find(Holder(rotary_emb=module), True, SIZE, length=512).module is module
-    with pytest.raises(RotaryError, match="RotaryEmbedding.cos_sin_cache holds 512 positions, and --max-model-len is 513") as e:
+    with pytest.raises(
+        RotaryError, match="RotaryEmbedding.cos_sin_cache holds 512 positions, and --max-model-len is 513"
+    ) as e:
         find(Holder(rotary_emb=module), True, SIZE, length=513)
     assert e.value.reason == "rotary"
     assert len(make("linear").cos_sin_cache) == 1024

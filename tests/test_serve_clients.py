@@ -79,7 +79,12 @@ def decoded(address):
         return found
 
     before = read()
-    return lambda: tuple((now := read())[key] - before[key] for key in ("heads", "hit", "skipped"))
+
+    def since() -> tuple[float, ...]:
+        now = read()
+        return tuple(now[key] - before[key] for key in ("heads", "hit", "skipped"))
+
+    return since
 
 
 def run(*command: str, **changes: str) -> str:

@@ -20,7 +20,10 @@ REFUSED = [
     ({"mac_threshold": 1.5}, "mac_threshold: received 1.5 (float); must be a number from 0 to 1"),
     ({"mac_threshold": "0.9"}, "mac_threshold: received '0.9' (str); must be a number from 0 to 1"),
     ({"mac_treshold": 0.9}, "mac_treshold: unknown key, received 0.9 (float); did you mean 'mac_threshold'?"),
-    ({"mac": "audit"}, "mac: received 'audit', for which there are no buffers, as the engine was started with audit at 0;"),
+    (
+        {"mac": "audit"},
+        "mac: received 'audit', for which there are no buffers, as the engine was started with audit at 0;",
+    ),
 ]
 TAKEN = [None, {"mac": "on"}, {"mac": "off"}, {"mac_threshold": 1}, {"mac_threshold": 0.5, "mac": "on"}, {"other": "x"}]
 

@@ -35,7 +35,9 @@ def tensors(thing, seen: dict | None = None) -> list[torch.Tensor]:
     elif isinstance(thing, dict):
         inside = thing.values()
     elif type(thing).__module__.startswith("vllm_mac."):
-        inside = [getattr(thing, name) for name in {*getattr(thing, "__dict__", ()), *getattr(type(thing), "__slots__", ())}]
+        inside = [
+            getattr(thing, name) for name in {*getattr(thing, "__dict__", ()), *getattr(type(thing), "__slots__", ())}
+        ]
     return [tensor for one in inside for tensor in tensors(one, seen)]
 
 

@@ -98,12 +98,13 @@ def test_keys_beside_the_block_that_are_certainly_meant_for_it(make, warnings, k
     message = refused(make, additional_config=keys)
     assert f"--additional-config: received {received} at the top" in message and message.endswith(f"'{right}'")
     make(additional_config=keys)  # of another plugin, where MAC is not chosen
-    assert [w for w in warnings if "but no layer's backend is MAC" in w] == [w for w in warnings]
+    assert [w for w in warnings if "but no layer's backend is MAC" in w] == warnings
     assert len(warnings) == sum(key.lower() == "mac" for key in keys)
 
 
 @pytest.mark.parametrize(
-    "key, said", [("mac_attention", True), ("treshold", True), ("audit", True), ("gdn_prefill_backend", False), ("machine", False)]
+    "key, said",
+    [("mac_attention", True), ("treshold", True), ("audit", True), ("gdn_prefill_backend", False), ("machine", False)],
 )
 def test_keys_beside_the_block_that_look_like_its_own(make, warnings, key, said):
     for _ in range(2):
@@ -117,10 +118,8 @@ def test_what_nothing_reads_draws_one_warning(make, warnings, monkeypatch, chose
     for _ in range(2):
         make(attention_backend="MAC" if chosen else None, additional_config={"mac": {"window": 32}})
     assert len(warnings) == (0 if chosen else 2)
-    assert (
-        chosen
-        or "Give --attention-backend MAC" in warnings[0]
-        and "has 'mac', but no layer's backend is MAC" in warnings[1]
+    assert chosen or (
+        "Give --attention-backend MAC" in warnings[0] and "has 'mac', but no layer's backend is MAC" in warnings[1]
     )
 
 

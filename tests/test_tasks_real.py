@@ -43,7 +43,11 @@ def test_a_seed_decides_everything(task):
         f"print(json.dumps(t.make({task!r}, 1).prompt))"
     )
     folder = os.path.dirname(__file__)
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join((os.path.dirname(folder), folder))}
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": os.pathsep.join((os.path.dirname(folder), folder)),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == first.prompt
 
@@ -66,7 +70,9 @@ def test_what_is_asked_about_is_there_whole(task, seed):
     if task == "codebase":
         for name in found[:-1]:
             text = prompt.split(f"==> {name} <==\n")[1].split("\n==> ")[0]
-            functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+            functions = [
+                node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            ]
             assert len(functions) >= stdlib.ENTRIES
     else:
         assert prompt.count("\n## ") >= stdlib.ENTRIES * (len(found) - 1)
@@ -75,8 +81,14 @@ def test_what_is_asked_about_is_there_whole(task, seed):
 def test_a_chapter_holds_what_is_public_and_documented():
     name, text, entries = stdlib._chapter("heapq.py")
     assert name == "heapq" and text.startswith("# heapq\n\nHeap queue algorithm") and entries == text.count("\n## ") > 5
-    assert "\n## heapq.heappush(heap, item)\n\nPush item onto heap" in text and "_siftdown" not in text.partition("\n## ")[2]
-    assert "\n## class queue.Queue(" in stdlib._chapter("queue.py")[1] and "\n## queue.Queue.put(self, item, " in stdlib._chapter("queue.py")[1]
+    assert (
+        "\n## heapq.heappush(heap, item)\n\nPush item onto heap" in text
+        and "_siftdown" not in text.partition("\n## ")[2]
+    )
+    assert (
+        "\n## class queue.Queue(" in stdlib._chapter("queue.py")[1]
+        and "\n## queue.Queue.put(self, item, " in stdlib._chapter("queue.py")[1]
+    )
 
 
 def test_modules_are_read_and_not_imported():
@@ -88,7 +100,13 @@ def test_modules_are_read_and_not_imported():
         "print(len(stdlib.files()), sorted(set(sys.modules) - before))"
     )
     folder = os.path.dirname(os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": folder},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     count, names = done.stdout.split(" ", 1)
     assert int(count) > 150 and "antigravity" not in names and "this" not in names.replace("'", " ").split()
 
@@ -110,7 +128,9 @@ def test_requests_have_no_score_and_keep_their_length():
 
     encoder = requests.Encoder(Words(), 10_000)
     some = list(requests.generated(requests.names("real"), (4096, 9000), 2, 0, encoder))
-    assert [r.id for r in some[:3]] == ["real/4096/manual/0", "real/4096/manual/1", "real/4096/codebase/0"] and len(some) == 8
+    assert [r.id for r in some[:3]] == ["real/4096/manual/0", "real/4096/manual/1", "real/4096/codebase/0"] and len(
+        some
+    ) == 8
     for request in some:
         assert 0.96 * request.length <= request.total <= request.length and request.max_tokens == stdlib.REPLY
         assert request.answers == () and requests.score(request, "anything") is None
@@ -124,7 +144,9 @@ def test_lengths_that_cannot_be(task, monkeypatch):
     with pytest.raises(ValueError, match=f"^{task} needs a length of at least .* got 20$"):
         make(task, 0, 20)
     monkeypatch.setattr(stdlib, "files", lambda: ("heapq.py", "queue.py"))
-    with pytest.raises(ValueError, match=f"^{task} is at most .* tokens long: the standard library in .* has no more, got 131072$"):
+    with pytest.raises(
+        ValueError, match=f"^{task} is at most .* tokens long: the standard library in .* has no more, got 131072$"
+    ):
         make(task, 0, 131072)
     monkeypatch.setattr(stdlib, "files", lambda: ())
     with pytest.raises(ValueError, match=f"^{task} needs the standard library's sources, got none of use in "):
@@ -132,6 +154,11 @@ def test_lengths_that_cannot_be(task, monkeypatch):
 
 
 def test_groups_name_the_tasks():
-    assert requests.names("real") == ("manual", "codebase") and set(requests.names("real")) <= set(requests.names("all"))
-    with pytest.raises(EvalError, match=r"--tasks: received 'real2'; choose from all, ruler, long, real, niah_single, .*, manual, codebase$"):
+    assert requests.names("real") == ("manual", "codebase") and set(requests.names("real")) <= set(
+        requests.names("all")
+    )
+    with pytest.raises(
+        EvalError,
+        match=r"--tasks: received 'real2'; choose from all, ruler, long, real, niah_single, .*, manual, codebase$",
+    ):
         requests.names("real2")

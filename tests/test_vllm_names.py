@@ -378,10 +378,14 @@ def test_requests_are_checked_where_every_front_end_makes_and_uses_its_checker(v
     assert list(signature(tree.member(processor, "_validate_params")).parameters)[:1] == ["params"]
     for module, made in (("llm_engine", "LLMEngine"), (per_request.ASYNC.rpartition(".")[2], "AsyncLLM")):
         engine = tree.find(f"vllm.v1.engine.{module}.{made}")
-        assert "self.input_processor = InputProcessor(self.vllm_config, " in ast.unparse(tree.member(engine, "__init__"))
+        assert "self.input_processor = InputProcessor(self.vllm_config, " in ast.unparse(
+            tree.member(engine, "__init__")
+        )
     calls = [x for x in ast.walk(tree.member(processor, "process_inputs")) if _calls(x, "self._validate_params")]
     assert [ast.unparse(x.args[0]) for x in calls] == ["params"]
-    assert "sampling_params" in signature(tree.member(tree.find(f"{per_request.ASYNC}.AsyncLLM"), "generate")).parameters
+    assert (
+        "sampling_params" in signature(tree.member(tree.find(f"{per_request.ASYNC}.AsyncLLM"), "generate")).parameters
+    )
     for path in ("completion", "chat_completion"):
         text = (vllm.path / f"vllm/entrypoints/openai/{path}/serving.py").read_text(encoding="utf-8")
         functions = [x for x in ast.walk(ast.parse(text)) if isinstance(x, ast.AsyncFunctionDef)]

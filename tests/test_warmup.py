@@ -76,7 +76,13 @@ def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=
     decoder = Decoder(problem, config, torch.device(DEVICE))
     query_dtype, out_dtype = ring_dtypes(config, dtype)
     layers = []
-    for rotary_dim, neox, threshold in ((d, True, 0.4), (d, True, 0.7), (d, False, 0.4), (d // 2, False, 0.4), (0, True, 0.4)):
+    for rotary_dim, neox, threshold in (
+        (d, True, 0.4),
+        (d, True, 0.7),
+        (d, False, 0.4),
+        (d // 2, False, 0.4),
+        (0, True, 0.4),
+    ):
         cache = torch.ones(page * columns, rotary_dim, dtype=dtype, device=DEVICE)
         module = SimpleNamespace(cos_sin_cache=cache, rotary_dim=rotary_dim, is_neox_style=neox)
         rotary = Rotary(module if rotary_dim else None)
@@ -144,7 +150,9 @@ def test_serving_launches_what_was_compiled(variants, sizes):
     variants.clear()
     serve(decoder, layers, table)
     count = lambda name, found=compiled: sum(x[0] == name for x in found)
-    assert variants == compiled, {name: (count(name), count(name, variants)) for name in {x[0] for x in variants ^ compiled}}
+    assert variants == compiled, {
+        name: (count(name), count(name, variants)) for name in {x[0] for x in variants ^ compiled}
+    }
     # Several variants of what depends on the rows, and one of what does not, for each kind of layer.
     assert count("hit_kernel") >= (20 if sizes is LLAMA else 4) and count("prefix_kernel") > 1
     assert count("_record_kernel") == 4 and count("_assign_kernel") == 1
@@ -242,12 +250,16 @@ def test_variants_are_told_by_what_triton_tells_them_by(module, name, monkeypatc
             elif isinstance(value, torch.Tensor):  # nobody else's
                 assert any(value is own for owner in (decoder._work, decoder._exact) for own in attributes(owner))
             else:
-                assert param.name in (pointers | sizes) or isinstance(value, float) or param.do_not_specialize, param.name
+                assert param.name in (pointers | sizes) or isinstance(value, float) or param.do_not_specialize, (
+                    param.name
+                )
     assert len(seen) == 2
 
 
 def attributes(owner) -> list:
-    return list(vars(owner).values()) if hasattr(owner, "__dict__") else [getattr(owner, name) for name in owner.__slots__]
+    return (
+        list(vars(owner).values()) if hasattr(owner, "__dict__") else [getattr(owner, name) for name in owner.__slots__]
+    )
 
 
 def test_every_size_has_few_variants(variants):
@@ -259,7 +271,9 @@ def test_every_size_has_few_variants(variants):
     assert counts["hit_kernel"] <= 10 and counts["prefix_kernel"] <= 18 and len(variants) <= 31
 
 
-def fill_plans(most: int, kv_heads: int, slots: int, pdl: bool, columns: int, block_pages: int, head_pages: int) -> None:
+def fill_plans(
+    most: int, kv_heads: int, slots: int, pdl: bool, columns: int, block_pages: int, head_pages: int
+) -> None:
     """What `FlashInferExact` launches to tell FlashInfer what to read, for each number of rows up to `most`."""
     ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=DEVICE)
     tiles = plan.capacity(most * kv_heads, slots)

@@ -70,9 +70,7 @@ def _qwen3():
 def _mistral():
     from transformers import MistralConfig, MistralForCausalLM
 
-    return MistralForCausalLM, MistralConfig(
-        **COMMON | {"sliding_window": None, "num_key_value_heads": 1}
-    )
+    return MistralForCausalLM, MistralConfig(**COMMON | {"sliding_window": None, "num_key_value_heads": 1})
 
 
 def _phi3():
@@ -87,9 +85,7 @@ def _glm4():
     from transformers import Glm4Config, Glm4ForCausalLM
 
     rope = {"rope_type": "default", "partial_rotary_factor": 0.5, **THETA}
-    return Glm4ForCausalLM, Glm4Config(
-        **COMMON | {"head_dim": 64, "rope_parameters": rope, "attention_bias": True}
-    )
+    return Glm4ForCausalLM, Glm4Config(**COMMON | {"head_dim": 64, "rope_parameters": rope, "attention_bias": True})
 
 
 def _gemma3():
@@ -109,7 +105,9 @@ def _lfm2():
     """Layers of short convolutions, whose states vLLM caches at boundaries inside a KV block, and one of attention."""
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
-    config = {k: v for k, v in COMMON.items() if k not in ("head_dim", "intermediate_size")} | {"num_attention_heads": 4}
+    config = {k: v for k, v in COMMON.items() if k not in ("head_dim", "intermediate_size")} | {
+        "num_attention_heads": 4
+    }
     return Lfm2ForCausalLM, Lfm2Config(
         **config, intermediate_size=256, block_auto_adjust_ff_dim=False, rope_theta=10000.0, conv_dim=HIDDEN, block_dim=HIDDEN,
         layer_types=["conv", "full_attention"],

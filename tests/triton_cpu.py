@@ -25,14 +25,10 @@ import sys
 
 def enable() -> None:
     """Turn the interpreter on and list the stub, before vLLM or a Triton kernel is imported."""
-    if "vllm.triton_utils" in sys.modules or (
-        "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
-    ):
+    if "vllm.triton_utils" in sys.modules or ("triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"):
         if enabled():
             return
-        raise RuntimeError(
-            "triton_cpu.enable() must come before the first import of vllm or of a Triton kernel"
-        )
+        raise RuntimeError("triton_cpu.enable() must come before the first import of vllm or of a Triton kernel")
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so at import
     from triton.backends import Backend, backends
     from triton.backends.compiler import BaseBackend, GPUTarget

@@ -191,8 +191,15 @@ def edges(device) -> Tensor:
 
 
 def tally(
-    position: Tensor, ring: Tensor, hit: Tensor, source: Tensor, chain: Tensor, out: Tensor, exact: Tensor,
-    edges: Tensor, counts: Tensor,
+    position: Tensor,
+    ring: Tensor,
+    hit: Tensor,
+    source: Tensor,
+    chain: Tensor,
+    out: Tensor,
+    exact: Tensor,
+    edges: Tensor,
+    counts: Tensor,
 ) -> None:
     """Add the heads of a step's audited rows to a layer's histograms, after the step was recorded.
 
@@ -202,7 +209,9 @@ def tally(
     attention gives. edges, counts: as `edges` and `histograms` make them; counts is added to.
     """  # fmt: skip
     heads, window = source.shape[1], chain.shape[2]
-    row, head = ((hit != 0).repeat_interleave(heads // hit.shape[1], 1) & (position >= 0)[:, None]).nonzero(as_tuple=True)
+    row, head = ((hit != 0).repeat_interleave(heads // hit.shape[1], 1) & (position >= 0)[:, None]).nonzero(
+        as_tuple=True
+    )
     true = exact[row, head].float()
     off = (out[row, head].float() - true).norm(dim=-1)
     error = torch.where(off == 0, 0.0, off / true.norm(dim=-1))

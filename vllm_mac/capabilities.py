@@ -72,7 +72,9 @@ _EXACT = "such layers are exact: the platform's own to run"
 
 BACKEND = {
     "customize_spec": platform("changes quantised KV caches only"),
-    "forward_includes_kv_cache_update": lacking("keys and values are written before forward, which reads the cache alone"),
+    "forward_includes_kv_cache_update": lacking(
+        "keys and values are written before forward, which reads the cache alone"
+    ),
     "full_cls_name": platform("names the class"),
     "get_builder_cls": own("names MAC's class"),
     "get_dtype_for_flashinfer": platform("of quantised KV caches"),
@@ -110,14 +112,20 @@ BACKEND = {
         "use_kv_connector",
         "leave out --kv-transfer-config and --kv-offloading-size",
     ),
-    "supports_mm_prefix": refused("tokens of an image attend to later ones, and a ring's summaries do not", "use_mm_prefix"),
+    "supports_mm_prefix": refused(
+        "tokens of an image attend to later ones, and a ring's summaries do not", "use_mm_prefix"
+    ),
     "supports_non_causal": refused(
         "a ring's summaries end before the query", "use_non_causal", "leave out --attention-config.use_non_causal"
     ),
     "supports_non_causal_dcp": refused(_SHARDS),
     "supports_pcp": refused(_SHARDS, "use_pcp", "leave out --prefill-context-parallel-size"),
-    "supports_per_head_quant_scales": refused("MAC's kernels read unquantised keys and values", "use_per_head_quant_scales"),
-    "supports_rswa": refused("a query sees a window and the prompt, and a ring's summaries are of all between", "use_rswa"),
+    "supports_per_head_quant_scales": refused(
+        "MAC's kernels read unquantised keys and values", "use_per_head_quant_scales"
+    ),
+    "supports_rswa": refused(
+        "a query sees a window and the prompt, and a ring's summaries are of all between", "use_rswa"
+    ),
     "supports_sink": own(_EXACT + "; vLLM's backend for CPUs runs them without saying so"),
     "supports_sliding_window": platform(_EXACT),
     "validate_configuration": own("adds the reasons of this table"),
@@ -206,10 +214,14 @@ def refused_block_size(block_size: int, platform: str) -> str | None:
     return f"--block-size is {block_size}, and MAC takes multiples of {unit}" if block_size % unit else None
 
 
+def _sm(capability: tuple[int, int]) -> str:
+    return f"sm{capability[0]}{capability[1]}"
+
+
 def refused_gpu(capability: tuple[int, int]) -> str | None:
     if capability >= GPUS_FROM:
         return None
-    return f"this GPU is sm{'%d%d' % capability}, and MAC needs sm{'%d%d' % GPUS_FROM} or later"
+    return f"this GPU is {_sm(capability)}, and MAC needs {_sm(GPUS_FROM)} or later"
 
 
 def refused_ring_dtype(ring_dtype: str, capability: tuple[int, int], choices: Iterable[str]) -> str | None:
@@ -218,8 +230,8 @@ def refused_ring_dtype(ring_dtype: str, capability: tuple[int, int], choices: It
         return None
     others = ", ".join(choice for choice in choices if choice != ring_dtype)
     return (
-        f"ring_dtype: received {ring_dtype!r}, which needs a GPU of sm{'%d%d' % FLOAT8_RINGS_FROM} or later, "
-        f"and this one is sm{'%d%d' % capability}; must be one of {others}"
+        f"ring_dtype: received {ring_dtype!r}, which needs a GPU of {_sm(FLOAT8_RINGS_FROM)} or later, "
+        f"and this one is {_sm(capability)}; must be one of {others}"
     )
 
 

@@ -104,12 +104,8 @@ class _Section(BaseModel):
 class LayerSelection(_Section):
     """Which attention layers MAC serves; the others run exact attention."""
 
-    include: LayerPatterns | None = Field(
-        None, description="Layers to serve: indices, ranges or globs; null for all."
-    )
-    exclude: LayerPatterns = Field(
-        (), description="Layers to leave exact, whatever `include` says."
-    )
+    include: LayerPatterns | None = Field(None, description="Layers to serve: indices, ranges or globs; null for all.")
+    exclude: LayerPatterns = Field((), description="Layers to leave exact, whatever `include` says.")
     threshold: LayerThresholds = Field(
         (),
         description="Thresholds of layers by pattern, instead of the top-level one; of several "
@@ -121,9 +117,7 @@ class MacConfig(_Section):
     """The resolved configuration of one worker. Lengths and positions are in tokens."""
 
     enabled: bool = Field(True, description="Whether MAC runs at all; false is exact attention.")
-    window: int = Field(
-        512, ge=1, le=65536, description="Ring length: the last tokens a query can match."
-    )
+    window: int = Field(512, ge=1, le=65536, description="Ring length: the last tokens a query can match.")
     band: int = Field(256, ge=1, description="The most recent tokens, which no summary contains.")
     sink: int = Field(0, ge=0, description="The leading tokens, which no summary contains.")
     threshold: float = Field(
@@ -142,8 +136,7 @@ class MacConfig(_Section):
         2048,
         ge=1,
         validate_default=True,
-        description="Context length, the token being decoded included, from which queries "
-        "are recorded and matched.",
+        description="Context length, the token being decoded included, from which queries are recorded and matched.",
     )
     lag_weight: float = Field(
         0.0,
@@ -171,18 +164,14 @@ class MacConfig(_Section):
         description="What rings are stored in; auto is the model's dtype. With float8_e4m3fn only "
         "the queries are float8, and the outputs in the model's dtype.",
     )
-    max_sequences: int | None = Field(
-        None, ge=1, description="Rings to allocate; null for as many as max_num_seqs."
-    )
+    max_sequences: int | None = Field(None, ge=1, description="Rings to allocate; null for as many as max_num_seqs.")
     ring_memory_gib: float = Field(
         4.0, gt=0, description="Most GiB the rings of one worker may take, over all its layers."
     )
     miss_engine: Literal["flashinfer", "triton"] = Field(
         "triton", description="What reads the prefix for missed heads on GPUs."
     )
-    audit: float = Field(
-        0.0, ge=0, le=1, description="Share of decode steps whose hits are computed exactly too."
-    )
+    audit: float = Field(0.0, ge=0, le=1, description="Share of decode steps whose hits are computed exactly too.")
     error_budget: float | None = Field(
         None,
         ge=1e-4,
@@ -190,9 +179,7 @@ class MacConfig(_Section):
         description="Relative attention error; a layer whose audited p95 stays above it goes "
         "exact. null for no budget.",
     )
-    layers: LayerSelection = Field(
-        LayerSelection(), description="Which attention layers MAC serves."
-    )
+    layers: LayerSelection = Field(LayerSelection(), description="Which attention layers MAC serves.")
 
     @field_validator("min_context", mode="after")
     @classmethod
@@ -257,8 +244,7 @@ class MacConfig(_Section):
         layers = values.pop("layers")
         values |= {f"layers.{key}": value for key, value in layers.items()}
         return " ".join(
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for key, value in values.items()
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()
         )
 
 
@@ -319,8 +305,7 @@ def _as_mapping(value: object, source: str) -> dict:
     if isinstance(value, Mapping):
         return dict(value)
     raise MacConfigError(
-        f"{source}: received {_show(value)}; must be a mapping with keys from "
-        f"{', '.join(MacConfig.model_fields)}"
+        f"{source}: received {_show(value)}; must be a mapping with keys from {', '.join(MacConfig.model_fields)}"
     )
 
 
@@ -335,9 +320,7 @@ def _find(location: object, named_by: str) -> Path:
     if location in bundled:
         return bundled[location]
     fault = "a directory" if os.path.isdir(path) else "no file"
-    raise MacConfigError(
-        f"{named_by}: received {location!r}: {fault} at {os.path.abspath(path)}; {choices}"
-    )
+    raise MacConfigError(f"{named_by}: received {location!r}: {fault} at {os.path.abspath(path)}; {choices}")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -351,8 +334,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 continue
             if (key.tag, key.value) in first:
                 raise yaml.MarkedYAMLError(
-                    problem=f"duplicate key {key.value!r}, "
-                    f"first on line {first[key.tag, key.value]}",
+                    problem=f"duplicate key {key.value!r}, first on line {first[key.tag, key.value]}",
                     problem_mark=key.start_mark,
                 )
             first[key.tag, key.value] = key.start_mark.line + 1
@@ -380,10 +362,7 @@ def _unknown_key(name: str, value: object, source: str, known: Iterable[str]) ->
     leaf = name.rpartition(".")[2]
     nearest = difflib.get_close_matches(leaf.lower(), known, n=1, cutoff=0.6)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    return (
-        f"{name}: unknown key, received {_show(value)} from {source}{hint} "
-        f"Known keys: {', '.join(known)}"
-    )
+    return f"{name}: unknown key, received {_show(value)} from {source}{hint} Known keys: {', '.join(known)}"
 
 
 def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:

@@ -55,7 +55,9 @@ class MacCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         base = super().build(common_prefix_len, common_attn_metadata, fast_build)
         return MacCPUMetadata(**vars(base), step=self.group.step(common_attn_metadata))
 
-    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> CPUAttentionMetadata:
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> CPUAttentionMetadata:
         # Layers of a draft model are exact, and may share this builder with layers that are not: no ring may
         # count what only the draft reads.
         return super().build(0, common_attn_metadata, fast_build=True)

@@ -46,9 +46,7 @@ class FlashInferExact:
         if problem.head_size not in (64, 128, 256):
             raise ValueError(f"head_size: {problem.head_size}, FlashInfer decodes 64, 128 and 256")
         if problem.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"dtype: {problem.dtype}, FlashInfer decodes torch.bfloat16 and torch.float16"
-            )
+            raise ValueError(f"dtype: {problem.dtype}, FlashInfer decodes torch.bfloat16 and torch.float16")
         self.problem, self.device = problem, torch.device(device)
         self._wrapper_class = flashinfer.BatchDecodeWithPagedKVCacheWrapper
         groups, group = problem.max_rows * problem.kv_heads, problem.group
@@ -75,14 +73,12 @@ class FlashInferExact:
 
         tiles = capacity(groups, self._slots)
         values = tiles * group * problem.head_size * 4
-        workspace = torch.zeros(
-            values + tiles * group * 4 + 16, dtype=torch.uint8, device=self.device
-        )
+        workspace = torch.zeros(values + tiles * group * 4 + 16, dtype=torch.uint8, device=self.device)
         try:
             self._open(workspace, groups, tiles, values)
             if check:
                 self._check()
-        except Exception as error:  # noqa: BLE001 (the format may have changed in any way)
+        except Exception as error:
             logger.warning(
                 "MAC: FlashInfer %s does not take a plan written on the device (%s: %s). Misses "
                 "are planned on the host in every step and all KV heads are read, hit or not; "
@@ -141,9 +137,7 @@ class FlashInferExact:
         if self._virtual_strides(kv) != self._unit:
             raise ValueError(f"kv: strides {kv.stride()} differ from those given to begin_step")
         if out.dtype != p.dtype or not out.is_contiguous() or not lse.is_contiguous():
-            raise ValueError(
-                f"out: {out.dtype}, strides {out.stride()}, choose {p.dtype}, contiguous, as lse"
-            )
+            raise ValueError(f"out: {out.dtype}, strides {out.stride()}, choose {p.dtype}, contiguous, as lse")
         if query.stride(0) != p.heads * query.stride(1):
             query = self._query[:rows].copy_(query)
         groups = rows * p.kv_heads
@@ -173,14 +167,10 @@ class FlashInferExact:
         self._wrapper = self._new_wrapper(workspace, groups)
         one_page = torch.arange(groups + 1, dtype=torch.int32)
         # Without splitting this plan needs no workspace; ours splits.
-        self._plan_wrapper(
-            self._wrapper, one_page, torch.ones(groups, dtype=torch.int32), disable_split_kv=True
-        )
+        self._plan_wrapper(self._wrapper, one_page, torch.ones(groups, dtype=torch.int32), disable_split_kv=True)
         info = dict(zip(_PLAN_INFO, (int(x) for x in self._wrapper._plan_info), strict=True))
         expected = {"total_num_rows": groups, "enable_cuda_graph": 1, "split_kv": 0}
-        if any(info[name] != value for name, value in expected.items()) or info[
-            "cta_tile_q"
-        ] not in (16, 64, 128):
+        if any(info[name] != value for name, value in expected.items()) or info["cta_tile_q"] not in (16, 64, 128):
             raise RuntimeError(f"unexpected plan {info}")
         self._plan = Plan.in_buffer(self._wrapper._int_workspace_buffer, groups, tiles)
         at = self._plan.offset
@@ -228,18 +218,14 @@ class FlashInferExact:
     def _plan_public(self, groups: int) -> None:
         if groups not in self._public:
             self._public[groups] = self._new_wrapper(self._public_workspace, groups)
-        self._plan_wrapper(
-            self._public[groups], self._indptr[: groups + 1], self._last_page_len[:groups]
-        )
+        self._plan_wrapper(self._public[groups], self._indptr[: groups + 1], self._last_page_len[:groups])
 
     def _virtual_strides(self, kv: Tensor) -> tuple[int, int, int]:
         """What `_unit` holds, of this layer's cache."""
         block, head = kv.stride(0), kv.stride(1) if kv.shape[1] > 1 else kv.stride(0)
         unit = math.gcd(block, head)
         if unit * kv.itemsize % 16 or kv.shape[0] * (block // unit) >= 1 << 31 or kv.stride(3) != 1:
-            raise ValueError(
-                f"kv: strides {kv.stride()} with {kv.shape[0]} blocks cannot be split into heads"
-            )
+            raise ValueError(f"kv: strides {kv.stride()} with {kv.shape[0]} blocks cannot be split into heads")
         return unit, block // unit, head // unit
 
     def _virtual(self, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,49 +246,28 @@ class FlashInferExact:
         draw = torch.Generator(self.device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw, dtype=torch.float32, device=self.device).to(
-                p.dtype
-            )
+            return torch.randn(shape, generator=draw, dtype=torch.float32, device=self.device).to(p.dtype)
 
         kv = normal(rows * blocks + 1, p.page_size, p.kv_heads, 2 * p.head_size).transpose(1, 2)
         query = normal(rows, p.heads, p.head_size)
-        table = (
-            torch.randperm(rows * blocks, generator=draw, device=self.device)
-            .view(rows, blocks)
-            .int()
-            + 1
-        )
-        position = torch.tensor(
-            [tokens - 1, -1, tokens // 2], dtype=torch.int32, device=self.device
-        )[:rows]
-        hit = (
-            (torch.arange(rows * p.kv_heads, device=self.device) % 3 == 2)
-            .int()
-            .view(rows, p.kv_heads)
-        )
+        table = torch.randperm(rows * blocks, generator=draw, device=self.device).view(rows, blocks).int() + 1
+        position = torch.tensor([tokens - 1, -1, tokens // 2], dtype=torch.int32, device=self.device)[:rows]
+        hit = (torch.arange(rows * p.kv_heads, device=self.device) % 3 == 2).int().view(rows, p.kv_heads)
         out = torch.full_like(query, math.nan)
         lse = torch.full((rows, p.heads), math.nan, dtype=torch.float32, device=self.device)
         self.begin_step(table, position, kv)
         self.run(query, kv, table, position, hit, out, lse)
         for row in range(rows):
             end = max(int(position[row]) + 1 - p.band, p.first)
-            part = (
-                kv[table[row].long()].transpose(1, 2).flatten(0, 1)[p.first : end].float()
-            )  # [T, K, 2 D]
+            part = kv[table[row].long()].transpose(1, 2).flatten(0, 1)[p.first : end].float()  # [T, K, 2 D]
             key, value = part.transpose(0, 1).chunk(2, -1)
-            score = (
-                query[row].float().view(p.kv_heads, p.group, -1) @ key.transpose(1, 2) * p.scale
-            )  # [K, G, T]
+            score = query[row].float().view(p.kv_heads, p.group, -1) @ key.transpose(1, 2) * p.scale  # [K, G, T]
             score = score.masked_fill(hit[row].bool()[:, None, None], -math.inf)
             expected_lse = torch.logsumexp(score, -1)
-            weight = torch.exp(
-                score - torch.where(expected_lse == -math.inf, 0.0, expected_lse)[..., None]
-            )
+            weight = torch.exp(score - torch.where(expected_lse == -math.inf, 0.0, expected_lse)[..., None])
             error = (out[row].float().view_as(weight @ value) - weight @ value).norm()
             # bf16 keeps 8 bits: weights and partial results are each rounded once.
             if not error <= 2.0**-6 * (weight @ value).norm() + 1e-6:
                 raise RuntimeError(f"its result is off by {float(error):.3g} in a trial")
-            if not torch.allclose(
-                lse[row].view_as(expected_lse) * math.log(2), expected_lse, atol=1e-3, rtol=1e-4
-            ):
+            if not torch.allclose(lse[row].view_as(expected_lse) * math.log(2), expected_lse, atol=1e-3, rtol=1e-4):
                 raise RuntimeError("its log-sum-exp is off in a trial")

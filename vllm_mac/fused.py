@@ -39,7 +39,9 @@ class Decoder:
         self.names: tuple[str, ...] | None = None  # of the layers it decodes for
         self.warm = False  # whether `warmup` has been through it
         rows, heads, d = problem.max_rows, problem.heads, problem.head_size
-        self.position, self.ring, self.first = (torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in "prf")
+        self.position, self.ring, self.first = (
+            torch.full((rows,), -1, dtype=torch.int32, device=device) for _ in "prf"
+        )
         self.slack = torch.ones(rows, dtype=torch.float32, device=device)
         self.spared = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._exact = ENGINES[config.miss_engine](problem, device)
@@ -137,16 +139,21 @@ class Auditor:
             torch.bitwise_or(position, spared, out=self._position)  # -1 has all bits set
 
     def run(
-        self, query: Tensor, kv: Tensor, block_table: Tensor, ring: Tensor, work: Workspace, store: RingStore, out: Tensor,
+        self,
+        query: Tensor,
+        kv: Tensor,
+        block_table: Tensor,
+        ring: Tensor,
+        work: Workspace,
+        store: RingStore,
+        out: Tensor,
         counts: Tensor,
     ) -> None:
         """After a layer's step, which left `out` and `work`. counts: `[H + 2, BUCKETS]` int64."""
         rows = len(query)
         position, hit, exact = self._position[:rows], work.hit[:rows], self._out[:rows]
         self._whole.run(query, kv, block_table, position, hit, exact, self._lse[:rows])
-        tally(
-            position, ring, hit, work.source[:rows], store.chain, out, exact, self._edges, counts, pdl=work.pdl
-        )
+        tally(position, ring, hit, work.source[:rows], store.chain, out, exact, self._edges, counts, pdl=work.pdl)
 
 
 def rotation(rotary: Rotary) -> dict:

@@ -67,8 +67,14 @@ def attend(
 
 
 def match(
-    position: Tensor, pre_query: Tensor, ring: Tensor, first: Tensor, store: RingStore, config: MacConfig,
-    rest_lse: Tensor, slack: Tensor | None = None,
+    position: Tensor,
+    pre_query: Tensor,
+    ring: Tensor,
+    first: Tensor,
+    store: RingStore,
+    config: MacConfig,
+    rest_lse: Tensor,
+    slack: Tensor | None = None,
 ) -> Tensor:
     """`[B, H]` position whose summary each head may reuse, or -1 (`reference.match`).
 
@@ -153,9 +159,7 @@ def decode(
     slot = torch.clamp(source, min=0) % config.window
     found = Partial(store.out[index, head, slot].float(), store.lse[index, head, slot])
     # Rings hold uninitialised memory: select, do not multiply.
-    found = Partial(
-        torch.where(head_hit[..., None], found.out, 0.0), torch.where(head_hit, found.lse, -torch.inf)
-    )
+    found = Partial(torch.where(head_hit[..., None], found.out, 0.0), torch.where(head_hit, found.lse, -torch.inf))
     summary = merge(by_head(prefix), found)
     out = merge(summary, rest).out
 
@@ -187,9 +191,7 @@ def band_and_sink(
     return Partial(rest.out.view(rows, heads, d), rest.lse.view(rows, heads))
 
 
-def exact(
-    position: Tensor, query: Tensor, kv: Tensor, block_table: Tensor, wanted: Tensor, scale: float
-) -> Tensor:
+def exact(position: Tensor, query: Tensor, kv: Tensor, block_table: Tensor, wanted: Tensor, scale: float) -> Tensor:
     """Full attention of the KV groups `wanted` `[B, K]`, `[B, H, D]` float32; 0 for the others.
 
     position, query, block_table: as for `decode`.
@@ -265,9 +267,7 @@ def _attend_heads(query, key, value, token, start, stop, scale: float) -> Partia
         q = query[i:j].float().view(j - i, kv_heads, -1, d).transpose(0, 1)
         group = q.shape[2]
         low, high = start[i:j].repeat_interleave(group), stop[i:j].repeat_interleave(group)
-        part = attend(
-            q.reshape(kv_heads, -1, d), key[:, seen], value[:, seen], token[seen], low, high, scale
-        )
+        part = attend(q.reshape(kv_heads, -1, d), key[:, seen], value[:, seen], token[seen], low, high, scale)
         parts.append(
             Partial(
                 part.out.view(kv_heads, j - i, group, d).transpose(0, 1).reshape(j - i, heads, d),

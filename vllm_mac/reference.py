@@ -118,9 +118,7 @@ def relief(mass, config: MacConfig):
     return ((1.0 + config.mass_floor) / (mass + config.mass_floor)) ** 2
 
 
-def match(
-    m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Tensor, slack: float = 1.0
-) -> int:
+def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Tensor, slack: float = 1.0) -> int:
     """Position whose summary the head may reuse at position `m`, or -1.
 
     pre_query: `[d]`, before RoPE. rest_lse: LSE over what is read anyway, band and sink. Candidates

@@ -183,7 +183,9 @@ def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
         # Pooling requests have no such parameters.
         try:
             ask = read(x.sampling_params.extra_args if x.sampling_params else None, followed.audits)
-        except RequestError as error:  # from a front end that checks nothing, such as vLLM's in Rust: not to end all others
+        except (
+            RequestError
+        ) as error:  # from a front end that checks nothing, such as vLLM's in Rust: not to end all others
             logger.warning("MAC decodes request %s exactly: %s", x.req_id, error)
             ask = Ask(exact=True)
         if ask != NOTHING:

@@ -35,7 +35,14 @@ class RingStore:
 
     @classmethod
     def allocate(
-        cls, rings: int, heads: int, window: int, head_size: int, dtype: torch.dtype, device, out_dtype: torch.dtype | None = None
+        cls,
+        rings: int,
+        heads: int,
+        window: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device,
+        out_dtype: torch.dtype | None = None,
     ) -> "RingStore":
         """dtype: of the queries, and of the outputs unless they have `out_dtype`."""
         shape = (rings, heads, window)
@@ -47,7 +54,9 @@ class RingStore:
         )
 
 
-def ring_bytes(heads: int, window: int, head_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> int:
+def ring_bytes(
+    heads: int, window: int, head_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None
+) -> int:
     """Bytes of one ring of one layer, its dtypes as for `RingStore.allocate`."""
     return heads * window * (head_size * (dtype.itemsize + (out_dtype or dtype).itemsize) + 4 + 4)
 
@@ -80,7 +89,9 @@ class RingTable:
         self.rings, self.window = rings, window
         self.first, self.last = (torch.zeros(rings + 1, dtype=torch.int64, device=device) for _ in "fl")
 
-    def assign(self, start: Tensor, length: Tensor, ring: Tensor, fresh: Tensor, prefilling: Tensor, skips: Tensor) -> Tensor:
+    def assign(
+        self, start: Tensor, length: Tensor, ring: Tensor, fresh: Tensor, prefilling: Tensor, skips: Tensor
+    ) -> Tensor:
         """The oldest position that each row may read, `[B]` int64; note what the row will record.
 
         A row whose request has just been given its ring may read nothing of what lies there. Neither

@@ -100,7 +100,11 @@ def describe(layers: Sequence[MacLayer]) -> Series:
         heads, tokens = {"hit": [], "miss": [], "exact": []}, {"read": [], "skipped": []}
         if layer.served:
             at = layer.counts.storage_offset()
-            heads = {"hit": [(at + Count.HIT, 1)], "miss": [(at + Count.MISS, 1)], "exact": [(at + x, 1) for x in REASONS]}
+            heads = {
+                "hit": [(at + Count.HIT, 1)],
+                "miss": [(at + Count.MISS, 1)],
+                "exact": [(at + x, 1) for x in REASONS],
+            }
             tokens = {"read": [(at + Count.READ, 1)], "skipped": [(at + Count.SKIPPED, 1)]}
             for counter, reason in REASONS.items():
                 exact.setdefault(reason, []).append((at + counter, 1))

@@ -38,7 +38,15 @@ class MacSupport:
         if not cls.supports_kv_cache_dtype(kv_cache_dtype):
             return capabilities.refused_kv_cache_dtype(kv_cache_dtype)
         return super().supports_combination(
-            head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix, device_capability
+            head_size,
+            dtype,
+            kv_cache_dtype,
+            block_size,
+            use_mla,
+            has_sink,
+            use_sparse,
+            use_mm_prefix,
+            device_capability,
         )
 
     @classmethod
@@ -88,4 +96,6 @@ class MacImpl:
 
     def _unprepared(self) -> RuntimeError:
         """What `forward` raises for a served layer in a batch that was not planned for it: nobody would write its output."""
-        return RuntimeError(f"MAC serves {self.mac.name}, but the metadata of this batch is for layers that it does not serve")
+        return RuntimeError(
+            f"MAC serves {self.mac.name}, but the metadata of this batch is for layers that it does not serve"
+        )

@@ -90,7 +90,11 @@ def compiling(kernels: Sequence[triton.JITFunction]) -> Iterator[None]:
     """Launches compile, in threads, and do nothing else meanwhile; at the end all is compiled but what fails to."""
     # On a machine with several GPUs each has a process that does the same.
     threads = max(1, min(16, len(os.sched_getaffinity(0)) // max(1, torch.cuda.device_count())))
-    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True), _running(kernels, _compile):
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+        _running(kernels, _compile),
+    ):
         yield
 
 
@@ -187,7 +191,5 @@ def _cache(decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
     Its strides are multiples of 16 as a real one's are in every layout, head sizes being so.
     """
     problem, device = decoder.problem, decoder.position.device
-    kv = torch.zeros(
-        1, problem.page_size, problem.kv_heads, 2 * problem.head_size, dtype=problem.dtype, device=device
-    )
+    kv = torch.zeros(1, problem.page_size, problem.kv_heads, 2 * problem.head_size, dtype=problem.dtype, device=device)
     return kv.transpose(1, 2), torch.zeros(problem.max_rows, 1, dtype=torch.int32, device=device)

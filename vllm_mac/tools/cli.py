@@ -28,7 +28,9 @@ from vllm_mac.tools.options import numbers as _numbers
 from vllm_mac.tools.options import parse as _parse
 from vllm_mac.tools.options import progress as _progress
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="markdown")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="markdown"
+)
 bench = typer.Typer(
     no_args_is_help=True,
     help="Measure MAC beside exact attention. Rows carry GPU, versions, command line and commit (where the code runs outside "
@@ -57,7 +59,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """MAC attention for vLLM."""
 
@@ -87,16 +91,26 @@ def kernel(
     context: Annotated[str, typer.Option(help="Tokens in the cache of each row.")] = "131072",
     heads: Annotated[str, typer.Option(help="Query heads/KV heads.")] = "32/8,32/4",
     head_size: Annotated[int, typer.Option(min=32, max=256)] = 128,
-    hit_rate: Annotated[str, typer.Option(help="Shares of heads to hit, each head by itself.")] = "0,0.5,0.75,0.9,0.97,0.99,1",
+    hit_rate: Annotated[
+        str, typer.Option(help="Shares of heads to hit, each head by itself.")
+    ] = "0,0.5,0.75,0.9,0.97,0.99,1",
     window: Annotated[int | None, typer.Option(help="MAC's window; 512 unless configured otherwise.")] = None,
     band: Annotated[int | None, typer.Option(help="MAC's band; 256 unless configured otherwise.")] = None,
-    mean_lag: Annotated[int, typer.Option(min=1, help="Mean distance to the matched position, before it is clipped.")] = 64,
-    lags: Annotated[str, typer.Option(help="Distribution of that distance: geometric, uniform or constant.")] = "geometric",
+    mean_lag: Annotated[
+        int, typer.Option(min=1, help="Mean distance to the matched position, before it is clipped.")
+    ] = 64,
+    lags: Annotated[
+        str, typer.Option(help="Distribution of that distance: geometric, uniform or constant.")
+    ] = "geometric",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     page: Annotated[int, typer.Option(min=1, help="Tokens of a KV page.")] = 16,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers per graph; 24, 12 or 5 by batch.")] = None,
-    between: Annotated[int, typer.Option(min=0, help="MiB of other memory to read between layers, as a model does its weights.")] = 0,
-    baselines: Annotated[str, typer.Option(help="Exact engines: FLASHINFER, FLASH_ATTN, or none.")] = "FLASHINFER,FLASH_ATTN",
+    between: Annotated[
+        int, typer.Option(min=0, help="MiB of other memory to read between layers, as a model does its weights.")
+    ] = 0,
+    baselines: Annotated[
+        str, typer.Option(help="Exact engines: FLASHINFER, FLASH_ATTN, or none.")
+    ] = "FLASHINFER,FLASH_ATTN",
     mac: Mac = "{}",
     seed: Seed = 0,
     json_path: Json = None,
@@ -120,7 +134,10 @@ def kernel(
 
     The default run takes about 3 minutes and 50 GiB on an H200.
     """
-    batches, contexts = _parse("--batch", _numbers(int, 1, math.inf), batch), _parse("--context", _numbers(int, 2, math.inf), context)
+    batches, contexts = (
+        _parse("--batch", _numbers(int, 1, math.inf), batch),
+        _parse("--context", _numbers(int, 2, math.inf), context),
+    )
     pairs, rates = _parse("--heads", _heads, heads), _parse("--hit-rate", _numbers(float, 0, 1), hit_rate)
     exact = () if baselines == "none" else _names(baselines)
     keys = _parse("--mac", _mapping, mac)
@@ -130,12 +147,25 @@ def kernel(
     for name in exact:
         _choice("--baselines", name, ("FLASHINFER", "FLASH_ATTN", "none"))
     with _results(json_path, plot) as rows:
-        from vllm_mac.tools.bench import kernel as measured
         from vllm_mac.config import resolve
+        from vllm_mac.tools.bench import kernel as measured
 
         measured.require_cuda()
         options = measured.Options(
-            batches, contexts, pairs, rates, resolve(keys), head_size, dtype, page, lags, mean_lag, layers, seed, exact, between
+            batches,
+            contexts,
+            pairs,
+            rates,
+            resolve(keys),
+            head_size,
+            dtype,
+            page,
+            lags,
+            mean_lag,
+            layers,
+            seed,
+            exact,
+            between,
         )
         # Two more than rows: the read bandwidth and the cache.
         with _progress(progress, options.measurements() + 2) as tell:
@@ -145,25 +175,38 @@ def kernel(
 
 @bench.command()
 def decode(
-    model: Annotated[str, typer.Option(help="A model's folder or name, or shape:llama-3.1-8b for that shape with dummy weights.")],
+    model: Annotated[
+        str, typer.Option(help="A model's folder or name, or shape:llama-3.1-8b for that shape with dummy weights.")
+    ],
     context: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each request.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Requests at once, each with a prompt of its own; 1 unless given.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Requests at once, each with a prompt of its own; 1 unless given.")
+    ] = None,
     shapes: Annotated[
-        str | None, typer.Option(help="Several of both instead, measured one after another: 1x122880,8x100000 is BATCHxCONTEXT.")
+        str | None,
+        typer.Option(help="Several of both instead, measured one after another: 1x122880,8x100000 is BATCHxCONTEXT."),
     ] = None,
     backends: Annotated[
-        str | None, typer.Option(help="Backends by name, or 'default' for vLLM's choice. MAC,FLASHINFER,FLASH_ATTN on GPUs, else MAC,default.")
+        str | None,
+        typer.Option(
+            help="Backends by name, or 'default' for vLLM's choice. MAC,FLASHINFER,FLASH_ATTN on GPUs, else MAC,default."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Decode steps measured.")] = 64,
     prompt: Annotated[str, typer.Option(help="A text file, 'words' (random ones) or 'ids' (random tokens).")] = "words",
     load_format: Annotated[str | None, typer.Option(help="As vLLM's; dummy for random weights.")] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="As vLLM's; just long enough unless given.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="No CUDA graphs and no compilation.")] = False,
-    prefills: Annotated[int, typer.Option(min=1, help="Times the prompts are read, for the time to the first token.")] = 1,
+    prefills: Annotated[
+        int, typer.Option(min=1, help="Times the prompts are read, for the time to the first token.")
+    ] = 1,
     mac: Mac = "{}",
     engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
     timeout: Annotated[
-        float, typer.Option(help="Seconds that one stage may take: the start, a warm-up, one reading of the prompts, the decoding.")
+        float,
+        typer.Option(
+            help="Seconds that one stage may take: the start, a warm-up, one reading of the prompts, the decoding."
+        ),
     ] = 1200,
     seed: Seed = 0,
     json_path: Json = None,
@@ -186,19 +229,36 @@ def decode(
 
     keys, arguments = _parse("--mac", _mapping, mac), _parse("--engine", _mapping, engine)
     if (shapes is None) == (context is None) or (shapes and batch):
-        raise typer.BadParameter("choose either --context, with --batch where it is not 1, or --shapes", param_hint="--shapes")
+        raise typer.BadParameter(
+            "choose either --context, with --batch where it is not 1, or --shapes", param_hint="--shapes"
+        )
     wanted = ((batch or 1, context),) if shapes is None else _parse("--shapes", _shapes, shapes)
     with _results(json_path, plot) as rows:
         on_gpu = rows.environment["gpu"] is not None
         names = _names(backends or ("MAC,FLASHINFER,FLASH_ATTN" if on_gpu else f"MAC,{measured.OWN}"))
         options = measured.Options(
-            model, wanted, tokens, names, prompt, seed, load_format, max_model_len, eager, prefills, keys, arguments, timeout, verbose
+            model,
+            wanted,
+            tokens,
+            names,
+            prompt,
+            seed,
+            load_format,
+            max_model_len,
+            eager,
+            prefills,
+            keys,
+            arguments,
+            timeout,
+            verbose,
         )
 
         def keep(row: dict) -> None:
             rows.append(row)
             if "error" in row:
-                print(f"{row['engine']}, batch {row['batch']}, {row['context']} tokens: {row['error']}", file=sys.stderr)
+                print(
+                    f"{row['engine']}, batch {row['batch']}, {row['context']} tokens: {row['error']}", file=sys.stderr
+                )
 
         with _progress(progress, len(names) * len(wanted), done=True) as tell:
             try:
@@ -230,17 +290,23 @@ def show(
 def evaluate(
     model: Annotated[str, typer.Option(help="A model's folder or name.")],
     tasks: Annotated[
-        str | None, typer.Option(help="ruler, long, real, all, or names of tasks, separated by commas; ruler unless there are files.")
+        str | None,
+        typer.Option(
+            help="ruler, long, real, all, or names of tasks, separated by commas; ruler unless there are files."
+        ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of prompt and reply together, for each task.")] = "4096,16384",
     samples: Annotated[int, typer.Option(min=1, help="Prompts for each task and length.")] = 25,
     seed: Seed = 0,
     mac: Annotated[
         list[str] | None,
-        typer.Option(help="A configuration as NAME=JSON, NAME=FILE or NAME=BUNDLED, or one of the latter two alone. Repeatable."),
+        typer.Option(
+            help="A configuration as NAME=JSON, NAME=FILE or NAME=BUNDLED, or one of the latter two alone. Repeatable."
+        ),
     ] = None,
     exact: Annotated[
-        str | None, typer.Option(help="The backend to compare with, or 'default' for vLLM's choice. FLASHINFER on GPUs.")
+        str | None,
+        typer.Option(help="The backend to compare with, or 'default' for vLLM's choice. FLASHINFER on GPUs."),
     ] = None,
     yardstick: Annotated[
         str | None,
@@ -249,10 +315,16 @@ def evaluate(
             f"have one backend, a change of it: {', '.join(ROUNDING)}."
         ),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help='JSON lines {"prompt": ..., "answers": [...], "max_tokens": ...}.')] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON lines {"prompt": ..., "answers": [...], "max_tokens": ...}.')
+    ] = None,
     longbench: Annotated[Path | None, typer.Option(help="A local copy of LongBench v2's JSON.")] = None,
-    kl: Annotated[int, typer.Option(min=0, help="Prompts whose last 256 tokens are decoded under teacher forcing; 0 for none.")] = 8,
-    audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Compute hits exactly too, to count their error.")] = True,
+    kl: Annotated[
+        int, typer.Option(min=0, help="Prompts whose last 256 tokens are decoded under teacher forcing; 0 for none.")
+    ] = 8,
+    audit: Annotated[
+        bool, typer.Option("--audit/--no-audit", help="Compute hits exactly too, to count their error.")
+    ] = True,
     engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
     gpus: Annotated[
         str | None,
@@ -262,10 +334,14 @@ def evaluate(
             "gpu_memory_utilization with --engine."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A new folder for the run; named by model and time unless given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for the run; named by model and time unless given.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the plot of the scores, or of KL where there are none, to this file too.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the plot of the scores, or of KL where there are none, to this file too.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what the engines print.")] = False,
     progress: ShowProgress = True,
 ) -> None:
@@ -283,8 +359,8 @@ def evaluate(
     both. --yardstick runs another exact backend on the same prompts and texts: what reuse changes is
     to be read against what that changes.
     """
-    from vllm_mac.tools.bench import BenchError, report
     from vllm_mac.config import MacConfigError
+    from vllm_mac.tools.bench import BenchError, report
     from vllm_mac.tools.eval import EvalError
 
     out = out or Path(f"mac-eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -296,7 +372,10 @@ def evaluate(
 
         environment = report.environment()
         named = tasks if tasks is not None else None if prompts or longbench else "ruler"
-        arguments, against = _parse("--engine", _mapping, engine), exact or ("FLASHINFER" if environment["gpu"] else OWN)
+        arguments, against = (
+            _parse("--engine", _mapping, engine),
+            exact or ("FLASHINFER" if environment["gpu"] else OWN),
+        )
         options = run.Options(
             model, out, requests.names(named) if named is not None else (), _parse("--lengths", _numbers(int, 1, math.inf), lengths),
             samples, seed, prompts, longbench, _configurations(mac or ["default"], audit), against,
@@ -366,8 +445,8 @@ class _Rows(list):
 @contextmanager
 def _results(json_path: Path | None, plot: Path | None):
     """A list to add rows to; shown, saved and plotted at the end, also after Ctrl-C or an error."""
-    from vllm_mac.tools.bench import BenchError, report
     from vllm_mac.config import MacConfigError
+    from vllm_mac.tools.bench import BenchError, report
 
     code, rows = 0, None
     try:

@@ -22,7 +22,9 @@ from rich.progress import (
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file (PNG, PDF, SVG). Needs matplotlib.")]
-Mac = Annotated[str, typer.Option("--mac", help="Keys of MAC's configuration as JSON, as under --additional-config 'mac'.")]
+Mac = Annotated[
+    str, typer.Option("--mac", help="Keys of MAC's configuration as JSON, as under --additional-config 'mac'.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of all random data.")]
 ShowProgress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress on stderr.")]
 
@@ -104,7 +106,13 @@ def progress(shown: bool, total: int | None, done: bool = False):
 
         yield log
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=terminal, disable=not shown, transient=True) as bar:
         task, first = bar.add_task("", total=total), not done
 

@@ -142,5 +142,7 @@ def _cause(text: str) -> str:
     """The last error that a log names, other than the one by which vLLM points at those above it, and those that
     it only warns of: it goes on after them."""
     lines = "\n".join(line for line in text.splitlines() if not _HARMLESS.match(line))
-    named = [found[0].strip() for found in _ERROR.finditer(lines) if "Engine core initialization failed" not in found[0]]
+    named = [
+        found[0].strip() for found in _ERROR.finditer(lines) if "Engine core initialization failed" not in found[0]
+    ]
     return f": {named[-1]}" if named else ""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vllm_mac import audit, paged
-from vllm_mac.tools.bench import BenchError
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import Count
 from vllm_mac.ring import RingStore, narrow, ring_dtypes
 from vllm_mac.rope import Rotary
+from vllm_mac.tools.bench import BenchError
 
 LAGS = ("geometric", "uniform", "constant")
 NEAR = 0.25  # how far off a planted query is, of what the threshold allows; others are off by sqrt(2) an element
@@ -121,9 +121,7 @@ def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: 
     made = []
     for i in range(layers):
         query_dtype, out_dtype = ring_dtypes(config, shape.dtype)
-        store = RingStore.allocate(
-            rows, shape.heads, config.window, shape.head_size, query_dtype, device, out_dtype
-        )
+        store = RingStore.allocate(rows, shape.heads, config.window, shape.head_size, query_dtype, device, out_dtype)
         # Summaries weigh more than the keys that are read, as those of long prefixes do, so that no unrelated
         # query is near enough; and not so much more that an error in what is read would not show.
         store.out.normal_(0, 0.1, generator=draw)

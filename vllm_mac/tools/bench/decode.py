@@ -102,7 +102,10 @@ def _spec(options: Options, folder: Path) -> dict:
     }
     if load_format is not None:
         llm["load_format"] = load_format
-    return {"llm": llm | options.engine, **{k: v for k, v in asdict(options).items() if k not in ("mac", "engine", "backends")}}
+    return {
+        "llm": llm | options.engine,
+        **{k: v for k, v in asdict(options).items() if k not in ("mac", "engine", "backends")},
+    }
 
 
 def _run_backend(options: Options, backend: str, spec: dict, folder: Path, report, keep) -> None:

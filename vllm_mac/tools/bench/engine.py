@@ -73,11 +73,16 @@ def main(spec: dict, tell) -> None:
     tokenizer = has_tokenizer(spec["llm"]["model"])
     if not tokenizer:
         # vLLM tries the chat template all the same, and then warns of it with a traceback. (A filter: vLLM resets levels.)
-        logging.getLogger("vllm.renderers.base").addFilter(lambda record: "Chat template warmup" not in record.getMessage())
+        logging.getLogger("vllm.renderers.base").addFilter(
+            lambda record: "Chat template warmup" not in record.getMessage()
+        )
     extension = "vllm_mac.tools.bench.engine.BenchWorker"
     begin = time.perf_counter()
     llm = LLM(**{"skip_tokenizer_init": not tokenizer, "worker_extension_cls": extension, **spec["llm"]})
-    facts = {"start_s": time.perf_counter() - begin, "in_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"}
+    facts = {
+        "start_s": time.perf_counter() - begin,
+        "in_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0",
+    }
     facts["max_model_len"] = llm.llm_engine.model_config.max_model_len
     llm.collective_rpc("bench_time_builds")
     for i, (batch, context) in enumerate(spec["shapes"]):
@@ -117,7 +122,11 @@ def _shape(
         if i + 1 < spec["prefills"]:
             ttft += _prefill(llm, f"prefill{i}", texts, 1, sent)
     first, measured = _measure(llm, texts, spec["tokens"], max_model_len, sent, stage)
-    return measured | {"prompt": kind, "ttft_ms": [1000 * seconds for seconds in ttft + first], "prefills": spec["prefills"]}
+    return measured | {
+        "prompt": kind,
+        "ttft_ms": [1000 * seconds for seconds in ttft + first],
+        "prefills": spec["prefills"],
+    }
 
 
 def _empty_prefix_cache(llm, patience: float = 30.0) -> None:
@@ -142,7 +151,9 @@ def prompts(spec: dict, llm, tokenizer: bool, count: int, size: int) -> tuple[li
     draw = random.Random(seed)
     if spec["prompt"] == "ids" or (spec["prompt"] == "words" and not tokenizer):
         vocabulary = llm.llm_engine.model_config.get_vocab_size()
-        return [[draw.randrange(vocabulary) for _ in range(size)] for _ in range(count)], f"random token ids, seed {seed}"
+        return [
+            [draw.randrange(vocabulary) for _ in range(size)] for _ in range(count)
+        ], f"random token ids, seed {seed}"
     if not tokenizer:
         raise ValueError(f"--prompt: {spec['model']} has no tokenizer for {spec['prompt']}; choose ids")
     encode = llm.get_tokenizer().encode
@@ -154,8 +165,12 @@ def prompts(spec: dict, llm, tokenizer: bool, count: int, size: int) -> tuple[li
         raise ValueError(f"--prompt: {spec['prompt']} is empty")
     whole = (ids * (size * 2 // len(ids) + 2))[: size + len(ids)]
     starts = [row * len(ids) // count for row in range(count)]
-    note = f"{spec['prompt']}, {len(ids)} tokens, repeated" if len(ids) < size else f"{spec['prompt']}, {len(ids)} tokens"
-    return [whole[start : start + size] for start in starts], note + (", rows begin at different places" if count > 1 else "")
+    note = (
+        f"{spec['prompt']}, {len(ids)} tokens, repeated" if len(ids) < size else f"{spec['prompt']}, {len(ids)} tokens"
+    )
+    return [whole[start : start + size] for start in starts], note + (
+        ", rows begin at different places" if count > 1 else ""
+    )
 
 
 def _params(max_tokens: int):
@@ -243,7 +258,9 @@ def _reuse(before: dict[tuple, int], after: dict[tuple, int]) -> dict:
 
     if not after:
         return {}
-    summary = summarise((name, dict(labels), value - before.get((name, labels), 0)) for (name, labels), value in after.items())
+    summary = summarise(
+        (name, dict(labels), value - before.get((name, labels), 0)) for (name, labels), value in after.items()
+    )
     return {"hit_rate": summary.hit_rate, "read_share": summary.read_share, "exact": summary.exact}
 
 

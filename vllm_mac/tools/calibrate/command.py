@@ -32,19 +32,36 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The YAML file to write; vLLM takes it as the key 'config' of MAC.")],
     model: Annotated[str | None, typer.Option(help="A model's folder or name.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help='JSON lines {"prompt": ..., "max_tokens": ...}, or a .txt file that is cut into pieces.')
+        Path | None,
+        typer.Option(help='JSON lines {"prompt": ..., "max_tokens": ...}, or a .txt file that is cut into pieces.'),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Instead: ruler, long, real, all, or names of generated tasks, separated by commas.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each task, reply included, or of each piece of a text.")] = 8192,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead: ruler, long, real, all, or names of generated tasks, separated by commas."),
+    ] = None,
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens of each task, reply included, or of each piece of a text.")
+    ] = 8192,
     samples: Annotated[int, typer.Option(min=1, help="Prompts of each task, or pieces of a text.")] = 4,
     reply: Annotated[
-        int | None, typer.Option(min=0, help="Most tokens of the model's own greedy reply that are measured too; as many as --steps.")
+        int | None,
+        typer.Option(
+            min=0, help="Most tokens of the model's own greedy reply that are measured too; as many as --steps."
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Tokens at the end of each prompt that are decoded, 512; with kl of a prompt without a reply, 256.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens at the end of each prompt that are decoded, 512; with kl of a prompt without a reply, 256.",
+        ),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(min=0, help="Most error that a layer may have on --metric, 0.05 unless given, with output 0.00002; with kl of all layers, 0.0005.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="Most error that a layer may have on --metric, 0.05 unless given, with output 0.00002; with kl of all layers, 0.0005.",
+        ),
     ] = None,
     metric: Annotated[
         str | None,
@@ -54,13 +71,24 @@ def calibrate(
             "the residual's squared norm, mean over tokens: simulated. kl, or p95 with --measured."
         ),
     ] = None,
-    saving: Annotated[float | None, typer.Option(help="Instead of a budget: the share of KV reads to save, at the least error.")] = None,
-    min_saving: Annotated[float, typer.Option(min=0, max=1, help="Layers that save a smaller share of their KV reads stay exact.")] = 0.05,
-    thresholds: Annotated[str | None, typer.Option(help=f"Tried in each layer by itself; {_KL['--thresholds']} with kl, else more.")] = None,
-    bands: Annotated[
-        str | None, typer.Option(help="For all layers together, as are the keys below; with kl one value each. 256 with kl, else 128,256,512.")
+    saving: Annotated[
+        float | None, typer.Option(help="Instead of a budget: the share of KV reads to save, at the least error.")
     ] = None,
-    sinks: Annotated[str | None, typer.Option(help="Leading tokens that no summary contains; 0 with kl, else 0,4.")] = None,
+    min_saving: Annotated[
+        float, typer.Option(min=0, max=1, help="Layers that save a smaller share of their KV reads stay exact.")
+    ] = 0.05,
+    thresholds: Annotated[
+        str | None, typer.Option(help=f"Tried in each layer by itself; {_KL['--thresholds']} with kl, else more.")
+    ] = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            help="For all layers together, as are the keys below; with kl one value each. 256 with kl, else 128,256,512."
+        ),
+    ] = None,
+    sinks: Annotated[
+        str | None, typer.Option(help="Leading tokens that no summary contains; 0 with kl, else 0,4.")
+    ] = None,
     lag_weights: Annotated[
         str | None, typer.Option(help="How much a recent match is preferred; 0 takes the nearest. 0 with kl, else 0,4.")
     ] = None,
@@ -68,13 +96,23 @@ def calibrate(
     max_chain: Annotated[str | None, typer.Option(help="Numbers, or none for no cap; none unless given.")] = None,
     distance: Annotated[str | None, typer.Option(help="absolute, relative or both; absolute unless given.")] = None,
     mass_floor: Annotated[
-        str | None, typer.Option(help="How far off a match of little weight may be: numbers, or none for one limit; 0.2 unless given.")
+        str | None,
+        typer.Option(
+            help="How far off a match of little weight may be: numbers, or none for one limit; 0.2 unless given."
+        ),
     ] = None,
     mac: Mac = "{}",
     engine: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
     seed: Seed = 0,
-    keep: Annotated[Path | None, typer.Option(help="Keep the measurements in this file. With kl a stopped run goes on from it, else it is for --measured (.npz).")] = None,
-    measured: Annotated[Path | None, typer.Option(help="Choose from a file of --keep, of a simulated metric; no model runs.")] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the measurements in this file. With kl a stopped run goes on from it, else it is for --measured (.npz)."
+        ),
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Choose from a file of --keep, of a simulated metric; no model runs.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
     plot: Plot = None,
@@ -102,10 +140,10 @@ def calibrate(
     threshold of every layer is one more pass over half of the prompts; --keep lets a stopped run go on. Else
     time and memory go with the number of combinations, and choosing again from --keep's file takes seconds.
     """
+    from vllm_mac.config import MacConfigError
     from vllm_mac.tools.bench import BenchError, report
     from vllm_mac.tools.calibrate import CalibrateError
     from vllm_mac.tools.calibrate.measured import METRICS
-    from vllm_mac.config import MacConfigError
     from vllm_mac.tools.eval import EvalError
 
     metric = options.choice("--metric", metric or ("p95" if measured else "kl"), ("kl", *METRICS))
@@ -114,24 +152,40 @@ def calibrate(
         "--max-chain": max_chain, "--distance": distance, "--mass-floor": mass_floor,
     }  # fmt: skip
     steps = steps or (256 if by_kl else 512)
-    values = {option: default if (text := given[option]) is None else text for option, default in (_KL if by_kl else _ERROR).items()}
+    values = {
+        option: default if (text := given[option]) is None else text
+        for option, default in (_KL if by_kl else _ERROR).items()
+    }
     if by_kl and budget == 0:
-        raise typer.BadParameter("received 0; choose a divergence above 0: rounding alone has some", param_hint="--budget")
+        raise typer.BadParameter(
+            "received 0; choose a divergence above 0: rounding alone has some", param_hint="--budget"
+        )
     for option, text in values.items():
         if by_kl and option != "--thresholds" and len(options.names(text)) != 1:
-            raise typer.BadParameter(f"received {text!r}; --metric kl takes one value, for all layers", param_hint=option)
+            raise typer.BadParameter(
+                f"received {text!r}; --metric kl takes one value, for all layers", param_hint=option
+            )
     if by_kl and keep is not None and keep.suffix == ".npz":
-        raise typer.BadParameter(f"received {keep}; of --metric kl lines of JSON are kept: choose another ending, or p95 for --metric", param_hint="--keep")
+        raise typer.BadParameter(
+            f"received {keep}; of --metric kl lines of JSON are kept: choose another ending, or p95 for --metric",
+            param_hint="--keep",
+        )
     if by_kl and measured:
-        raise typer.BadParameter("kl is measured anew; choose p50, p95, p99 or mean for --metric", param_hint="--measured")
+        raise typer.BadParameter(
+            "kl is measured anew; choose p50, p95, p99 or mean for --metric", param_hint="--measured"
+        )
     if saving is not None and (budget is not None or not 0 < saving < 1):
-        raise typer.BadParameter(f"received {saving:g}; choose a share between 0 and 1, without --budget", param_hint="--saving")
+        raise typer.BadParameter(
+            f"received {saving:g}; choose a share between 0 and 1, without --budget", param_hint="--saving"
+        )
     keys = options.parse("--mac", options.mapping, mac)
     for key, option in _CALIBRATED.items():
         if key in keys:
             raise typer.BadParameter(f"{key} is calibrated; give the values to try with {option}", param_hint="--mac")
     whole = lambda option, text, low: options.parse(option, options.numbers(int, low, math.inf), text)
-    chains = tuple(None if part == "none" else whole("--max-chain", part, 1)[0] for part in options.names(values["--max-chain"]))
+    chains = tuple(
+        None if part == "none" else whole("--max-chain", part, 1)[0] for part in options.names(values["--max-chain"])
+    )
     floors = tuple(
         None if part == "none" else options.parse("--mass-floor", options.numbers(float, 1e-3, math.inf), part)[0]
         for part in options.names(values["--mass-floor"])
@@ -152,6 +206,7 @@ def calibrate(
     try:
         if plot is not None:
             report.require_matplotlib()
+        from vllm_mac.config import resolve
         from vllm_mac.tools.calibrate import by_kl as kl_results
         from vllm_mac.tools.calibrate import report as results
         from vllm_mac.tools.calibrate import run
@@ -159,7 +214,6 @@ def calibrate(
         from vllm_mac.tools.calibrate.grid import Grid
         from vllm_mac.tools.calibrate.measured import Measured
         from vllm_mac.tools.calibrate.report import save
-        from vllm_mac.config import resolve
         from vllm_mac.tools.eval import requests
 
         environment = report.environment()
@@ -167,7 +221,12 @@ def calibrate(
             # Whatever else a file of --mac says of the keys that are calibrated.
             base = keys | {"band": min(tried["--bands"]), "sink": min(tried["--sinks"])}
             if by_kl:
-                single = {"reuse": chosen["--reuse"], "distance": chosen["--distance"], "lag_weight": tried["--lag-weights"], "max_chain": chains}
+                single = {
+                    "reuse": chosen["--reuse"],
+                    "distance": chosen["--distance"],
+                    "lag_weight": tried["--lag-weights"],
+                    "max_chain": chains,
+                }
                 single["mass_floor"] = floors
                 base |= {key: value for key, (value,) in single.items()}
             base = resolve(base)
@@ -182,15 +241,22 @@ def calibrate(
             run.check(grid)
             with Console(stderr=True).status("making the prompts") if progress else nullcontext():
                 if by_kl:
-                    made = run.prompts(wanted, kl_results.FIXED, lambda request: 0 if kl_results.reply(wanted, request) else steps + 1)
+                    made = run.prompts(
+                        wanted, kl_results.FIXED, lambda request: 0 if kl_results.reply(wanted, request) else steps + 1
+                    )
                 else:
                     made = run.prompts(wanted)
             if by_kl:
                 limit = None if saving is not None else 0.0005 if budget is None else budget
                 if warning := kl_results.few(kl_results.decoded(wanted, made)):
                     print(f"vllm-mac: at most {warning}", file=sys.stderr)
-                with options.progress(progress, None, done=True) as tell:  # how many layers there are only the engine knows
-                    told, results = kl_results.measure(wanted, made, limit, saving, min_saving, environment, tell, keep), kl_results
+                with options.progress(
+                    progress, None, done=True
+                ) as tell:  # how many layers there are only the engine knows
+                    told, results = (
+                        kl_results.measure(wanted, made, limit, saving, min_saving, environment, tell, keep),
+                        kl_results,
+                    )
             else:
                 with options.progress(progress, len(made), done=True) as tell:
                     found = run.measure(wanted, made, environment, tell)
@@ -211,10 +277,19 @@ def calibrate(
             markdown.write_text(results.markdown(told), encoding="utf-8")
         if plot is not None:
             results.plot(told, plot)
-        print(f"written: {', '.join(str(path) for path in (out, json_path, markdown, plot) if path is not None)}", file=sys.stderr)
+        print(
+            f"written: {', '.join(str(path) for path in (out, json_path, markdown, plot) if path is not None)}",
+            file=sys.stderr,
+        )
     except (CalibrateError, EvalError, BenchError, MacConfigError, ImportError) as error:
         options.fail(error)
     except KeyboardInterrupt:
-        on = "" if not by_kl else "; the same command goes on with what --keep has" if keep else "; --keep FILE keeps what is measured"
+        on = (
+            ""
+            if not by_kl
+            else "; the same command goes on with what --keep has"
+            if keep
+            else "; --keep FILE keeps what is measured"
+        )
         print(f"interrupted; nothing was chosen{on}", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from vllm.config import VllmConfig
 
+from vllm_mac.metrics import KV_TOKENS, WorkerExtension
 from vllm_mac.tools.bench.engine import read_counters
 from vllm_mac.tools.calibrate import CalibrateError, knapsack
 from vllm_mac.tools.calibrate.engine import serve, served_layers
@@ -22,13 +23,14 @@ from vllm_mac.tools.calibrate.journal import Journal
 from vllm_mac.tools.calibrate.knapsack import Option
 from vllm_mac.tools.eval import forced
 from vllm_mac.tools.eval.statistics import best, kl
-from vllm_mac.metrics import KV_TOKENS, WorkerExtension
 
 HALVES = 2
 BEYOND = 4.0  # a layer that alone costs this many budgets is not tried with less strict thresholds
 EXACT = 1.0
 # The paper's setting, but for its shape: rings and bands are fixed when the engine starts.
-_PAPER_KEYS = {key: getattr(PAPER.setting, key) for key in ("reuse", "lag_weight", "max_chain", "distance", "mass_floor")}
+_PAPER_KEYS = {
+    key: getattr(PAPER.setting, key) for key in ("reuse", "lag_weight", "max_chain", "distance", "mass_floor")
+}
 
 
 class DivergenceWorker(WorkerExtension):
@@ -114,7 +116,9 @@ class Trial:
             for i, output in zip(now, outputs, strict=True):
                 # The first token's distribution is the prompt's, which is always read exactly.
                 found[i] = tuple(x[1:] for x in forced.distributions(output.outputs[0], self.texts[i]))
-        read = [(now[0] - then[0]) / max(sum(now) - sum(then), 1) for now, then in zip(self._tokens(), before, strict=True)]
+        read = [
+            (now[0] - then[0]) / max(sum(now) - sum(then), 1) for now, then in zip(self._tokens(), before, strict=True)
+        ]
         return found, read
 
     def run(self, half: int) -> Run:
@@ -136,7 +140,11 @@ class Trial:
 
     def _tokens(self) -> list[tuple[int, int]]:
         """KV tokens read and skipped so far by each layer."""
-        counts = {(dict(labels)["layer"], dict(labels)["kind"]): value for (name, labels), value in read_counters(self.llm).items() if name == KV_TOKENS}
+        counts = {
+            (dict(labels)["layer"], dict(labels)["kind"]): value
+            for (name, labels), value in read_counters(self.llm).items()
+            if name == KV_TOKENS
+        }
         return [(counts[name, "read"], counts[name, "skipped"]) for name in self.layers]
 
 
@@ -175,7 +183,9 @@ def _replies(llm, spec: dict) -> list[list[int]]:
 
     wanted = [p for p in spec["prompts"] if p["reply"]]
     params = [SamplingParams(temperature=0.0, max_tokens=p["reply"], detokenize=False) for p in wanted]
-    outputs = iter(llm.generate([{"prompt_token_ids": p["ids"]} for p in wanted], params, use_tqdm=False) if wanted else [])
+    outputs = iter(
+        llm.generate([{"prompt_token_ids": p["ids"]} for p in wanted], params, use_tqdm=False) if wanted else []
+    )
     return [list(next(outputs).outputs[0].token_ids) if p["reply"] else [] for p in spec["prompts"]]
 
 
@@ -230,7 +240,9 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
         if (i, half) not in tried:
             choice = choices[i]
             told(f"the choice that reads {sum(o.read for o in choice) / len(choice):.1%}", further=1)
-            trial.set({name: o.threshold for name, o in zip(trial.layers, choice, strict=True) if o.threshold is not None})
+            trial.set(
+                {name: o.threshold for name, o in zip(trial.layers, choice, strict=True) if o.threshold is not None}
+            )
             tried[i, half] = trial.run(half)
         return tried[i, half]
 
@@ -282,7 +294,9 @@ def _within(choices, budget: float, run) -> int:
 def _saving(choices, share: float, run) -> int:
     """The first choice that was measured to save `share` of the reads. Raises CalibrateError where none does."""
     if (most := 1 - run(len(choices) - 1).reads) < share:
-        raise CalibrateError(f"--saving: received {share:g}; the thresholds save {most:.1%} of KV reads at most. Lower --thresholds")
+        raise CalibrateError(
+            f"--saving: received {share:g}; the thresholds save {most:.1%} of KV reads at most. Lower --thresholds"
+        )
     low, high = 0, len(choices) - 1
     while high - low > 1:
         at = knapsack.saving(choices, share) or 0

@@ -47,7 +47,9 @@ class Journal:
                 else:
                     self._passes[_key(line["pass"])] = line["found"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CalibrateError(f"--keep: {path} holds no measurements of --metric kl ({type(error).__name__}: {error})") from error
+            raise CalibrateError(
+                f"--keep: {path} holds no measurements of --metric kl ({type(error).__name__}: {error})"
+            ) from error
         if there is None and content and not content.startswith(b'{"about"'):
             raise CalibrateError(f"--keep: {path} holds no measurements of --metric kl")
         if there not in (None, about):

@@ -45,7 +45,9 @@ def path(layers: Sequence[Sequence[Option]]) -> list[tuple[Option, ...]]:
     hulls = [hull(options) for options in layers]
     at = [0] * len(hulls)
     found = [tuple(h[0] for h in hulls)]
-    while steps := [(_worth(h[i], h[i + 1]), layer) for layer, (h, i) in enumerate(zip(hulls, at, strict=True)) if i + 1 < len(h)]:
+    while steps := [
+        (_worth(h[i], h[i + 1]), layer) for layer, (h, i) in enumerate(zip(hulls, at, strict=True)) if i + 1 < len(h)
+    ]:
         _, layer = max(steps)
         at[layer] += 1
         found.append(tuple(h[i] for h, i in zip(hulls, at, strict=True)))

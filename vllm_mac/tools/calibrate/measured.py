@@ -33,7 +33,9 @@ class Measured:
     source: dict = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sums: list[dict[str, dict]], layers: dict[str, int], grid: dict, paper: bool, tokens: list[int]) -> "Measured":
+    def of(
+        cls, sums: list[dict[str, dict]], layers: dict[str, int], grid: dict, paper: bool, tokens: list[int]
+    ) -> "Measured":
         """From the sums of each half by layer; a half without prompts counts nothing."""
         first = sums[0]
         counts = {}
@@ -72,7 +74,13 @@ class Measured:
                 counts = {name: arrays[name] for name in arrays.files if name != "about"}
                 grid = grid_of(about["grid"])
                 found = cls(
-                    counts, tuple(about["names"]), tuple(about["indices"]), grid, about["paper"], tuple(about["tokens"]), about["source"]
+                    counts,
+                    tuple(about["names"]),
+                    tuple(about["indices"]),
+                    grid,
+                    about["paper"],
+                    tuple(about["tokens"]),
+                    about["source"],
                 )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CalibrateError(f"{path}: not a file of measurements ({type(error).__name__}: {error})") from error
@@ -116,7 +124,9 @@ def pooled(counts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def exact(counts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Counts of the same steps without any reuse."""
     kept = ("steps", "full", "positions")
-    return {name: value if name in kept else np.zeros_like(value) for name, value in counts.items()} | {"read": counts["full"]}
+    return {name: value if name in kept else np.zeros_like(value) for name, value in counts.items()} | {
+        "read": counts["full"]
+    }
 
 
 def _quantile(bins: np.ndarray, share: float) -> np.ndarray:

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_mac.config import MacConfig, resolve
 from vllm_mac.tools.bench.report import require_matplotlib
 from vllm_mac.tools.calibrate.choose import Choice, Chooser, Rule, chosen_counts, outcome, single
 from vllm_mac.tools.calibrate.grid import PAPER, Candidate
 from vllm_mac.tools.calibrate.measured import METRICS, Measured, figures
-from vllm_mac.config import MacConfig, resolve
 
 CHOSEN, HELD_OUT = 0, 1
 _METRIC = {"output": "squared error after W_O over the residual's"}  # others are of the relative error
@@ -89,7 +89,11 @@ def _plain(found: dict) -> dict:
 
 def _row(measured: Measured, choice: Choice, layer: int, counts: dict) -> dict:
     found = _plain(figures({name: value for name, value in counts.items() if name != "heads"}))
-    return {"layer": measured.names[layer], "index": measured.indices[layer], "threshold": choice.thresholds[layer]} | found
+    return {
+        "layer": measured.names[layer],
+        "index": measured.indices[layer],
+        "threshold": choice.thresholds[layer],
+    } | found
 
 
 def _heads(measured: Measured, choice: Choice) -> dict[str, list[float]]:
@@ -119,7 +123,9 @@ def _budgets(chooser: Chooser) -> list[tuple[float, Choice]]:
 def _by_threshold(measured: Measured, choice: Choice) -> dict:
     """Of the chosen setting, each layer's figures at every threshold, over all prompts."""
     some = [i for i, c in enumerate(measured.candidates) if c.setting == choice.setting]
-    counts = {name: value.sum(0)[:, some] for name, value in measured.counts.items() if name not in ("heads", "longest")}
+    counts = {
+        name: value.sum(0)[:, some] for name, value in measured.counts.items() if name not in ("heads", "longest")
+    }
     found = figures(counts | {"longest": measured.counts["longest"].max(0)[:, some]})
     finite = lambda values: [float(v) if np.isfinite(v) else None for v in values]
     return {
@@ -149,7 +155,13 @@ def config_with(
     layers = {"exclude": [*base.layers.exclude, *left], "threshold": served}
     if base.layers.include is not None:
         layers = {"include": list(base.layers.include)} | layers
-    found = {"window": base.window, "min_context": base.min_context, **keys, "threshold": max(served.values()), "layers": layers}
+    found = {
+        "window": base.window,
+        "min_context": base.min_context,
+        **keys,
+        "threshold": max(served.values()),
+        "layers": layers,
+    }
     return found | {key: value for key, value in kept.items() if key not in found}
 
 
@@ -163,7 +175,11 @@ def write_config(results: dict, path: Path) -> None:
         f"budget: {bounded} at most {rule['budget']:.3g}"
         + (f", the least that saves {rule['saving']:.0%} of KV reads" if rule["saving"] is not None else ""),
     ]
-    said += [_sentence(label, results["all_layers"][half]) for label, half in (("expected", "chosen"), ("on held-out prompts", "held_out")) if half in results["all_layers"]]
+    said += [
+        _sentence(label, results["all_layers"][half])
+        for label, half in (("expected", "chosen"), ("on held-out prompts", "held_out"))
+        if half in results["all_layers"]
+    ]
     if "held_out" not in results["all_layers"]:
         said.append("one prompt only: nothing was held out, so the figures flatter the choice")
     write_yaml(about, said, results["config"], path)
@@ -187,7 +203,9 @@ def write_yaml(about: dict, said: list[str], config: dict, path: Path) -> None:
 
 def _sentence(label: str, found: dict) -> str:
     errors = ", ".join(f"{key} {_number(found[key])}" for key in METRICS if key in found)
-    return f"{label}, all layers: {found['read']:.1%} of KV tokens read, {found['hits']:.1%} of heads hit, error {errors}"
+    return (
+        f"{label}, all layers: {found['read']:.1%} of KV tokens read, {found['hits']:.1%} of heads hit, error {errors}"
+    )
 
 
 def save(results: dict, path: Path) -> None:
@@ -222,10 +240,22 @@ def tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     by_share = results["by_threshold"]
     if any("output" in layer for layer in by_share["layers"].values()):
         rows = [
-            [name, *(f"{100 * hit:.0f}: {_number(1e3 * wrong)}" for hit, wrong in zip(layer["hits"], layer["output"], strict=True))]
+            [
+                name,
+                *(
+                    f"{100 * hit:.0f}: {_number(1e3 * wrong)}"
+                    for hit, wrong in zip(layer["hits"], layer["output"], strict=True)
+                ),
+            ]
             for name, layer in by_share["layers"].items()
         ]
-        found.append(("Percent of heads hit: 1000 x output, by threshold, chosen setting", ["layer", *map(str, by_share["thresholds"])], rows))
+        found.append(
+            (
+                "Percent of heads hit: 1000 x output, by threshold, chosen setting",
+                ["layer", *map(str, by_share["thresholds"])],
+                rows,
+            )
+        )
     return found
 
 
@@ -233,8 +263,13 @@ def summary(results: dict) -> list[str]:
     """What a reader must know first, in sentences."""
     rule, tokens = results["about"]["rule"], results["about"]["prompt_tokens"]
     halves = results["all_layers"]
-    said = [f"{len(tokens)} prompts, {results['about']['candidates']} candidates; {rule['metric']} of each layer at most {rule['budget']:.3g}"]
-    said += [_sentence({"chosen": "Where it was chosen", "held_out": "Held out"}[half], found) for half, found in halves.items()]
+    said = [
+        f"{len(tokens)} prompts, {results['about']['candidates']} candidates; {rule['metric']} of each layer at most {rule['budget']:.3g}"
+    ]
+    said += [
+        _sentence({"chosen": "Where it was chosen", "held_out": "Held out"}[half], found)
+        for half, found in halves.items()
+    ]
     metric = rule["metric"]
     if "held_out" not in halves:
         said.append("One prompt: nothing was held out, so these figures flatter the choice. Give more prompts.")
@@ -253,7 +288,9 @@ def show(results: dict, console: Console) -> None:
     show_tables(console, tables(results), NOTE, summary(results))
 
 
-def show_tables(console: Console, some: list[tuple[str, list[str], list[list[str]]]], note: str, said: list[str]) -> None:
+def show_tables(
+    console: Console, some: list[tuple[str, list[str], list[list[str]]]], note: str, said: list[str]
+) -> None:
     for title, head, rows in some:
         table = Table(title=title, title_justify="left")
         for name in head:
@@ -271,11 +308,16 @@ def markdown(results: dict) -> str:
     return as_markdown(source(about, about["model"]), about["command"], tables(results), NOTE, summary(results))
 
 
-def as_markdown(origin: str, command: str, some: list[tuple[str, list[str], list[list[str]]]], note: str, said: list[str]) -> str:
+def as_markdown(
+    origin: str, command: str, some: list[tuple[str, list[str], list[list[str]]]], note: str, said: list[str]
+) -> str:
     parts = ["# Calibration of MAC", origin, f"`{command}`", *said, note]
     for title, head, rows in some:
         lines = [head, ["---"] * len(head), *rows]
-        parts += [f"## {title}", "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)]
+        parts += [
+            f"## {title}",
+            "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -306,7 +348,10 @@ def _pareto(axes, results: dict, metric: str) -> None:
     place = lambda some: (100 * some[half]["read"], some[half][metric])
     usable = lambda some: [place(one) for one in some if one[half][metric]]
     keys = results["choice"]["setting"]
-    curves = {"one threshold for all layers, paper's setting": (PAPER.setting._asdict(), "C3"), "the same, chosen setting": (keys, "C0")}
+    curves = {
+        "one threshold for all layers, paper's setting": (PAPER.setting._asdict(), "C3"),
+        "the same, chosen setting": (keys, "C0"),
+    }
     for label, (setting, color) in curves.items():
         some = [one for one in results["single_thresholds"] if all(one[key] == value for key, value in setting.items())]
         if points := usable(some):
@@ -314,10 +359,17 @@ def _pareto(axes, results: dict, metric: str) -> None:
     if points := usable(results["budgets"]):
         axes.plot(*zip(*sorted(points)), "o-", color="C2", ms=4, label="calibrated, by budget")
     if results["paper"] is not None and results["paper"][half][metric]:
-        axes.plot(*place(results["paper"]), "D", color="C3", ms=9, label=f"the paper's: {PAPER.threshold:g}, chained, nearest")
+        axes.plot(
+            *place(results["paper"]), "D", color="C3", ms=9, label=f"the paper's: {PAPER.threshold:g}, chained, nearest"
+        )
     axes.plot(*place(results["all_layers"]), "*", color="C2", ms=16, mec="black", label="the file written")
     kind = "held-out prompts" if half == "held_out" else "the prompts chosen by"
-    axes.set(xlabel="KV tokens read, % of full attention", ylabel=f"{_METRIC.get(metric, f'{metric} of relative error')}, all layers", yscale="log", title=f"Measured on {kind}")
+    axes.set(
+        xlabel="KV tokens read, % of full attention",
+        ylabel=f"{_METRIC.get(metric, f'{metric} of relative error')}, all layers",
+        yscale="log",
+        title=f"Measured on {kind}",
+    )
     axes.grid(alpha=0.2, which="both")
     axes.legend(fontsize=8)
 
@@ -327,7 +379,11 @@ def _layers(axes, results: dict, key: str, label: str, scale: str) -> None:
     chosen = results["choice"]["thresholds"]
     for j, (name, values) in enumerate(found["layers"].items()):
         factor = 100 if key == "hits" else 1
-        points = [(t, factor * v) for t, v in zip(found["thresholds"], values[key], strict=True) if v is not None and (v > 0 or scale == "linear")]
+        points = [
+            (t, factor * v)
+            for t, v in zip(found["thresholds"], values[key], strict=True)
+            if v is not None and (v > 0 or scale == "linear")
+        ]
         if not points:
             continue
         shade = ("C" + str(j)) if len(found["layers"]) <= 10 else None

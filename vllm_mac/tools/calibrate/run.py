@@ -12,10 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from vllm_mac.config import MacConfig, resolve
 from vllm_mac.tools.calibrate import CalibrateError
 from vllm_mac.tools.calibrate.grid import PAPER_WINDOW, Grid
 from vllm_mac.tools.calibrate.measured import Measured
-from vllm_mac.config import MacConfig, resolve
 from vllm_mac.tools.eval import EvalError, requests
 from vllm_mac.tools.runs import follow
 
@@ -55,9 +55,13 @@ def prompts(
     """
     for key, value in fixed.items():
         if options.engine.get(key, value) != value:
-            raise CalibrateError(f"--engine: {key}: received {options.engine[key]!r}; calibration needs {value!r}, leave it out")
+            raise CalibrateError(
+                f"--engine: {key}: received {options.engine[key]!r}; calibration needs {value!r}, leave it out"
+            )
     try:
-        made = requests.prepare(options.model, options.engine, lambda encoder: _made(options, encoder), not options.verbose)
+        made = requests.prepare(
+            options.model, options.engine, lambda encoder: _made(options, encoder), not options.verbose
+        )
     except EvalError as error:  # whose option is a list
         raise CalibrateError(str(error).replace("--lengths", "--length")) from error
     if not made:
@@ -110,7 +114,10 @@ def measure(
         "disable_log_stats": True,
         **options.engine,
         **FIXED,
-        "additional_config": {**options.engine.get("additional_config", {}), "mac": exact_keys(options.mac) | {"max_sequences": 1}},
+        "additional_config": {
+            **options.engine.get("additional_config", {}),
+            "mac": exact_keys(options.mac) | {"max_sequences": 1},
+        },
     }
     spec = {
         "llm": llm, "grid": options.grid.as_dict(), "paper": with_paper(options, made), "output": options.output,
@@ -133,7 +140,11 @@ def exact_keys(config: MacConfig) -> dict:
 
 
 def run_engine(
-    command: tuple[str, ...], spec: dict, load: Callable[[Path], Any], tell: Callable[[str, int, int | None], None], verbose: bool
+    command: tuple[str, ...],
+    spec: dict,
+    load: Callable[[Path], Any],
+    tell: Callable[[str, int, int | None], None],
+    verbose: bool,
 ) -> tuple[Any, dict]:
     """What `load` makes of the file that an engine of this package wrote, and what the engine said beside its stages.
 
@@ -166,7 +177,12 @@ def _made(options: Options, encoder: requests.Encoder) -> list[requests.Request]
     except (OSError, ValueError) as error:
         raise CalibrateError(f"--prompts: {options.prompts}: {error}") from error
     if options.length >= encoder.longest:
-        raise CalibrateError(f"--length: received {options.length}; the model's longest sequence is {encoder.longest} tokens")
+        raise CalibrateError(
+            f"--length: received {options.length}; the model's longest sequence is {encoder.longest} tokens"
+        )
     pieces = [ids[i : i + options.length] for i in range(0, len(ids), options.length)][: options.samples]
     whole = [piece for piece in pieces if len(piece) == options.length] or pieces
-    return [requests.Request(f"piece {i + 1}", requests.PROMPTS, requests.PROMPTS, None, piece, 0, "") for i, piece in enumerate(whole)]
+    return [
+        requests.Request(f"piece {i + 1}", requests.PROMPTS, requests.PROMPTS, None, piece, 0, "")
+        for i, piece in enumerate(whole)
+    ]

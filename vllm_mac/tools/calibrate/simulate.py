@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_mac.tools.calibrate.bins import BINS, EDGES
-from vllm_mac.tools.calibrate.grid import Candidate
 from vllm_mac.paged import attend
 from vllm_mac.reference import Partial, merge
 from vllm_mac.ring import narrow
+from vllm_mac.tools.calibrate.bins import BINS, EDGES
+from vllm_mac.tools.calibrate.grid import Candidate
 
 SCORES_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
 STATE_BYTES = 2 << 30  # of the candidates simulated together
@@ -151,7 +151,13 @@ def simulate(
     """
     n, heads, d = layer.query.shape
     kv_heads, tokens, _ = layer.key.shape
-    group, window, count, dtype, device = heads // kv_heads, n - steps, len(candidates), layer.key.dtype, layer.key.device
+    group, window, count, dtype, device = (
+        heads // kv_heads,
+        n - steps,
+        len(candidates),
+        layer.key.dtype,
+        layer.key.device,
+    )
     pairs = pairs_of(candidates)
     parts = parts or exact_parts(layer, pairs, steps)
     pre = layer.pre_query.to(dtype)
@@ -327,7 +333,9 @@ def measure(layer: Layer, candidates: list[Candidate], steps: int, dtypes: tuple
             known = pairs_of(some)
             parts = exact_parts(layer, known, steps)
         trace = simulate(layer, some, steps, dtypes, layer.project is not None, parts, distance)
-        found.append(tally(trace, tokens) | (output_error(layer, trace, parts.exact) if layer.project is not None else {}))
+        found.append(
+            tally(trace, tokens) | (output_error(layer, trace, parts.exact) if layer.project is not None else {})
+        )
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 

@@ -16,12 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from vllm_mac.metrics import Sample, WorkerExtension, counters, head_errors
 from vllm_mac.tools.bench.engine import read_counters
 from vllm_mac.tools.eval import forced
 from vllm_mac.tools.eval.requests import Request, chosen, load, phases, score
 from vllm_mac.tools.eval.results import read_samples
 from vllm_mac.tools.eval.statistics import HEAD_HITS
-from vllm_mac.metrics import Sample, WorkerExtension, counters, head_errors
 
 INTERVAL = 3.0  # seconds between two messages
 
@@ -31,8 +31,14 @@ class EvalWorker(WorkerExtension):
     on its worker)."""
 
     def mac_counters(self) -> list[Sample]:
-        hits = [(layer, head, sum(counts)) for layer, heads in head_errors(self).items() for head, counts in enumerate(heads)]
-        return counters(self) + [Sample(HEAD_HITS, {"layer": layer, "head": str(head)}, count) for layer, head, count in hits]
+        hits = [
+            (layer, head, sum(counts))
+            for layer, heads in head_errors(self).items()
+            for head, counts in enumerate(heads)
+        ]
+        return counters(self) + [
+            Sample(HEAD_HITS, {"layer": layer, "head": str(head)}, count) for layer, head, count in hits
+        ]
 
 
 def main(spec: dict, tell) -> None:
@@ -85,7 +91,9 @@ class Counting:
 
     def write(self) -> None:
         now = read_counters(self._llm)
-        samples = [[name, dict(labels), value - self._before.get((name, labels), 0)] for (name, labels), value in now.items()]
+        samples = [
+            [name, dict(labels), value - self._before.get((name, labels), 0)] for (name, labels), value in now.items()
+        ]
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps(samples), encoding="utf-8")
         part.replace(self._path)

@@ -178,7 +178,8 @@ def by_layer(results: dict):
 def by_head(results: dict):
     """Hit rate of each query head, one map for each configuration; None where nothing was audited."""
     maps = {
-        name: [row["head_hit_rates"] for row in some.values() if "head_hit_rates" in row] for name, some in results["layers"].items()
+        name: [row["head_hit_rates"] for row in some.values() if "head_hit_rates" in row]
+        for name, some in results["layers"].items()
     }
     maps = {name: rows for name, rows in maps.items() if rows and len({len(row) for row in rows}) == 1}
     if not maps:
@@ -186,7 +187,9 @@ def by_head(results: dict):
     figure = _figure(1 + 4 * len(maps), 4)
     for i, (name, rows) in enumerate(maps.items()):
         axes = figure.add_subplot(1, len(maps), i + 1)
-        image = axes.imshow([[100 * rate for rate in row] for row in rows], vmin=0, vmax=100, aspect="auto", cmap="viridis")
+        image = axes.imshow(
+            [[100 * rate for rate in row] for row in rows], vmin=0, vmax=100, aspect="auto", cmap="viridis"
+        )
         axes.set(title=_said(name), xlabel="query head", ylabel="layer")
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_major_locator().set_params(integer=True)

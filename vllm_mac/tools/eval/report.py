@@ -29,11 +29,15 @@ def _scored(row: dict) -> str:
 
 def _prompts(row: dict) -> str:
     """How many, and how many of them have a score where that is not all or none."""
-    return str(row["requests"]) if row["scored"] in (0, row["requests"]) else f"{row['requests']} ({row['scored']} scored)"
+    return (
+        str(row["requests"]) if row["scored"] in (0, row["requests"]) else f"{row['requests']} ({row['scored']} scored)"
+    )
 
 
 def _difference(row: dict) -> str:
-    points = {key: f"{100 * row[key] + 0.0:+.1f}" for key in ("difference", "difference_low", "difference_high") if key in row}
+    points = {
+        key: f"{100 * row[key] + 0.0:+.1f}" for key in ("difference", "difference_low", "difference_high") if key in row
+    }
     spread = f"{points['difference_low']} to {points['difference_high']}" if "difference_low" in row else "on each"
     return f"{points['difference']} ({spread})"
 
@@ -55,7 +59,10 @@ NEXT: list[Column] = [
     ("KL p99", lambda r: _nats(r, "kl_p99")),
     ("same best token", lambda r: f"{100 * r['same_best']:.2f}"),
 ]
-READS: list[Column] = [("heads hit", lambda r: _percent(r, "hit_rate")), ("KV read", lambda r: _percent(r, "read_share"))]
+READS: list[Column] = [
+    ("heads hit", lambda r: _percent(r, "hit_rate")),
+    ("KV read", lambda r: _percent(r, "read_share")),
+]
 LAYER: list[Column] = [
     CONFIGURATION,
     ("layer", lambda r: r["layer"]),
@@ -130,7 +137,13 @@ def _table(title: str, columns: list[Column], rows: list[dict]) -> Table:
 
 
 def markdown(results: dict) -> str:
-    parts = ["# MAC against exact attention", source(results), f"`{results['environment']['command']}`", NOTE, yardstick(results)]
+    parts = [
+        "# MAC against exact attention",
+        source(results),
+        f"`{results['environment']['command']}`",
+        NOTE,
+        yardstick(results),
+    ]
     for title, columns, rows in tables(results):
         if rows:
             lines = [[name for name, _ in columns], ["---"] * len(columns)]

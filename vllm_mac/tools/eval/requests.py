@@ -75,7 +75,9 @@ def score(request: Request, reply: str) -> float | None:
     return tasks.score(sample, reply)
 
 
-def generated(names: tuple[str, ...], lengths: tuple[int, ...], samples: int, seed: int, encoder: Encoder) -> Iterator[Request]:
+def generated(
+    names: tuple[str, ...], lengths: tuple[int, ...], samples: int, seed: int, encoder: Encoder
+) -> Iterator[Request]:
     """`samples` requests for each task and length. A length counts prompt, template and reply."""
     for length in lengths:
         if names and length > encoder.longest:
@@ -105,7 +107,9 @@ def _sample(group: str, task: str, length: int, seed: str, encoder: Encoder) -> 
             return request
         # The reply may be longer, and tokens merge differently, in another try: leave a little more each time.
         size = length - (request.total - encoder.count(sample.prompt)) - 8 * spare
-    raise EvalError(f"--lengths: {length}: no prompt for task {task} that fits with its reply; the last took {request.total}")
+    raise EvalError(
+        f"--lengths: {length}: no prompt for task {task} that fits with its reply; the last took {request.total}"
+    )
 
 
 def from_lines(path: Path, encoder: Encoder) -> Iterator[Request]:
@@ -164,7 +168,9 @@ def from_longbench(path: Path, encoder: Encoder) -> Iterator[Request]:
                 )
             text = longbench.prompt(item, encoder.cut(context, most))
             ids = encoder.prompt(text)
-        yield Request(f"{LONGBENCH}/{i}", LONGBENCH, LONGBENCH, None, ids, longbench.MAX_TOKENS, text, (item["answer"],))
+        yield Request(
+            f"{LONGBENCH}/{i}", LONGBENCH, LONGBENCH, None, ids, longbench.MAX_TOKENS, text, (item["answer"],)
+        )
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -234,11 +240,15 @@ def prepare(model: str, engine: dict, make: Callable[[Encoder], list[Request]], 
 
     folder = Path(model).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
-        raise EvalError(f"--model: no folder {model!r}; choose a folder with config.json, or a name on the Hugging Face hub")
+        raise EvalError(
+            f"--model: no folder {model!r}; choose a folder with config.json, or a name on the Hugging Face hub"
+        )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise EvalError(f"--model: {model} has no config.json; choose a folder in Hugging Face's format")
     if not has_tokenizer(engine.get("tokenizer") or model):
-        raise EvalError(f"--model: {model} has no tokenizer (tokenizer.json or the like), and prompts are text; add the model's")
+        raise EvalError(
+            f"--model: {model} has no tokenizer (tokenizer.json or the like), and prompts are text; add the model's"
+        )
     if quiet:
         import logging
 

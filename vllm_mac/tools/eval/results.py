@@ -70,7 +70,11 @@ def left(folder: Path, requests: list[Request], kl: int) -> tuple[int, bool]:
 
 def read_counters(folder: Path, phase: str) -> list[tuple[str, dict, float]]:
     """MAC's counters of one phase, of all processes that worked on it."""
-    return [tuple(sample) for path in sorted(folder.glob(f"counters/{phase}.*.json")) for sample in json.loads(path.read_text())]
+    return [
+        tuple(sample)
+        for path in sorted(folder.glob(f"counters/{phase}.*.json"))
+        for sample in json.loads(path.read_text())
+    ]
 
 
 def collect(out: Path, configuration: dict, environment: dict, requests: list[Request], errors: dict[str, str]) -> dict:
@@ -133,13 +137,21 @@ def _figures(requests, samples: dict, exact: dict, forced: dict, name: str) -> d
     differ = [_divergence(samples, exact, request) for request in requests]
     lengths = [len(exact[request.id]["tokens"]) for request in requests]
     agreed = [length if at is None else at for at, length in zip(differ, lengths, strict=True)]
-    row |= {"same_answers": differ.count(None) / len(requests), "agreed_p50": statistics.quantiles(agreed, (50,))["p50"]}
+    row |= {
+        "same_answers": differ.count(None) / len(requests),
+        "agreed_p50": statistics.quantiles(agreed, (50,))["p50"],
+    }
     if any(lengths):
         row["agreed_share"] = sum(agreed) / sum(lengths)
     texts = [forced[request.id] for request in requests if request.id in forced]
     if texts:
         kl, same = [value for text in texts for value in text.kl], [value for text in texts for value in text.same]
-        row |= {"kl_texts": len(texts), "kl_tokens": len(kl), "kl_mean": math.fsum(kl) / len(kl), "same_best": sum(same) / len(same)}
+        row |= {
+            "kl_texts": len(texts),
+            "kl_tokens": len(kl),
+            "kl_mean": math.fsum(kl) / len(kl),
+            "same_best": sum(same) / len(same),
+        }
         row |= {f"kl_{key}": value for key, value in statistics.quantiles(kl, (50, 99)).items()} | {"kl_max": max(kl)}
     return row
 
@@ -212,5 +224,7 @@ def _forced(out: Path, name: str) -> dict[str, Text]:
 def _histograms(counters: list) -> dict[str, list]:
     from vllm_mac.metrics import CHAIN, ERROR, LAG
 
-    found = {name: statistics.pooled(counters, metric) for name, metric in (("error", ERROR), ("lag", LAG), ("chain", CHAIN))}
+    found = {
+        name: statistics.pooled(counters, metric) for name, metric in (("error", ERROR), ("lag", LAG), ("chain", CHAIN))
+    }
     return {name: pairs for name, pairs in found.items() if pairs}

@@ -70,16 +70,22 @@ def gpus(text: str, engine: dict) -> tuple[str, ...]:
     """
     found = tuple(part.strip() for part in text.split(","))
     if not all(found):
-        raise EvalError(f"--gpus: received {text!r}; choose GPUs as CUDA_VISIBLE_DEVICES takes them, separated by commas, such as 0,1")
+        raise EvalError(
+            f"--gpus: received {text!r}; choose GPUs as CUDA_VISIBLE_DEVICES takes them, separated by commas, such as 0,1"
+        )
     for key in PARALLEL:
         if (size := engine.get(key, 1)) != 1:
-            raise EvalError(f"--engine: {key}: received {size!r}; choose 1, for with --gpus each engine gets one GPU, or leave out --gpus")
+            raise EvalError(
+                f"--engine: {key}: received {size!r}; choose 1, for with --gpus each engine gets one GPU, or leave out --gpus"
+            )
     return found
 
 
 def prompts(options: Options) -> list[requests.Request]:
     """The run's prompts. Raises EvalError where the model, the files or the lengths do not allow them."""
-    return requests.prepare(options.model, options.engine, lambda encoder: _requests(options, encoder), not options.verbose)
+    return requests.prepare(
+        options.model, options.engine, lambda encoder: _requests(options, encoder), not options.verbose
+    )
 
 
 def steps(options: Options, made: list[requests.Request]) -> int:
@@ -124,7 +130,9 @@ def run(options: Options, made: list[requests.Request], environment: dict, tell:
                 for name in _others(options):
                     one(name)
         except KeyboardInterrupt:
-            unfinished = [name for name in (EXACT, *_others(options)) if any(results.left(options.out / name, made, options.kl))]
+            unfinished = [
+                name for name in (EXACT, *_others(options)) if any(results.left(options.out / name, made, options.kl))
+            ]
             if EXACT in unfinished:
                 raise
             errors |= {name: INTERRUPTED for name in unfinished if name not in errors}
@@ -136,7 +144,9 @@ def _others(options: Options) -> list[str]:
     return results.compared({"yardstick": options.yardstick, "mac": options.mac})
 
 
-def _side_by_side(names: Iterable[str], gpus: tuple[str, ...], one: Callable[[str, str, threading.Event], None]) -> None:
+def _side_by_side(
+    names: Iterable[str], gpus: tuple[str, ...], one: Callable[[str, str, threading.Event], None]
+) -> None:
     """one(name, gpu, stop) for each name, in a thread for each entry of `gpus`.
 
     What one of them raises, or Ctrl-C here, sets `stop`, and is raised when all have ended.
@@ -209,7 +219,13 @@ def _open(options: Options, configuration: dict, environment: dict) -> None:
 
 
 def _engine(
-    options: Options, name: str, made: list[requests.Request], work: Path, tell, gpu: str | None, stop: threading.Event | None
+    options: Options,
+    name: str,
+    made: list[requests.Request],
+    work: Path,
+    tell,
+    gpu: str | None,
+    stop: threading.Event | None,
 ) -> str | None:
     """Run what is left to do for one configuration. The error that ended it, or None.
 

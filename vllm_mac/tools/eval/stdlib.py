@@ -57,7 +57,9 @@ def make(task: str, draw: random.Random, length: int, count: Callable[[str], int
     cap = max(SMALLEST_CAP, length)
     prompt = fit(task, lambda chars: episode(task, random.Random(seed), chars, cap), length, count).prompt
     if (tokens := count(prompt)) < ENOUGH * length:
-        raise ValueError(f"{task} is at most {tokens} tokens long: the standard library in {_root()} has no more, got {length}")
+        raise ValueError(
+            f"{task} is at most {tokens} tokens long: the standard library in {_root()} has no more, got {length}"
+        )
     return Sample(task, prompt, (), reply, "")
 
 

@@ -44,7 +44,11 @@ def choose(text: str, exact: str, on_gpu: bool) -> Yardstick:
 
     others = ", ".join(name for name in BACKENDS if name != exact)
     if text == exact:
-        raise EvalError(f"--yardstick: received {text!r}, which is what is compared with; choose another exact backend, such as {others}")
+        raise EvalError(
+            f"--yardstick: received {text!r}, which is what is compared with; choose another exact backend, such as {others}"
+        )
     if text not in AttentionBackendEnum.__members__ or text == "MAC":
         raise EvalError(f"--yardstick: received {text!r}; choose another exact backend of vLLM's, such as {others}")
-    return Yardstick(f"{text} instead of {'the backend that vLLM chooses' if exact == OWN else exact}", {"attention_backend": text})
+    return Yardstick(
+        f"{text} instead of {'the backend that vLLM chooses' if exact == OWN else exact}", {"attention_backend": text}
+    )
