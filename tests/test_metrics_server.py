@@ -1,5 +1,5 @@
-"""The counters of one request on the `/metrics` of real servers: one API server over two tensor-parallel workers, and
-two API servers over two data-parallel engines."""
+"""The counters of one request on the `/metrics` of real servers: one API server over two tensor-parallel workers, two
+API servers over two data-parallel engines, and one with graphs on a GPU that sleeps between two requests."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 
 import pytest
+from byte_model import write_model, write_tokenizer
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from test_plugin import environment, healthy
@@ -21,15 +22,13 @@ from tiny_models import write
 from vllm_mac import metrics
 from vllm_mac.counter_files import PREFIX, folders, read
 
-pytestmark = pytest.mark.cpu
-
 CONFIG = {"mac": {"window": 32, "band": 16, "min_context": 64, "threshold": 0.45, "audit": 0.5}}
 LAYERS, HEADS, KV_HEADS = 2, 8, 2  # of `tiny_models`
 SERVE = "from vllm.entrypoints.cli.main import main; main()"
 
 
 @contextmanager
-def server(model, log, *options: str):
+def server(model, log, *options: str, **variables: str):
     """`vllm serve` on loopback; `(process, port)`. It is stopped as by a user's Ctrl-C."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,7 +39,7 @@ def server(model, log, *options: str):
         "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager", *options,
     ]  # fmt: skip
     # Workers share whatever cores there are: vLLM would have a NUMA node for each.
-    variables = environment(VLLM_LOG_STATS_INTERVAL="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    variables = environment(VLLM_LOG_STATS_INTERVAL="1", VLLM_CPU_OMP_THREADS_BIND="nobind", **variables)
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
     try:
@@ -82,11 +81,11 @@ def stream(port: int, prompt: str, tokens: int) -> int:
     return last.usage.prompt_tokens
 
 
-def check(added: Counter, prompt: int, tokens: int) -> None:
+def check(added: Counter, prompt: int, tokens: int, count: int = LAYERS) -> None:
     """Exactly one request's: its first token comes of the prompt, and each of the others of one decode step."""
     lengths = range(prompt + 1, prompt + tokens)
     layers = {label for name, *labels in added if name == metrics.HEADS for label in labels if "layers" in label}
-    assert len(layers) == LAYERS
+    assert len(layers) == count
     for layer in layers:
         at = lambda name, *labels: added[name, *sorted((layer, *labels))]
         hit, miss, exact = (at(metrics.HEADS, outcome) for outcome in ("hit", "miss", "exact"))
@@ -109,6 +108,7 @@ def model(tmp_path_factory):
     return write("llama", tmp_path_factory.mktemp("models"))
 
 
+@pytest.mark.cpu
 def test_a_request_s_counters_over_two_tensor_parallel_workers(model, tmp_path):
     log = tmp_path / "log"
     with server(model, log, "--tensor-parallel-size", "2") as (process, port):
@@ -132,6 +132,7 @@ def test_a_request_s_counters_over_two_tensor_parallel_workers(model, tmp_path):
     assert not [path for pid in workers for folder in folders() for path in folder.glob(f"{PREFIX}{pid}-*")]
 
 
+@pytest.mark.cpu
 def test_a_request_s_counters_with_two_api_servers_and_two_engines(model, tmp_path):
     log = tmp_path / "log"
     with server(model, log, "--data-parallel-size", "2", "--api-server-count", "2") as (_, port):
@@ -151,3 +152,31 @@ def test_a_request_s_counters_with_two_api_servers_and_two_engines(model, tmp_pa
         for engine, counters in scrape(port).items():
             total += counters - before[engine] - added[engine]
         check(total, prompt, 10)
+
+
+@pytest.mark.gpu
+def test_a_request_s_counters_from_a_gpu_before_and_after_sleep(tmp_path):
+    """The copy after each batch lands in the file by itself, and the file's memory stays page-locked through a sleep."""
+    write_model(tmp_path)  # 8 query and 2 KV heads, as LAYERS etc. say, in 4 layers
+    write_tokenizer(tmp_path)
+    log = tmp_path / "log"
+    graphs = {"cudagraph_capture_sizes": [1, 2, 4]}
+    with server(
+        tmp_path, log, "--dtype", "float16", "--no-enforce-eager", "--enable-sleep-mode",
+        "--gpu-memory-utilization", "0.1", "--compilation-config", json.dumps(graphs), VLLM_SERVER_DEV_MODE="1",
+    ) as (process, port):  # fmt: skip
+        before = scrape(port)["0"]
+        prompt = stream(port, "tell me " * 30, 20)
+        after = scrape(port)["0"]
+        check(after - before, prompt, 20, 4)
+        for path in ("sleep?level=1", "wake_up"):
+            with urllib.request.urlopen(
+                urllib.request.Request(f"http://127.0.0.1:{port}/{path}", method="POST"), timeout=60
+            ) as answer:
+                assert answer.status == 200
+            heads = lambda found: {key: n for key, n in found.items() if key[0] == metrics.HEADS}
+            assert heads(scrape(port)["0"]) == heads(after)
+        prompt = stream(port, "and then " * 25, 10)
+        check(scrape(port)["0"] - after, prompt, 10, 4)
+        assert len(list(read(process.pid))) == 1
+        assert "detour" not in log.read_text(), "CUDA did not page-lock the file"
