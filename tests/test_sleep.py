@@ -195,7 +195,7 @@ def test_an_engine_sleeps_on_a_gpu(tmp_path):
     ) as llm:  # fmt: skip
         layers = mac_layers(harness.worker(llm).vllm_config)
         lasting = {name: x.clone() for layer in layers if layer.decoder for name, x in layer.decoder.lasting().items()}
-        assert len(lasting) == 4
+        assert lasting.keys() > {"hits_arrived", "misses_arrived", "slack", "spared", "edges"}
 
         def heads():
             counts = torch.stack([layer.counts for layer in layers]).cpu()
