@@ -34,13 +34,15 @@ CODES = {"cuda": (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION), "
 @dataclass(frozen=True)
 class IndexRule:
     """Read the tokens whose estimated share of the attention reaches `threshold` (or the `tokens` best), by a narrow
-    index of the keys; estimate the rest. Blocks of `run` adjacent tokens are read together, by their sum."""
+    index of the keys; estimate the rest. With `unread` a head's threshold follows its attention. Blocks of `run` adjacent tokens are read together, by their sum."""
 
     name: str
     source: str = "own"  # true: exact logits; own: basis from this prompt; other: from another task's prompt
     dims: tuple = ((32, 4),)  # ((dimensions, bits), ...) of a code, leading directions first
     threshold: float = 0.0
     tokens: int = 0
+    unread: float = 0.0  # each head's threshold: the greatest power of 2 that leaves at most so much of its mass unread
+    spread: bool = False  # masses of the rest times exp(half the variance of what the codes leave out of q.k)
     run: int = 1
     score: str = "max"  # over the group's heads: max or sum
     rest: str = "blocks"  # blocks: estimated masses times mean values; drop: left out
@@ -157,7 +159,7 @@ class KeyIndex:
     def __init__(self, keys: torch.Tensor, source: tuple):
         self.keys, self.source = keys, source  # source: (queries, keys) that give the basis and the scales
         self.to_key, self.to_query, self.mean = logit_basis(*source)
-        self.codes = {}
+        self.codes, self.lost = {}, {}
 
     def logits(self, q: torch.Tensor, rule: IndexRule) -> torch.Tensor:
         """Estimated q.k of the prompt's tokens [K, V, G, T0] for queries q [K, V, G, d], not scaled."""
@@ -167,9 +169,27 @@ class KeyIndex:
             parts = [t.split([n for n, _ in rule.dims], -1) for t in (coded, like)]
             parts = [quantise(a, b, bits) for a, b, (_, bits) in zip(*parts, rule.dims, strict=True)]
             self.codes[rule.dims] = torch.cat(parts, -1)
+            lost = self.keys - self.mean - self.codes[rule.dims] @ self.to_query[..., :width].transpose(1, 2)
+            self.lost[rule.dims] = lost.transpose(1, 2) @ lost / lost.shape[1]
         narrow = (q @ self.to_query[:, None, :, :width]).flatten(1, 2)
         narrow = (narrow @ self.codes[rule.dims].transpose(1, 2)).view(*q.shape[:3], -1)
         return narrow + q @ self.mean[:, None].transpose(2, 3)
+
+    def variance(self, q: torch.Tensor, rule: IndexRule) -> torch.Tensor:
+        """Of q.k less its estimate, over the prompt's keys, [K, V, G, 1] for queries [K, V, G, d]; after `logits`."""
+        return ((q @ self.lost[rule.dims][:, None]) * q).sum(-1, keepdim=True)
+
+
+def levels(share: torch.Tensor, unread: float) -> torch.Tensor:
+    """Which shares [K, V, G, T] reach their head's threshold: the greatest 2^-n, n up to 31, below which at most
+    `unread` lies in all."""
+    n = (
+        (-share.clamp(min=2.0**-40).log2()).ceil().clamp(0, 31).long()
+    )  # share is in (2^-n - 1, 2^-n], above 2^-n at n - 1
+    mass = torch.zeros(*share.shape[:3], 32, device=share.device).scatter_add_(3, n, share)
+    rest = mass.flip(3).cumsum(3).flip(3)  # what lies in n and beyond
+    first = (rest > unread).sum(3, keepdim=True)  # rest falls with n: levels before `first` have to be read
+    return n < first
 
 
 class Own:
@@ -226,12 +246,18 @@ class IndexLayer:
                 near = self.index[rule.source].logits(q[:, row], rule) * own.scale
             mass = (near - top[:, row]).clamp(max=30).exp() * old[:t0]
             certain = e[:, row] * ~old
+            if rule.spread:
+                more = 0.5 * own.scale**2 * self.index[rule.source].variance(q[:, row], rule)
+                mass = mass * more.clamp(max=5).exp()
             share = mass / (mass.sum(-1, keepdim=True) + certain.sum(-1, keepdim=True))
-            score = by_run(share.amax(2) if rule.score == "max" else share.sum(2), rule.run)
-            floor = score.new_full((1,), rule.threshold)
-            if rule.tokens:
-                floor = score.topk(min(rule.tokens, t0), -1, sorted=False).values.amin(-1, keepdim=True)
-            chosen = (score >= floor) & old[:t0]
+            if rule.unread:
+                chosen = levels(share, rule.unread).any(2) & old[:t0]
+            else:
+                score = by_run(share.amax(2) if rule.score == "max" else share.sum(2), rule.run)
+                floor = score.new_full((1,), rule.threshold)
+                if rule.tokens:
+                    floor = score.topk(min(rule.tokens, t0), -1, sorted=False).values.amin(-1, keepdim=True)
+                chosen = (score >= floor) & old[:t0]
             w = certain
             w[..., :t0] += e[:, row, :, :t0] * chosen[:, :, None]
             number, weight = own.sum(w, rows=row), w.sum(-1, keepdim=True)
