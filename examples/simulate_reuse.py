@@ -37,9 +37,13 @@ class IndexRule:
     index of the keys; estimate the rest. With `unread` a head's threshold follows its attention. Blocks of `run` adjacent tokens are read together, by their sum."""
 
     name: str
-    source: str = "own"  # true: exact logits; own: basis from this prompt; other: from another task's prompt
+    source: str = (
+        "own"  # true: exact logits; basis from this prompt's keys and last queries (own), from its keys and all
+    )
+    # its queries (all), or from all other kinds of text among the prompts (pool): "manual-8000" is of the kind "manual"
     dims: tuple = ((32, 4),)  # ((dimensions, bits), ...) of a code, leading directions first
     threshold: float = 0.0
+    times: float = 0.0  # threshold as a multiple of the average token's share
     tokens: int = 0
     unread: float = 0.0  # each head's threshold: the greatest power of 2 that leaves at most so much of its mass unread
     spread: bool = False  # masses of the rest times exp(half the variance of what the codes leave out of q.k)
@@ -87,7 +91,8 @@ class Decoder:
         return self.model.lm_head(self.model.model.norm(x)).float()
 
     def prefill(self, ids: torch.Tensor, code: SDPBackend) -> tuple:
-        """Hidden states [T, E]; keys and values [K, T, d] and the last WINDOW queries [W, H, d] of each layer."""
+        """Hidden states [T, E]; keys and values [K, T, d], the last WINDOW queries and every SAMPLE-th [*, H, d] of each
+        layer."""
         x, cache, queries = self.embed(ids), [], []
         positions = torch.arange(len(ids), device=self.device)
         for i in range(len(self.layers)):
@@ -98,7 +103,7 @@ class Decoder:
                 out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], *wide, is_causal=True)[0]
             x = self.after(i, x, out.transpose(0, 1).reshape(len(ids), -1))
             cache.append((k, v))
-            queries.append(q[-WINDOW:].clone())
+            queries.append((q[-WINDOW:].clone(), q[::SAMPLE].clone()))
         return x, cache, queries
 
 
@@ -121,10 +126,10 @@ def by_run(score: torch.Tensor, run: int) -> torch.Tensor:
     return sums.repeat_interleave(run, 2)[..., : score.shape[2]]
 
 
-def quantise(x: torch.Tensor, like: torch.Tensor, bits: int) -> torch.Tensor:
-    """Mid-rise codes with one scale a channel, a multiple of the deviation of `like`; x, like [K, T, n]."""
+def quantise(x: torch.Tensor, deviation: torch.Tensor, bits: int) -> torch.Tensor:
+    """Mid-rise codes with one scale a channel, a multiple of its deviation; x [K, T, n], deviation [K, 1, n]."""
     top = 2 ** (bits - 1) - 0.5
-    step = like.std(1, keepdim=True).clamp(min=1e-9) * {2: 1.5, 3: 2.2, 4: 2.8, 8: 6.0}[bits] / top
+    step = deviation.clamp(min=1e-9) * {2: 1.5, 3: 2.2, 4: 2.8, 8: 6.0}[bits] / top
     return ((x / step - 0.5).round() + 0.5).clamp(-top, top) * step
 
 
@@ -135,39 +140,62 @@ def covariance(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return centred.transpose(1, 2) @ centred / some.shape[1], some.mean(1, keepdim=True)
 
 
-def logit_basis(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Maps that keep most of q.k: for keys [K, d, d], for queries [K, d, d], and the mean key [K, 1, d].
+@dataclass(frozen=True)
+class Moments:
+    """What a basis is made of: the queries' second moment and the keys' covariance [K, d, d], the mean key [K, 1, d]."""
+
+    second: torch.Tensor
+    spread: torch.Tensor
+    mean: torch.Tensor
+
+    @classmethod
+    def of(cls, queries: torch.Tensor, keys: torch.Tensor) -> "Moments":
+        """queries [n, H, d], keys [K, T, d], both after RoPE."""
+        rows = queries.view(len(queries), len(keys), -1, keys.shape[2]).permute(1, 0, 2, 3).flatten(1, 2)
+        return cls(rows.transpose(1, 2) @ rows / rows.shape[1], *covariance(keys))
+
+    @classmethod
+    def pooled(cls, parts: list["Moments"]) -> "Moments":
+        """Of texts that weigh alike."""
+        mean = torch.stack([m.mean for m in parts]).mean(0)
+        spread = [m.spread + (m.mean - mean).transpose(1, 2) @ (m.mean - mean) for m in parts]
+        return cls(torch.stack([m.second for m in parts]).mean(0), torch.stack(spread).mean(0), mean)
+
+
+def logit_basis(m: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps that keep most of q.k: for keys [K, d, d] and for queries [K, d, d].
 
     With C_q = L L^T the queries' second moment and C the keys' covariance, the eigenvectors B of L^T C L give the best
-    form of each rank: (k - mean) L B against q L^-T B. queries [W, H, d], keys [K, T, d], both after RoPE.
+    form of each rank: (k - mean) L B against q L^-T B.
     """
-    k, _, d = keys.shape
-    spread, mean = covariance(keys)
-    rows = queries.view(len(queries), k, -1, d).permute(1, 0, 2, 3).reshape(k, -1, d)
-    second = rows.transpose(1, 2) @ rows / rows.shape[1]
-    second += 1e-4 * second.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(d, device=keys.device)
+    eye = torch.eye(m.second.shape[1], device=m.second.device)
+    second = m.second + 1e-4 * m.second.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * eye
     value, vector = torch.linalg.eigh(second)
     root = value.clamp(min=1e-9).sqrt()[:, None]
     left = vector * root
-    b = torch.linalg.eigh(left.transpose(1, 2) @ spread @ left)[1]
-    return left @ b.flip(2), vector / root @ b.flip(2), mean
+    b = torch.linalg.eigh(left.transpose(1, 2) @ m.spread @ left)[1]
+    return left @ b.flip(2), vector / root @ b.flip(2)
 
 
 class KeyIndex:
     """Codes of one layer's prompt keys, and the logits that they stand for."""
 
-    def __init__(self, keys: torch.Tensor, source: tuple):
-        self.keys, self.source = keys, source  # source: (queries, keys) that give the basis and the scales
-        self.to_key, self.to_query, self.mean = logit_basis(*source)
+    def __init__(self, keys: torch.Tensor, moments: Moments):
+        """moments: those that give the basis and the scales."""
+        self.keys, self.mean = keys, moments.mean
+        self.to_key, self.to_query = logit_basis(moments)
+        variance = (self.to_key * (moments.spread @ self.to_key)).sum(1, keepdim=True)
+        self.deviation = variance.clamp(min=0).sqrt()
         self.codes, self.lost = {}, {}
 
     def logits(self, q: torch.Tensor, rule: IndexRule) -> torch.Tensor:
         """Estimated q.k of the prompt's tokens [K, V, G, T0] for queries q [K, V, G, d], not scaled."""
         width = sum(n for n, _ in rule.dims)
         if rule.dims not in self.codes:
-            coded, like = ((x - self.mean) @ self.to_key[..., :width] for x in (self.keys, self.source[1]))
-            parts = [t.split([n for n, _ in rule.dims], -1) for t in (coded, like)]
-            parts = [quantise(a, b, bits) for a, b, (_, bits) in zip(*parts, rule.dims, strict=True)]
+            sizes = [n for n, _ in rule.dims]
+            coded = ((self.keys - self.mean) @ self.to_key[..., :width]).split(sizes, -1)
+            scales = self.deviation[..., :width].split(sizes, -1)
+            parts = [quantise(x, scale, bits) for x, scale, (_, bits) in zip(coded, scales, rule.dims, strict=True)]
             self.codes[rule.dims] = torch.cat(parts, -1)
             lost = self.keys - self.mean - self.codes[rule.dims] @ self.to_query[..., :width].transpose(1, 2)
             self.lost[rule.dims] = lost.transpose(1, 2) @ lost / lost.shape[1]
@@ -219,9 +247,12 @@ class Own:
 class IndexLayer:
     """One layer under all index rules; the first row is exact attention."""
 
-    def __init__(self, rules: list[IndexRule], queries, keys, values, steps: int, other: tuple):
+    def __init__(self, rules: list[IndexRule], queries, keys, values, steps: int, pool: Moments):
+        """queries: the last WINDOW, and a sample of all. pool: of other texts."""
         self.rules, self.own = rules, Own(keys, values, len(rules) + 1, steps)
-        self.index = {"own": KeyIndex(keys, (queries, keys)), "other": KeyIndex(keys, other)}
+        own, every = (Moments.of(q, keys) for q in queries)
+        sources = {"own": own, "all": Moments.pooled([own, every]), "pool": pool}
+        self.index = {name: KeyIndex(keys, m) for name, m in sources.items() if any(r.source == name for r in rules)}
         sizes, d = {r.block for r in rules}, keys.shape[2]
         padded = {b: F.pad(values, (0, 0, 0, -values.shape[1] % b)) for b in sizes}  # what is padded is in the band
         self.means = {b: t.unflatten(1, (-1, b)).mean(2) for b, t in padded.items()}
@@ -248,13 +279,13 @@ class IndexLayer:
             certain = e[:, row] * ~old
             if rule.spread:
                 more = 0.5 * own.scale**2 * self.index[rule.source].variance(q[:, row], rule)
-                mass = mass * more.clamp(max=5).exp()
+                mass = mass * more.clamp(max=1).exp()
             share = mass / (mass.sum(-1, keepdim=True) + certain.sum(-1, keepdim=True))
             if rule.unread:
                 chosen = levels(share, rule.unread).any(2) & old[:t0]
             else:
                 score = by_run(share.amax(2) if rule.score == "max" else share.sum(2), rule.run)
-                floor = score.new_full((1,), rule.threshold)
+                floor = score.new_full((1,), rule.threshold) if rule.threshold else rule.times / (p + 1)
                 if rule.tokens:
                     floor = score.topk(min(rule.tokens, t0), -1, sorted=False).values.amin(-1, keepdim=True)
                 chosen = (score >= floor) & old[:t0]
@@ -362,15 +393,14 @@ def compare(base: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     return {"kl": kl.mean().item(), "kl_p99": kl.quantile(0.99).item(), "same": same.float().mean().item()}
 
 
-def simulate(model: Decoder, ids: list[int], index: list, match: list, steps: int, other, stop: list[int]) -> dict:
+def simulate(model: Decoder, ids: list[int], index: list, match: list, steps: int, pool, stop: list[int]) -> dict:
     """Decode `steps` tokens after the prompt under every rule; -> a record with one row a rule."""
     model.model.float()
     dev, prompt = model.device, torch.tensor(ids, device=model.device)
     cut, n = 1 + len(index), 1 + len(index) + len(match)
     x, cache, queries = model.prefill(prompt, CODES[dev][0])
-    other = other or [(q, k) for q, (k, _) in zip(queries, cache, strict=True)]
-    first = [IndexLayer(index, queries[i], *cache[i], steps, other[i]) for i in range(len(model.layers))]
-    rings = [MatchLayer(match, queries[i], *cache[i], steps) for i in range(len(model.layers)) if match]
+    first = [IndexLayer(index, queries[i], *cache[i], steps, pool and pool[i]) for i in range(len(model.layers))]
+    rings = [MatchLayer(match, queries[i][0], *cache[i], steps) for i in range(len(model.layers)) if match]
     logits = model.logits(x[-1:])[0].clone()
     barred = torch.zeros_like(logits)
     barred[stop] = -1e9  # the reply goes on to the last step
@@ -412,7 +442,7 @@ def simulate(model: Decoder, ids: list[int], index: list, match: list, steps: in
         one()
     kl = kl.cpu()
     seconds, whole = time.perf_counter() - started, torch.cat((prompt, text))
-    del first, rings, cache, one, other
+    del first, rings, cache, one
     model.model.bfloat16()
     codes = [model.logits(model.prefill(whole, c)[0][-steps:]).log_softmax(-1) for c in CODES[dev]]
     return {
@@ -432,7 +462,6 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("prompts", type=Path, help="JSON lines with `name` and `prompt`")
     parser.add_argument("rules", type=Path, help="JSON file, see above")
-    parser.add_argument("--other", help="name of the prompt that gives the basis of rules with `source: other`")
     parser.add_argument("--steps", type=int, default=192, help=f"tokens decoded, 3 to {BAND} (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("simulated.json"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -444,24 +473,27 @@ def main() -> None:
     given = json.loads(args.rules.read_text())
     index = [IndexRule(**r | {"dims": tuple(map(tuple, r.get("dims", [(32, 4)])))}) for r in given["index"]]
     match = [MatchRule(**r) for r in given["match"]]
-    prompts, other = {}, None
+    prompts, seen = {}, {}
     for entry in map(json.loads, filter(str.strip, args.prompts.read_text().splitlines())):
         message = [{"role": "user", "content": entry["prompt"]}]
         chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
         prompts[entry["name"]] = chat["input_ids"]
-    if any(r.source == "other" for r in index):
-        if args.other not in prompts:
-            parser.error(f"--other: received {args.other!r}; choose one of {', '.join(prompts)}")
+    if any(r.source == "pool" for r in index):
         model.model.float()
-        ids = torch.tensor(prompts[args.other], device=args.device)
-        _, cache, queries = model.prefill(ids, CODES[args.device][0])
-        other = [(q, k) for q, (k, _) in zip(queries, cache, strict=True)]
+        for name, ids in prompts.items():
+            _, cache, queries = model.prefill(torch.tensor(ids, device=args.device), CODES[args.device][0])
+            seen[name] = [
+                Moments.pooled([Moments.of(q, k) for q in both]) for both, (k, _) in zip(queries, cache, strict=True)
+            ]
+            del cache, queries
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     record = {"model": args.model.name, "device": device, "torch": torch.__version__, "steps": args.steps}
-    record |= {"other": args.other, "rules": [asdict(r) for r in (*index, *match)], "cases": {}}
+    record |= {"rules": [asdict(r) for r in (*index, *match)], "cases": {}}
     stop = [t for t in (tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None]
     for name, ids in prompts.items():
-        case = record["cases"][name] = simulate(model, ids, index, match, args.steps, other, stop)
+        others = [m for other, m in seen.items() if other.split("-")[0] != name.split("-")[0]]
+        pool = [Moments.pooled(list(layer)) for layer in zip(*others, strict=True)]
+        case = record["cases"][name] = simulate(model, ids, index, match, args.steps, pool, stop)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
         yard = case["yardstick"]["two bf16 codes"]
         print(f"{name}: {case['tokens']} tokens, {case['seconds']:.0f} s; yardstick KL {yard['kl']:.5f}, "
