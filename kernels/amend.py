@@ -1,71 +1,87 @@
-"""Amend: partial attention of the heads of a KV group over a short range of the paged cache.
+"""Amend: attention of a KV group over the short ranges that its match leaves to read.
 
-Device code, called by `group` and, through `complete`, by `prefix`. `paged.attend` is its
-oracle. Partial results here are `(peak, total, acc)`: `peak` the largest score times `log2 e`, `total`
-and `acc` the sums of `2^(score - peak)`, alone and times the value. `lse = (peak + log2 total) / log2 e`.
+Device code of `hit`; partial results as in `partial`. `paged.decode` is the oracle.
 """
-
-import os
 
 import triton
 import triton.language as tl
 
-# The interpreter holds bf16 as bare bits, which its matrix product would take for integers.
-UPCAST = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-LN_2 = tl.constexpr(0.6931471805599453)
-LOG2_E = tl.constexpr(1.4426950408889634)
+from vllm_mac.kernels.partial import attend, combine
 
 
 @triton.jit
-def attend(
-    q, peak, total, acc, token, block, m_token, seen, p_kv, s_block, s_token, log2_scale, o_d, m_d,
-    D: tl.constexpr, PAGE: tl.constexpr,
+def attend_band(
+    q, i_part, band_start, band, stop, p_row_table, p_head_kv, s_kv_page, s_kv_token, log2_scale, m_q, o_d, m_d,
+    D: tl.constexpr, PAGE: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Fold the tokens `token` `[BN]` into the partial result `(peak [M], total [M], acc [M, DP])`.
+    """The partial result `(peak [BQ], total [BQ], acc [BQ, BD])` of one program's `CHUNK` tokens of band and sink.
 
-    q: `[M, DP]`. block: `[BN]`, the page of each token. m_token: `[BN]`, tokens to read.
-    seen: `[M, BN]`, which head sees which token.
-    p_kv: the KV head's first page. A page has keys at offset 0 and values at `D` of each token.
+    Band and sink are one list: its token `i` is `band_start + i` while `i < band`, then come the sink's.
+    q: `[BQ, BD]`. i_part: which chunk. stop: where in the list it ends.
     """
-    p_key = p_kv + (block.to(tl.int64) * s_block + (token % PAGE) * s_token)[:, None] + o_d[None, :]
-    m_kv = m_token[:, None] & m_d[None, :]
-    key = tl.load(p_key, mask=m_kv, other=0.0)  # [BN, DP]
-    value = tl.load(p_key + D, mask=m_kv, other=0.0)  # [BN, DP]
-    rounded = value.dtype
-    if UPCAST:
-        q, key, value = q.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
-    score = tl.dot(q, tl.trans(key), input_precision="ieee") * log2_scale
-    score = tl.where(seen, score, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(score, 1))
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weight = tl.exp2(score - base[:, None])  # [M, BN]
-    shrink = tl.exp2(peak - base)
-    total = total * shrink + tl.sum(weight, 1)
-    acc = acc * shrink[:, None] + tl.dot(weight.to(rounded).to(value.dtype), value, input_precision="ieee")
-    return new_peak, total, acc
+    peak = tl.full((BQ,), float("-inf"), tl.float32)
+    total = tl.zeros((BQ,), tl.float32)
+    acc = tl.zeros((BQ, BD), tl.float32)
+    for i in tl.range(i_part * CHUNK, stop, BN, num_stages=STAGES):
+        o_i = i + tl.arange(0, BN)
+        m_i = o_i < stop
+        token = tl.where(o_i < band, band_start + o_i, o_i - band)
+        page = tl.load(p_row_table + token // PAGE, mask=m_i, other=0)  # [BN]
+        peak, total, acc = attend(
+            q, peak, total, acc, token, page, m_i, m_q[:, None] & m_i[None, :], p_head_kv, s_kv_page, s_kv_token,
+            log2_scale, o_d, m_d, D, PAGE,
+        )  # fmt: skip
+    return peak, total, acc
 
 
 @triton.jit
-def combine(peak_a, total_a, acc_a, peak_b, total_b, acc_b):
-    """The partial result over two disjoint sets of tokens. Either may be empty: `(-inf, 0, 0)`."""
-    peak = tl.maximum(peak_a, peak_b)
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    a = tl.exp2(peak_a - base)
-    b = tl.exp2(peak_b - base)
-    return peak, total_a * a + total_b * b, acc_a * a[:, None] + acc_b * b[:, None]
+def add_bands(
+    p_band_acc, p_band_sum, i_bk, o_g, o_d, m_g, m_gd,
+    G: tl.constexpr, D: tl.constexpr, NB: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The partial result `(peak [BG], total [BG], acc [BG, BD])` of what `attend_band` found in all `NB` programs."""
+    rest = tl.full((BG,), float("-inf"), tl.float32)
+    rest_total = tl.zeros((BG,), tl.float32)
+    rest_acc = tl.zeros((BG, BD), tl.float32)
+    for i in tl.static_range(NB):
+        o_part = (i_bk * NB + i) * G + o_g
+        # .cg: written by other SMs, so not from this one's L1.
+        peak = tl.load(p_band_sum + o_part * 2, mask=m_g, other=float("-inf"), cache_modifier=".cg")
+        total = tl.load(p_band_sum + o_part * 2 + 1, mask=m_g, other=0.0, cache_modifier=".cg")
+        p_acc = p_band_acc + o_part[:, None] * D + o_d[None, :]
+        acc = tl.load(p_acc, mask=m_gd, other=0.0, cache_modifier=".cg")
+        rest, rest_total, rest_acc = combine(rest, rest_total, rest_acc, peak, total, acc)
+    return rest, rest_total, rest_acc
 
 
 @triton.jit
-def finish(peak, total, acc):
-    """`(out [M, DP], lse [M])` of a partial result; `(0, -inf)` of an empty one."""
-    some = total > 0
-    safe = tl.where(some, total, 1.0)
-    lse = tl.where(some, (peak + tl.log2(safe)) * LN_2, float("-inf"))
-    return acc * (1.0 / safe)[:, None], lse
+def amend(
+    q, begin, start, stop, columns, column, p_head_kv, s_kv_page, s_kv_token, log2_scale, m_q, o_d, m_d,
+    D: tl.constexpr, PAGE: tl.constexpr, BQ: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The partial result `(peak [BG], total [BG], acc [BG, BD])` over the tokens `[start, stop)`.
 
-
-@triton.jit
-def unfinish(out, lse):
-    """The partial result that `finish` gives `(out, lse)` for."""
-    some = lse > float("-inf")
-    return lse * LOG2_E, tl.where(some, 1.0, 0.0), tl.where(some[:, None], out.to(tl.float32), 0.0)
+    q: `[BQ, BD]`. begin: `[BQ]`, the first token that each head attends to.
+    columns: `[BP]`, the block table from its column `column` on.
+    """
+    near = tl.full((BQ,), float("-inf"), tl.float32)
+    near_total = tl.zeros((BQ,), tl.float32)
+    near_acc = tl.zeros((BQ, BD), tl.float32)
+    # From 0: Triton 3.7 to 3.9 can lose the alignment of addresses in a loop that begins at a computed value, and then
+    # read KV one element at a time.
+    for i in tl.range(0, stop - start, BT, num_stages=STAGES):
+        token = start + i + tl.arange(0, BT)
+        m_i = token < stop
+        page = tl.gather(columns, tl.where(m_i, token // PAGE - column, 0), 0)  # [BT]
+        m_seen = m_q[:, None] & m_i[None, :] & (token[None, :] >= begin[:, None])
+        near, near_total, near_acc = attend(
+            q, near, near_total, near_acc, token, page, m_i, m_seen, p_head_kv, s_kv_page, s_kv_token,
+            log2_scale, o_d, m_d, D, PAGE,
+        )  # fmt: skip
+    # From BQ to BG rows; the others are empty.
+    near = tl.max(tl.reshape(near, (BQ // BG, BG)), 0)
+    near_total = tl.sum(tl.reshape(near_total, (BQ // BG, BG)), 0)
+    near_acc = tl.sum(tl.reshape(near_acc, (BQ // BG, BG, BD)), 0)
+    return near, near_total, near_acc

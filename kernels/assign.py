@@ -17,7 +17,7 @@ FRESH, PREFILLING, SKIPS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # 
 )  # fmt: skip
 def _assign_kernel(
     p_first, p_last, p_begin, p_length, p_ring, p_flags, p_out_position, p_out_ring, p_out_first,
-    rows, padded, WINDOW: tl.constexpr, BB: tl.constexpr,
+    rows, padded, W: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     o_b = tl.arange(0, BB)
     m_b = o_b < rows
@@ -32,8 +32,8 @@ def _assign_kernel(
 
     first = tl.load(p_first + ring, mask=m_ring, other=0).to(tl.int32)
     last = tl.load(p_last + ring, mask=m_ring, other=-1).to(tl.int32)
-    continues = m_ring & (flags & FRESH == 0) & (last >= start - 1) & (last + 1 - WINDOW < start)
-    first = tl.where(continues, tl.maximum(first, last + 1 - WINDOW), start)
+    continues = m_ring & (flags & FRESH == 0) & (last >= start - 1) & (last + 1 - W < start)
+    first = tl.where(continues, tl.maximum(first, last + 1 - W), start)
     skips = flags & SKIPS != 0
     last = tl.where(continues, tl.maximum(last, length - 1), length - 1)
     last = tl.where(skips, start - 1, last)  # the next row begins past it
@@ -47,9 +47,9 @@ def _assign_kernel(
 
 
 def assign(table, query_start_loc, seq_lens, rings, flags, position, ring, first):
-    """Say what each row of a batch may read in its ring, and note in `table` what it will record.
+    """Decide what each row of a batch may read in its ring, and update `table` with what the row will record.
 
-    `table.assign` for metadata as vLLM has it on the device, with room for padding: `P >= B`
+    `table.assign` for vLLM's metadata on the device, with padding: `P >= B`
     elements of each output are written. One launch, without waiting for the device. Rows of no
     tokens or no length are padding, and have no effect. A table's last elements, which stand for rows
     without a ring, are left alone.
@@ -60,7 +60,7 @@ def assign(table, query_start_loc, seq_lens, rings, flags, position, ring, first
         seq_lens: `[B]` int32, sequence length after this step.
         rings: `[B]` int32, the ring of each row's request, -1 for none; no ring twice.
         flags: `[B]` int32, sum of `FRESH` (the ring was given in this step, with nothing in it),
-            `PREFILLING` (a row of the prompt, which reads nothing) and `SKIPS` (neither reads nor records).
+            `PREFILLING` (a prefill row, which reads nothing) and `SKIPS` (neither reads nor records).
         position: `[P]` int32, written: the position decoded by a row of one token, else -1.
         ring: `[P]` int32, written: the ring that the row reads and records in, or -1.
         first: `[P]` int32, written: the oldest position of the ring that the row may read, its
@@ -74,8 +74,8 @@ def assign(table, query_start_loc, seq_lens, rings, flags, position, ring, first
             raise ValueError(f"{name}: {tensor.shape[0]} elements, choose at least as many as rows ({rows})")
     _assign_kernel[(1,)](
         table.first, table.last, query_start_loc, seq_lens, rings, flags, position, ring, first,
-        rows, padded, WINDOW=table.window,
-        # Never fewer than threads: one compiled kernel serves all small batches.
+        rows, padded, W=table.window,
+        # At least as many as threads: one variant for all small batches.
         BB=max(128, triton.next_power_of_2(padded)),
         num_warps=4 if padded <= 1024 else 8,
     )  # fmt: skip

@@ -13,7 +13,7 @@ def _tally_kernel(
     p_position, p_ring, p_hit, p_source, p_chain, p_out, p_exact, p_edges, p_counts,
     s_out_row, s_out_head,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
-    M: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
+    BG: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i_k, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PDL:
@@ -25,25 +25,25 @@ def _tally_kernel(
     if tl.load(p_hit + i_row * K + i_k) == 0:
         return
     H: tl.constexpr = K * G
-    o_g, o_d, o_e = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, EP)
+    o_g, o_d, o_e = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BE)
     m_g, m_e = o_g < G, o_e < E
     m_gd = m_g[:, None] & (o_d < D)[None, :]
     o_h = i_k * G + o_g
     p_o = p_out + i_row * s_out_row + (o_h * s_out_head)[:, None] + o_d[None, :]
-    out = tl.load(p_o, mask=m_gd, other=0.0).to(tl.float32)  # [M, DP]
+    out = tl.load(p_o, mask=m_gd, other=0.0).to(tl.float32)  # [BG, BD]
     p_true = p_exact + ((i_row * H + o_h) * D)[:, None] + o_d[None, :]
-    true = tl.load(p_true, mask=m_gd, other=0.0).to(tl.float32)  # [M, DP]
+    true = tl.load(p_true, mask=m_gd, other=0.0).to(tl.float32)  # [BG, BD]
     off = tl.sum((out - true) * (out - true), 1)
-    error = tl.where(off == 0, 0.0, tl.sqrt(off / tl.sum(true * true, 1)))  # [M]
+    error = tl.where(off == 0, 0.0, tl.sqrt(off / tl.sum(true * true, 1)))  # [BG]
     lag = (m - tl.load(p_source + i_row * H + o_h, mask=m_g, other=0)).to(tl.float32)
     # The entry written by this step, which is one longer than the one reused.
     o_entry = (tl.load(p_ring + i_row).to(tl.int64) * H + o_h) * W + m % W
     length = tl.load(p_chain + o_entry, mask=m_g, other=0).to(tl.float32)
 
-    edge = tl.load(p_edges + o_e, mask=m_e, other=0.0)[None, :]  # [1, EP]
+    edge = tl.load(p_edges + o_e, mask=m_e, other=0.0)[None, :]  # [1, BE]
     # Not "above the edge", so that NaN is in the last bucket.
-    bucket = tl.sum((m_e[None, :] & ~(error[:, None] <= edge)).to(tl.int32), 1)  # [M]
-    one = tl.full((M,), 1, tl.int64)
+    bucket = tl.sum((m_e[None, :] & ~(error[:, None] <= edge)).to(tl.int32), 1)  # [BG]
+    one = tl.full((BG,), 1, tl.int64)
     tl.atomic_add(p_counts + o_h * (E + 1) + bucket, one, mask=m_g, sem="relaxed")
     edge = tl.load(p_edges + E + o_e, mask=m_e, other=0.0)[None, :]
     bucket = tl.sum((m_e[None, :] & (lag[:, None] > edge)).to(tl.int32), 1)
@@ -73,7 +73,7 @@ def tally(position, ring, hit, source, chain, out, exact, edges, counts, pdl=Fal
         position, ring, hit, source, chain, out, exact, edges, counts,
         out.stride(0), out.stride(1),
         K=kv_heads, G=group, D=d, W=chain.shape[2], E=buckets,
-        M=triton.next_power_of_2(group), DP=triton.next_power_of_2(d),
-        EP=triton.next_power_of_2(buckets), PDL=pdl, num_warps=2,
+        BG=triton.next_power_of_2(group), BD=triton.next_power_of_2(d),
+        BE=triton.next_power_of_2(buckets), PDL=pdl, num_warps=2,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

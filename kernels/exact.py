@@ -1,12 +1,13 @@
-"""Exact attention over the prefix of the missed (row, KV head) groups, in one launch.
+"""Exact attention over the prefixes of the missed (row, KV head) groups, in one launch.
 
-One of two engines for misses; `flashinfer_exact.FlashInferExact` is the other. Both attend alike, and the
+One of two miss engines; `flashinfer_exact.FlashInferExact` is the other. Both attend alike, and the
 oracle of both is `paged.attend` over `[lo, m+1-band)`. This one can also complete the groups
-(`complete.complete_group`), so that no other launch need follow.
+(`merge.complete_miss`), so that no other launch need follow.
 
-Letters: `B` rows, `H` query heads, `K` KV heads, `G = H / K`, `D` head size. Positions are
-0-based and intervals half-open. **LSE base 2.** Variables: `i_` index, `o_` offsets of a
-block, `b_` block in registers.
+The tokens of all missed groups are one list of units of `BN` tokens, cut into as many equal shares as there are
+programs: whatever the number of misses and the lengths of their prefixes, every program reads the same number of
+tokens. So a program meets at most one group that began in an earlier program and one that goes on in a later one.
+Each leaves its part of such a group, and the last of them to arrive merges the parts (`split_kv`).
 """
 
 from dataclasses import dataclass
@@ -15,18 +16,144 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac.kernels.amend import LOG2_E
 from vllm_mac.kernels.hit import Workspace
-from vllm_mac.kernels.prefix import prefix_kernel
-from vllm_mac.kernels.registers import REGISTERS, launch, power_of_two
+from vllm_mac.kernels.launch import REGISTER_LIMITS, launch, power_of_two
+from vllm_mac.kernels.partial import LOG2_E
+from vllm_mac.kernels.split_kv import attend_share, complete, merge_shares, write
 
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+# Rows change from step to step, and what depends on them must not compile it anew.
+@triton.jit(do_not_specialize=("groups", "s_table_row"))
+def prefix_kernel(
+    p_query, p_kv, p_table, p_position, p_hit, p_out, p_lse2, p_split_out, p_split_lse2, p_arrived,
+    groups, first_token, band, log2_scale,
+    s_query_row, s_query_head, s_kv_page, s_kv_head, s_kv_token, s_table_row,
+    s_out_row, s_out_head, s_lse_row,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    BN: tl.constexpr, BQ: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BBK: tl.constexpr,
+    MERGE: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, OF_HITS: tl.constexpr,
+    p_ring=None, p_cos_sin=None, p_part_out=None, p_part_lse=None,
+    p_ring_query=None, p_ring_out=None, p_ring_lse=None, p_ring_chain=None,
+    W: tl.constexpr = 0, SINK: tl.constexpr = 0, ROTARY: tl.constexpr = 0, NEOX: tl.constexpr = True,
+):  # fmt: skip
+    """Program `i_p` of any number: attends to its share of the tokens of all missed groups.
+
+    Without rings it writes attention over the prefix and its base-2 LSE. With rings it completes the groups, writes the
+    layer's output and no LSE.
+    """
+    # 1. The list of work. Every program makes the whole list by itself: no other launch, no waiting.
+    COMPLETE: tl.constexpr = p_ring_query is not None
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    i_p, programs = tl.program_id(0), tl.num_programs(0)
+    o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
+    o_q, o_g, o_part = tl.arange(0, BQ), tl.arange(0, BG), tl.arange(0, 2 * MERGE)
+    o_bk = tl.arange(0, BBK)
+    all_m = tl.load(p_position + o_bk // K, mask=o_bk < groups, other=-1).to(tl.int32)  # [BBK]
+    if COMPLETE:
+        all_ring = tl.load(p_ring + o_bk // K, mask=o_bk < groups, other=-1)  # [BBK]
+    all_hit = tl.load(p_hit + o_bk, mask=o_bk < groups, other=0) != 0  # [BBK]
+    if COMPLETE:  # the band of a row without a ring is read like its prefix
+        all_m += tl.where((all_ring < 0) & (all_m >= 0), band, 0)
+    tokens = tl.where(all_hit == OF_HITS, tl.maximum(all_m + 1 - band - first_token, 0), 0)
+    units = (tokens + BN - 1) // BN  # [BBK]
+    ends = tl.cumsum(units, 0)
+    total = tl.sum(units, 0)
+    share = tl.maximum((total + programs - 1) // programs, 1)
+    # Merging the few parts of a group takes less time than reading another unit.
+    share = tl.maximum(share, tl.minimum((tl.max(units, 0) + MERGE - 1) // MERGE, 4))
+
+    # 2. Groups without a token to read, of which each program takes every `programs`-th.
+    nothing = (all_hit == OF_HITS) & (all_m >= 0) & (tokens == 0)
+    if COMPLETE:
+        some = tl.sum(nothing.to(tl.int32), 0) > 0
+    else:
+        some = True  # the output of groups that nobody asks for is 0
+    if some:
+        i_bk = i_p
+        while i_bk < groups:
+            m = tl.load(p_position + i_bk // K).to(tl.int32)
+            wanted = (tl.sum(tl.where(o_bk == i_bk, all_hit.to(tl.int32), 0), 0) == OF_HITS) & (m >= 0)
+            i_row, i_k = (i_bk // K).to(tl.int64), i_bk % K
+            empty = tl.full([BG], float("-inf"), tl.float32)
+            zero = tl.zeros([BG, BD], tl.float32)
+            if COMPLETE:
+                ring = tl.load(p_ring + i_row).to(tl.int64)
+                if wanted & (m + 1 - tl.where(ring < 0, 0, band) <= first_token):
+                    complete(
+                        zero, empty, i_row, i_k, m, ring, p_query, p_cos_sin, p_part_out, p_part_lse, p_out,
+                        p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
+                        s_query_row, s_query_head, s_out_row, s_out_head, o_g, o_d, K, G, D, W, SINK, ROTARY, NEOX,
+                    )  # fmt: skip
+            else:
+                if (not wanted) | (m + 1 - band <= first_token):
+                    p_o = p_out + i_row * s_out_row + i_k * G * s_out_head
+                    write(p_o, p_lse2 + i_row * s_lse_row + i_k * G, zero, empty, s_out_head, o_g, o_d, G, D)
+            i_bk += programs
+
+    # 3. This program's share of the units: one turn for each group that has some of them.
+    unit = i_p * share
+    stop = tl.minimum(unit + share, total)
+    while unit < stop:
+        # 3a. The group, and which of its tokens are this program's.
+        i_bk = tl.sum((ends <= unit).to(tl.int32), 0)
+        group_end = tl.min(tl.where(ends > unit, ends, 2147483647), 0)
+        group_start = group_end - tl.sum(tl.where(o_bk == i_bk, units, 0), 0)
+        segment_end = tl.minimum(stop, group_end)
+        i_row, i_k = (i_bk // K).to(tl.int64), i_bk % K
+        if BBK <= 1024:  # from registers sooner than from memory, but large batches have none left
+            m = tl.sum(tl.where(o_bk == i_bk, all_m, 0), 0)
+            if COMPLETE:
+                ring = tl.sum(tl.where(o_bk == i_bk, all_ring, 0), 0).to(tl.int64)
+        else:
+            m = tl.load(p_position + i_row).to(tl.int32)
+            if COMPLETE:
+                ring = tl.load(p_ring + i_row).to(tl.int64)
+                m += tl.where(ring < 0, band, 0)
+        token_end = m + 1 - band
+        begin = first_token + (unit - group_start) * BN
+        end = tl.minimum(first_token + (segment_end - group_start) * BN, token_end)
+
+        # 3b. Attend to them.
+        p_q = p_query + i_row * s_query_row + (i_k * G + o_q)[:, None] * s_query_head + o_d[None, :]
+        q = tl.load(p_q, mask=(o_q < G)[:, None] & (o_d < D)[None, :], other=0.0)  # [BQ, BD]
+        lse2, out = attend_share(
+            q, i_row, begin, end, p_table, p_kv + i_k.to(tl.int64) * s_kv_head, s_table_row, s_kv_page, s_kv_token,
+            log2_scale, o_q, o_n, o_d, G, D, PAGE, BN, BQ, BG, BD, STAGES, DOT,
+        )  # fmt: skip
+
+        # 3c. Where other programs have parts of the group, the last to arrive merges them.
+        ready = tl.full((), 1, tl.int32)  # whether this program has the group's result
+        if (unit != group_start) | (segment_end != group_end):
+            i_first, i_last = group_start // share, (group_end - 1) // share
+            ready, lse2, out = merge_shares(
+                lse2, out, i_p, programs, i_first, i_last, p_split_out, p_split_lse2, p_arrived, o_g, o_d, o_part,
+                G, D, MERGE, UNROLL,
+            )  # fmt: skip
+
+        # 3d. Complete the group, or write its result.
+        if ready != 0:
+            if COMPLETE:
+                complete(
+                    out, lse2, i_row, i_k, m, ring, p_query, p_cos_sin, p_part_out, p_part_lse, p_out,
+                    p_ring_query, p_ring_out, p_ring_lse, p_ring_chain,
+                    s_query_row, s_query_head, s_out_row, s_out_head, o_g, o_d, K, G, D, W, SINK, ROTARY, NEOX,
+                )  # fmt: skip
+            else:
+                p_o = p_out + i_row * s_out_row + i_k * G * s_out_head
+                write(p_o, p_lse2 + i_row * s_lse_row + i_k * G, out, lse2, s_out_head, o_g, o_d, G, D)
+        unit = segment_end
+
+
 @dataclass(frozen=True, slots=True)
 class PrefixProblem:
-    """What is the same in every layer and every step, for both engines.
+    """What is the same in every layer and every step, for both miss engines.
 
     max_rows: most rows of a batch. max_blocks: most KV pages of one row. dtype: of queries and
     KV. scale: multiplies the scores. The prefix of position `m` is `[first, m+1-band)`, where
@@ -76,8 +203,8 @@ class Completion:
     def pointers(self) -> dict:
         store, work = self.store, self.work
         return dict(
-            ring=self.ring, cos_sin=self.cos_sin, left_out=work.part_out, left_lse=work.part_lse,
-            ring_query=store.query, ring_out=store.out, ring_lse=store.lse, ring_chain=store.chain,
+            p_ring=self.ring, p_cos_sin=self.cos_sin, p_part_out=work.part_out, p_part_lse=work.part_lse,
+            p_ring_query=store.query, p_ring_out=store.out, p_ring_lse=store.lse, p_ring_chain=store.chain,
         )  # fmt: skip
 
     def constants(self) -> dict:
@@ -87,8 +214,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the kernel is cut: tokens of a block, warps of a program, stages of its pipeline,
-    programs on a multiprocessor."""
+    """How the work is split: tokens of a block, warps of a program, stages of its pipeline,
+    programs on an SM."""
 
     block: int
     warps: int
@@ -96,9 +223,9 @@ class Tuning:
     per_sm: int
 
     def options(self) -> list[dict]:
-        """How to launch the kernel, for `registers.launch`: ptxas may also keep registers in memory for the sake of more
-        programs than there are; otherwise a shorter pipeline or more threads have enough of them."""
-        most, short = REGISTERS[-1], max(self.stages - 1, min(self.stages, 3))
+        """How to launch the kernel, for `launch.launch`. Without a limit ptxas may spill so that more programs fit on an SM
+        than are launched. Where the highest limit spills too, a shorter pipeline or more threads need fewer registers."""
+        most, short = REGISTER_LIMITS[-1], max(self.stages - 1, min(self.stages, 3))
         return [
             {"num_warps": warps, "STAGES": stages, "num_stages": stages, "maxnreg": limit}
             for warps, stages, limit in (
@@ -109,7 +236,7 @@ class Tuning:
 
     @classmethod
     def default(cls, head_size: int, dtype: torch.dtype, group: int, shared: int = 227 << 10) -> "Tuning":
-        """shared: bytes of shared memory that a program, or several together, may have.
+        """shared: bytes of shared memory of an SM that programs may use.
 
         Page numbers and KV are loaded one after the other, so that `stages` hold `stages - 2`
         blocks of KV. Blocks of 32 KB measured best: 64 tokens of head size 128.
@@ -167,7 +294,7 @@ class TritonExact:
         self._part_lse = torch.empty(slots, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(4 * programs, dtype=torch.int32, device=device)
         self._options = self.tuning.options()
-        self._found: dict = {}  # which of them each variant of the kernel takes
+        self._found: dict = {}  # the option chosen for each variant of the kernel
 
     def lasting(self) -> dict[str, Tensor]:
         """By name, what a launch must find as the one before left it: the counters of arrival, all 0."""
@@ -206,22 +333,22 @@ class TritonExact:
         heads, width = power_of_two(p.group), power_of_two(p.head_size)
         s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
         pointers = dict(
-            query=query, kv=kv, block_table=block_table, position=position, hit=hit, out=out, lse=lse,
+            p_query=query, p_kv=kv, p_table=block_table, p_position=position, p_hit=hit, p_out=out, p_lse2=lse,
             **({} if completion is None else completion.pointers()),
         )  # fmt: skip
         sizes = dict(
-            first_token=p.first, band=p.band, stride_qb=s_query[0], stride_qh=s_query[1],
-            stride_page=s_kv[0], stride_head=s_kv[1], stride_token=s_kv[2], stride_ob=s_out[0], stride_oh=s_out[1],
-            stride_lb=0 if lse is None else lse.stride(0),
+            first_token=p.first, band=p.band, s_query_row=s_query[0], s_query_head=s_query[1],
+            s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_out_row=s_out[0], s_out_head=s_out[1],
+            s_lse_row=0 if lse is None else lse.stride(0),
         )  # fmt: skip
         others = dict(
-            part_out=self._part_out, part_lse=self._part_lse, arrived=self._arrived,
-            groups=groups, stride_table=block_table.stride(0), scale_log2=p.scale * LOG2_E.value,
+            p_split_out=self._part_out, p_split_lse2=self._part_lse, p_arrived=self._arrived,
+            groups=groups, s_table_row=block_table.stride(0), log2_scale=p.scale * LOG2_E.value,
         )  # fmt: skip
         constants = dict(
             K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
-            BN=t.block, BG=max(16, heads), BM=heads, BD=width, BR=max(16, power_of_two(groups)),
-            P=self._block, UNROLL=max(1, min(8, 4096 // (heads * width))),
+            BN=t.block, BQ=max(16, heads), BG=heads, BD=width, BBK=max(16, power_of_two(groups)),
+            MERGE=self._block, UNROLL=max(1, min(8, 4096 // (heads * width))),
             DOT=self._dot, PDL=self.pdl, OF_HITS=self.of_hits,
             **({} if completion is None else {**completion.constants(), "SINK": p.sink}),
             **({"launch_pdl": True} if self.pdl else {}),

@@ -25,7 +25,7 @@ from triton.runtime import driver
 
 from vllm_mac import warmup
 from vllm_mac.fused import rotation
-from vllm_mac.kernels import complete, registers
+from vllm_mac.kernels import complete, launch
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.hit import Workspace
 
@@ -73,7 +73,7 @@ class Compiled:
             if made.hash in self.seen:
                 return
             self.seen.add(made.hash)
-            tensors = [kwargs[name] for name in ("p_kv", "kv", "p_ring_query") if name in kwargs]
+            tensors = [kwargs[name] for name in ("p_kv", "p_ring_query") if name in kwargs]
             row = {
                 "triton": triton.__version__, "kernel": self.kernel.fn.__name__, "shared": made.metadata.shared, **measure(made.asm["cubin"]),
                 "itemsize": [tensor.element_size() for tensor in tensors], "passed_over": self.passed_over.pop(self.kernel, 0),
@@ -85,8 +85,8 @@ class Compiled:
 
 
 def noting(passed_over: dict):
-    """`registers._enough`, which notes how many options it passed over for a kernel that is launched next."""
-    enough = registers._enough
+    """`launch._enough`, which notes how many options it passed over for a kernel that is launched next."""
+    enough = launch._enough
 
     def noted(kernel, grid, arguments, options, found, variant):
         option = enough(kernel, grid, arguments, options, found, variant)
@@ -116,8 +116,8 @@ def main(arch: int) -> None:
     (shared, sms), pdl, seen, passed_over = GPUS[arch], arch >= 90, set(), {}
     for module, name in warmup.KERNELS:
         setattr(module, name, Compiled(getattr(module, name), seen, passed_over))
-    registers._spills = lambda made: measure(made.asm["cubin"])["stack"]
-    registers._enough = noting(passed_over)
+    launch._spills = lambda made: measure(made.asm["cubin"])["stack"]
+    launch._enough = noting(passed_over)
     allocate, default, init = Workspace.allocate.__func__, Tuning.default.__func__, TritonExact.__init__
     Workspace.allocate = classmethod(
         lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=3 * sms, pdl=pdl)

@@ -24,3 +24,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker(absent):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def device():
+    return "cuda" if ON_GPU else "cpu"

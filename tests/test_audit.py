@@ -11,7 +11,7 @@ import pytest
 import shadow
 import torch
 from scenarios import SCENARIOS
-from test_kernels_hit import Batch, Case, config, unrotate
+from support.hit_batches import Batch, Case, config, unrotate
 from tiny_models import write
 
 from vllm_mac import audit, metrics, reference
@@ -258,7 +258,7 @@ def test_no_budget_no_verdict(said):
 
 
 class Stepper:
-    """A decoder of one batch of `test_kernels_hit`, whose rings are as new before each step."""
+    """A decoder of one batch of `hit_batches`, whose rings are as new before each step."""
 
     def __init__(self, case: Case, dtype_error: float, **changes):
         self.settings = config(audit=0.5, miss_engine="triton", **changes)

@@ -35,7 +35,7 @@ def test_kernels_compile_and_fit(arch, triton, compiled):
     assert {row["kernel"] for row in found} == KERNELS and len(found) >= 10
     assert all(row["shared"] <= GPUS[arch][0] for row in found), found
     assert max(row["shared"] for row in found) > 0
-    # ptxas 12.8 and 12.9 lose some of what threads keep in memory for want of registers, so none may: see `registers`.
+    # No register may spill: ptxas 12.8 and 12.9 lose some of those, see `launch`.
     assert all(row["stack"] == 0 for row in found), found
 
 
@@ -52,12 +52,12 @@ def hit_loops(launch: dict, kv: int, ring: int) -> tuple[int, int]:
     A pipeline of so many stages has a copy of the reading for each: in the loop, and before it for the turns ahead.
     """
     n, ahead, at_once = launch, 0, 0
-    scanned = n["BW"] * n["DP"] * ring
+    scanned = n["BW"] * n["BD"] * ring
     if n["HALVES"]:
         scanned //= 2
         at_once += scanned // _at_once(n)  # the second half, where the first says so
     for size, stages in (
-        (2 * n["BT"] * n["DP"] * kv, n["NEAR_STAGES"]), (2 * n["BB"] * n["DP"] * kv, n["BAND_STAGES"]), (scanned, n["SCAN_STAGES"]),
+        (2 * n["BT"] * n["BD"] * kv, n["NEAR_STAGES"]), (2 * n["BN"] * n["BD"] * kv, n["BAND_STAGES"]), (scanned, n["SCAN_STAGES"]),
     ):  # fmt: skip
         if stages > 1:
             ahead += stages * size // _at_once(n)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.hit_batches import two_stages
 
 from vllm_mac import paged
 from vllm_mac.kernels import exact
@@ -189,16 +190,9 @@ def test_any_number_of_programs_shares_the_work(programs):
         run(made, batch)
 
 
-def two_stages(problem: PrefixProblem) -> TritonExact:
-    """An engine whose one long group is merged in blocks of programs, and then the blocks."""
-    made = TritonExact(problem, DEVICE, programs=16, tuning=Tuning(block=16, warps=4, stages=3, per_sm=1))
-    assert made._block == 4  # a group in more than 8 pieces
-    return made
-
-
 def test_many_pieces_are_merged_in_two_stages():
     batch = Batch(Case(lengths=(0, 700), missed="all", group=4, kv_heads=1))
-    made = two_stages(batch.problem())
+    made = two_stages(batch.problem(), DEVICE)
     for _ in range(2):  # the second finds the counters that the first left
         made._part_lse.fill_(math.nan), made._part_out.fill_(math.nan)
         run(made, batch)

@@ -12,8 +12,8 @@ import torch
 from byte_model import write_model, write_tokenizer
 from scenarios import text
 from stub_flashinfer import gpu_backend
+from support.hit_batches import Case
 from test_audit import Stepper
-from test_kernels_hit import Case
 from tiny_models import write
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 

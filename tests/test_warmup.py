@@ -416,10 +416,10 @@ from compiled import Driver
 from test_warmup import make
 from triton.runtime import driver
 from vllm_mac import warmup
-from vllm_mac.kernels import registers
+from vllm_mac.kernels import launch
 
 driver.set_active(Driver(90))
-registers._spills = lambda variant: max(0, 160 - (variant.metadata.maxnreg or 255))  # only a GPU tells
+launch._spills = lambda variant: max(0, 160 - (variant.metadata.maxnreg or 255))  # only a GPU tells
 threads, limits = [], []
 triton.knobs.compilation.listener = lambda **facts: threads.append(threading.get_ident())
 decoder, layers, table = make(rows=9, d=32)

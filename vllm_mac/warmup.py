@@ -102,7 +102,7 @@ def compiling(kernels: Sequence[triton.JITFunction]) -> Iterator[None]:
 def watching(kernels: Sequence[triton.JITFunction]) -> Iterator[dict[str, int]]:
     """By the names of kernels the most registers that a thread of what is launched keeps in memory, for want of registers.
 
-    The compiler may do so, but there is one case that it gets wrong (see `kernels.registers`), so ours are cut so as
+    The compiler may do so, but there is one case that it gets wrong (see `kernels.launch`), so ours are cut so as
     to need none. Kernels that do need none are left out.
     """
     spilled: dict[str, int] = {}
