@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Set up an environment and run the tests in it.
+# Set up an environment, and in it check format, lint and types, then run the tests.
 #   usage: tests/run.sh [PYTEST ARGUMENT...]
 # The environment is .cache/test-venv, kept between runs; MAC_TEST_VENV names another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${MAC_TEST_VENV:-.cache/test-venv}
 bash examples/install.sh "$venv" ".[test]"
+# What these three find takes seconds; .pre-commit-config.yaml has the same.
+"$venv/bin/ruff" format --check .
+"$venv/bin/ruff" check .
+"$venv/bin/pyrefly" check --python-interpreter-path "$venv/bin/python"
 # Two workers: no test uses more than one thread. In alphabetical order: files with few tests are the slowest here,
 # and would all be left to the end.
 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

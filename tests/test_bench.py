@@ -26,8 +26,9 @@ from typer.testing import CliRunner
 
 from vllm_mac import paged
 from vllm_mac.config import resolve
-from vllm_mac.tools import cli
-from vllm_mac.tools.bench import BenchError, data, decode, kernel, report
+from vllm_mac.tools import cli, environment
+from vllm_mac.tools.bench import BenchError, decode, kernel, plots, row_files, row_tables
+from vllm_mac.tools.bench import synthetic_step as data
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -263,7 +264,7 @@ def absent(step):
 def options(**changes):
     keys = dict(batches=(2,), contexts=(200,), heads=((4, 2),), hit_rates=(0.5, 1.0), config=CONFIG, head_size=64,
                 dtype="float16", lags="geometric", mean_lag=6, layers=1, baselines=("EXACT", "ABSENT"))  # fmt: skip
-    return kernel.Options(**keys | changes)
+    return kernel.KernelBench(**keys | changes)
 
 
 @pytest.fixture
@@ -311,7 +312,7 @@ def test_reads_between_layers_are_taken_off(baselines):
     for row in rows:
         assert (row["p20"], row["p50"], row["p80"]) == pytest.approx((1.0, 2.0, 3.0)) and row["between_mib"] == 1
     shown = io.StringIO()
-    report.show([row | report.environment(["x"]) for row in rows], Console(file=shown, width=200))
+    row_tables.show([row | environment.environment(["x"]) for row in rows], Console(file=shown, width=200))
     assert "1 MiB read between layers" in shown.getvalue()
 
 
@@ -363,7 +364,7 @@ def test_no_speed_of_a_wrong_decode(baselines, monkeypatch, spoil, said):
 def kernel_row(**changes):
     row = dict(bench="kernel", engine="MAC", heads="32/8", batch=1, context=1024, hit_rate=1.0, heads_matched=1.0,
                groups_hit=1.0, p20=0.01, p50=0.02, p80=0.03, floor_ms=0.01, speedup=7.0, bound_ms=0.02)  # fmt: skip
-    return row | changes | report.environment(["vllm-mac", "bench", "a b"])
+    return row | changes | environment.environment(["vllm-mac", "bench", "a b"])
 
 
 ROWS = [
@@ -383,30 +384,30 @@ def test_rows_carry_where_they_come_from():
 
 
 def test_commit_outside_a_checkout(monkeypatch):
-    monkeypatch.setattr(report, "_output", lambda command: "")
-    monkeypatch.delenv(report.COMMIT_VAR, raising=False)
-    assert report.commit.__wrapped__() == "unknown"
-    monkeypatch.setenv(report.COMMIT_VAR, "abc-dirty")
-    assert report.commit.__wrapped__() == "abc-dirty"
+    monkeypatch.setattr(environment, "_output", lambda command: "")
+    monkeypatch.delenv(environment.COMMIT_VAR, raising=False)
+    assert environment.commit.__wrapped__() == "unknown"
+    monkeypatch.setenv(environment.COMMIT_VAR, "abc-dirty")
+    assert environment.commit.__wrapped__() == "abc-dirty"
 
 
 def test_commit_of_a_changed_checkout(monkeypatch):
     said = {"ls-files": "__init__.py", "rev-parse": "0123456789ab", "status": " M x"}
-    monkeypatch.setattr(report, "_output", lambda command: said[command[3]])
-    assert report.commit.__wrapped__() == "0123456789ab-dirty"
+    monkeypatch.setattr(environment, "_output", lambda command: said[command[3]])
+    assert environment.commit.__wrapped__() == "0123456789ab-dirty"
     said["status"] = ""
-    assert report.commit.__wrapped__() == "0123456789ab"
+    assert environment.commit.__wrapped__() == "0123456789ab"
 
 
 def test_quantiles():
-    assert report.quantiles([5.0]) == {"p20": 5.0, "p50": 5.0, "p80": 5.0}
-    assert report.quantiles([float(x) for x in range(100, -1, -1)]) == {"p20": 20.0, "p50": 50.0, "p80": 80.0}
+    assert row_files.quantiles([5.0]) == {"p20": 5.0, "p50": 5.0, "p80": 5.0}
+    assert row_files.quantiles([float(x) for x in range(100, -1, -1)]) == {"p20": 20.0, "p50": 50.0, "p80": 80.0}
 
 
 def test_json_tables_and_the_show_command(tmp_path):
     rows, path = [kernel_row(**changes) for changes in ROWS], tmp_path / "new" / "rows.json"
-    report.save(rows, path)
-    assert report.load(path) == rows and not list(path.parent.glob("*.part"))
+    row_files.save(rows, path)
+    assert row_files.load(path) == rows and not list(path.parent.glob("*.part"))
     result = invoke("show", str(path), str(path))
     assert result.exit_code == 0
     assert "0.0200" in result.output and "0.490" in result.output and "ImportError: [bold] none" in result.output
@@ -419,11 +420,11 @@ def test_json_tables_and_the_show_command(tmp_path):
 @pytest.mark.parametrize("columns", [80, 100, 120])
 def test_tables_fit_common_terminals(name, columns):
     """Every figure is there, whole, at every width."""
-    rows = report.load(ROOT / "examples" / "results" / name)
+    rows = row_files.load(ROOT / "examples" / "results" / name)
     shown = []
     for width in (columns, 300):
         console = Console(file=io.StringIO(), width=width)
-        report.show(rows, console)
+        row_tables.show(rows, console)
         shown.append(console.file.getvalue())
     assert max(map(len, shown[0].splitlines())) <= columns and "…" not in shown[0]
     figures = [Counter(re.findall(r"\b\d+\.\d+\b", text)) for text in shown]
@@ -432,7 +433,7 @@ def test_tables_fit_common_terminals(name, columns):
 
 def decode_row(**changes):
     row = dict(bench="decode", engine="MAC", model="m", context=64, batch=1, p20=1.0, p50=2.0, p80=3.0, ttft_p50=9.0)
-    return row | changes | report.environment([])
+    return row | changes | environment.environment([])
 
 
 def test_plots(tmp_path):
@@ -441,10 +442,10 @@ def test_plots(tmp_path):
         ("k", [kernel_row(**changes) for changes in ROWS]),
         ("d", [decode_row(), decode_row(engine="default")]),
     ):
-        report.plot(rows, tmp_path / f"{name}.png")
+        plots.plot(rows, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BenchError, match="choose files of one benchmark"):
-        report.plot([kernel_row(), decode_row()], tmp_path / "x.png")
+        plots.plot([kernel_row(), decode_row()], tmp_path / "x.png")
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
@@ -459,7 +460,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
 def fake_engine(monkeypatch, body):
     """In place of an engine's process: `body` with `tell(**message)` and `spec`."""
     code = (
-        "import json, os, sys, time\nspec, fd = json.loads(sys.argv[1]), int(sys.argv[2])\n"
+        "import json, os, sys, time\nspec, fd = json.load(open(sys.argv[1])), int(sys.argv[2])\n"
         "tell = lambda **m: os.write(fd, (json.dumps(m) + '\\n').encode())\n" + body
     )
     monkeypatch.setattr(decode, "COMMAND", (sys.executable, "-c", code))
@@ -475,7 +476,7 @@ tell(done=True)"""
 def decoded(shapes=((1, 100),), **changes):
     """Rows of `decode.run`, and what it reported."""
     rows, told = [], []
-    decode.run(decode.Options("m", shapes, **changes), lambda *said: told.append(said), rows.append)
+    decode.run(decode.DecodeBench("m", shapes, **changes), lambda *said: told.append(said), rows.append)
     return rows, told
 
 
@@ -502,7 +503,7 @@ if name == "CRASH":
     assert error == "CRASH None 3: the engine ended with code 9 and gave no result: ValueError: out of luck"
     decode.compare(rows)
     assert rows[0]["speedup"] == 1.0 and "speedup" not in rows[2]
-    report.show([{**row, **report.environment()} for row in rows], Console(file=io.StringIO()))
+    row_tables.show([{**row, **environment.environment()} for row in rows], Console(file=io.StringIO()))
 
 
 SHAPES = ((1, 4000), (8, 100), (2, 50))
@@ -659,7 +660,7 @@ def test_decode_on_a_real_engine(tmp_path):
         capture_output=True, text=True, env=env, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr  # 900 tokens are too many
-    every = report.load(rows)
+    every = row_files.load(rows)
     assert [(row["engine"], row["batch"], row["context"]) for row in every] == [
         (engine, *shape) for engine in ("MAC", "default") for shape in ((2, 500), (1, 900), (2, 700), (1, 300))
     ]

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from test_calibrate import invoke, models, quick, said  # noqa: F401, models and quick are fixtures
 
 from vllm_mac.config import resolve
-from vllm_mac.tools import options
+from vllm_mac.tools import terminal
 from vllm_mac.tools.calibrate import CalibrateError, by_kl, knapsack
-from vllm_mac.tools.calibrate.divergence import Run, _calibrate
 from vllm_mac.tools.calibrate.journal import Journal
+from vllm_mac.tools.calibrate.kl_engine import Run, _calibrate
 from vllm_mac.tools.calibrate.knapsack import Option
 
 EXACT = Option(None, 1.0, 0.0)
@@ -251,7 +251,7 @@ def test_a_journal_reads_what_it_wrote_and_nothing_else(tmp_path):
         (["--bands", "128,256"], "--bands: received '128,256'; --metric kl takes one value, for all layers"),
         (["--budget", "0"], "--budget: received 0; choose a divergence above 0"),
         (["--metric", "kl", "--measured", "m.npz"], "--measured: kl is measured anew"),
-        (["--keep", "m.npz"], "--keep: received m.npz; of --metric kl lines of JSON are kept"),
+        (["--keep", "m.npz"], "--keep: received m.npz; --metric kl keeps lines of JSON"),
         (["--metric", "kld"], "--metric: received 'kld'; choose from kl, p50, p95, p99, mean"),
         (["--engine", '{"enforce_eager": false}'], "--engine: enforce_eager: received False; calibration needs True"),
     ],
@@ -289,7 +289,7 @@ def test_few_tokens_are_warned_of(tmp_path):
 
 
 def test_a_log_says_how_much_of_what_is_done(capsys):
-    with options.progress(True, None, done=True) as tell:
+    with terminal.progress(True, None, done=True) as tell:
         tell("starting", 0)
         tell("first", 1, 3)
         tell("second", 1)

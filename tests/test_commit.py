@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mac.tools.bench import report
+from vllm_mac.tools import environment
 
-FILES = {"vllm_mac/__init__.py": "one\n", "vllm_mac/tools/eval/run.py": "two\n",
+FILES = {"vllm_mac/__init__.py": "one\n", "vllm_mac/tools/eval/evaluation.py": "two\n",
          "kernels/match.py": "three\n", "configs/default.yaml": "window: 5\n"}  # fmt: skip
 
 
@@ -37,10 +37,10 @@ def places(tmp_path, monkeypatch):
     git(checkout, "init", "-q")
     commit(checkout)
     install(checkout, package)
-    module = package / "tools" / "bench" / "report.py"
-    monkeypatch.setattr(report, "__file__", str(module))
-    monkeypatch.setattr(report, "_sources", lambda: [tmp_path / "absent", checkout])
-    monkeypatch.delenv(report.COMMIT_VAR, raising=False)
+    module = package / "tools" / "environment.py"
+    monkeypatch.setattr(environment, "__file__", str(module))
+    monkeypatch.setattr(environment, "_sources", lambda: [tmp_path / "absent", checkout])
+    monkeypatch.delenv(environment.COMMIT_VAR, raising=False)
     return checkout, package
 
 
@@ -51,7 +51,7 @@ def install(checkout: Path, package: Path) -> None:
 
 
 def named() -> str:
-    return report.commit.__wrapped__()
+    return environment.commit.__wrapped__()
 
 
 def test_an_installed_package_is_the_commit_with_its_files(places):
@@ -75,12 +75,12 @@ def test_edited_files_are_said_to_be(places):
     (checkout / "configs" / "default.yaml").write_text("window: 6\n")
     install(checkout, package)
     assert named() == f"{head}-dirty"
-    (package / "tools" / "eval" / "run.py").write_text("edited where it is installed\n")
+    (package / "tools" / "eval" / "evaluation.py").write_text("edited where it is installed\n")
     assert named() == "unknown"
 
 
 def test_the_environment_says_it_first(places, monkeypatch):
-    monkeypatch.setenv(report.COMMIT_VAR, "abc")
+    monkeypatch.setenv(environment.COMMIT_VAR, "abc")
     assert named() == "abc"
 
 
@@ -88,7 +88,7 @@ def test_a_package_from_elsewhere_is_unknown(places, monkeypatch, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     git(other, "init", "-q")
-    monkeypatch.setattr(report, "_sources", lambda: [other, tmp_path])
+    monkeypatch.setattr(environment, "_sources", lambda: [other, tmp_path])
     assert named() == "unknown"  # no commit, and no checkout
     (other / "a").write_text("b")
     commit(other)
@@ -101,6 +101,6 @@ def test_a_package_from_elsewhere_is_unknown(places, monkeypatch, tmp_path):
 def test_where_a_package_was_installed_from(url, folder, monkeypatch, tmp_path):
     told = json.dumps({"url": url, "dir_info": {}}) if url else None
     distribution = type("Distribution", (), {"read_text": lambda self, name: told})
-    monkeypatch.setattr(report.importlib.metadata, "distribution", lambda name: distribution())
+    monkeypatch.setattr(environment.importlib.metadata, "distribution", lambda name: distribution())
     monkeypatch.chdir(tmp_path)
-    assert report._sources() == [*([Path(folder)] if folder else []), tmp_path]
+    assert environment._sources() == [*([Path(folder)] if folder else []), tmp_path]

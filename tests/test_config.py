@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import vllm_mac
 from vllm_mac.config import (
@@ -24,6 +25,7 @@ from vllm_mac.config import (
     bundled_configs,
     resolve,
 )
+from vllm_mac.tools import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = {
@@ -649,8 +651,15 @@ def pyproject() -> dict:
     return tomllib.loads(path.read_text())
 
 
-def test_both_statements_of_the_version_agree(pyproject):
-    assert pyproject["project"]["version"] == vllm_mac.__version__
+def test_the_version_is_stated_once(pyproject):
+    assert pyproject["project"]["dynamic"] == ["version"] and "version" not in pyproject["project"]
+    assert pyproject["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "vllm_mac.__version__"}
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout.strip() == vllm_mac.__version__
+
+
+def test_type_checkers_are_told_that_the_package_has_types(pyproject):
+    assert "py.typed" in pyproject["tool"]["setuptools"]["package-data"]["vllm_mac"]
+    assert (ROOT / "vllm_mac" / "py.typed").is_file()
 
 
 def test_every_folder_with_modules_is_installed(pyproject):

@@ -70,9 +70,13 @@ def test_versions_within(version, fits):
         (
             {"gpu": "NVIDIA H200", "triton": "3.7.1", "flashinfer": "0.7.0"},
             WARNING,
-            "Triton 3.7.1, which nobody has tried",
+            "Triton 3.7.1 is untested",
         ),
-        ({"gpu": "NVIDIA H200", "triton": "3.8.0"}, PROBLEM, "FlashInfer is not installed, and reads prompts on GPUs"),
+        (
+            {"gpu": "NVIDIA H200", "triton": "3.8.0"},
+            PROBLEM,
+            "FlashInfer is not installed, and prefill on GPUs needs it",
+        ),
     ],
 )
 def test_versions_are_judged(changes, mark, text):
@@ -96,7 +100,7 @@ def test_a_gpu_that_pytorch_cannot_use():
     (found,) = checks.of_devices(HERE | {"gpu": "NVIDIA L4"})
     assert found.mark == PROBLEM and "NVIDIA L4" in found.text
     (found,) = checks.of_devices(HERE)
-    assert found.mark == OK and found.text.startswith("no GPU: CPU engine")
+    assert found.mark == OK and found.text.startswith("no GPU: ")
 
 
 @pytest.mark.parametrize("marks, status", [([OK, UNCHECKED], 0), ([OK, WARNING], 1), ([WARNING, PROBLEM, OK], 2)])
@@ -295,7 +299,7 @@ def test_the_command(models, tmp_path):
     ]  # fmt: skip
     plugin = [(one["mark"], one["text"]) for one in told["findings"] if one["section"] == "plugin"]
     assert [mark for mark, _ in plugin] == [OK] * 5 + [UNCHECKED], plugin
-    assert (OK, "MAC reaches a process that is spawned") in plugin
+    assert (OK, "MAC is known in a spawned process") in plugin
     assert [layer["reason"] for layer in told["model"]["layers"]] == ["sliding_window", None] * 2
     assert (told["model"]["rings_wanted"], told["model"]["name"]) == (4, command[1])
     assert [(row["context"], row["hit_rate"]) for row in told["estimates"]] == [

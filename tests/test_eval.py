@@ -17,11 +17,23 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vllm_mac.tools import cli, runs
-from vllm_mac.tools.eval import EvalError, longbench, plots, report, requests, results, run, statistics, stdlib, tasks
+from vllm_mac.tools import cli, engine_process, resume
+from vllm_mac.tools.eval import (
+    EvalError,
+    evaluation,
+    longbench,
+    plots,
+    requests,
+    result_tables,
+    results,
+    statistics,
+    stdlib,
+    tasks,
+)
+from vllm_mac.tools.eval.cli import configurations
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = dict.fromkeys(runs.SAME) | {"commit": "0123456789ab", "command": "vllm-mac eval"}
+ENVIRONMENT = dict.fromkeys(resume.SAME) | {"commit": "0123456789ab", "command": "vllm-mac eval"}
 
 
 def invoke(*args):
@@ -375,7 +387,9 @@ def made(count=4):
 
 
 def options(tmp_path, **changes):
-    return run.Options(**{"model": "m", "out": tmp_path / "out", "mac": {"one": {"threshold": 0.5}}} | changes)
+    return evaluation.Evaluation(
+        **{"model": "m", "out": tmp_path / "out", "mac": {"one": {"threshold": 0.5}}} | changes
+    )
 
 
 def fake_engine(monkeypatch, dies="False", first=""):
@@ -402,14 +416,14 @@ for line in open(spec["requests"]):
     count += 1
 os.write(fd, (json.dumps({{"stage": "all", "advance": count}}) + "\\n" + json.dumps({{"done": True}}) + "\\n").encode())
 """
-    monkeypatch.setattr(run, "COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(evaluation, "COMMAND", (sys.executable, "-c", code))
 
 
 def test_a_run_from_its_answers_to_its_tables(monkeypatch, tmp_path):
     fake_engine(monkeypatch)
     opts, told = options(tmp_path), []
-    found = run.run(opts, made(), ENVIRONMENT, lambda what, advance: told.append((what, advance)))
-    assert told == [("exact: all", 5), ("one: all", 5)] and run.steps(opts, made()) == 10
+    found = evaluation.run(opts, made(), ENVIRONMENT, lambda what, advance: told.append((what, advance)))
+    assert told == [("exact: all", 5), ("one: all", 5)] and evaluation.steps(opts, made()) == 10
     exact, one = found["totals"]
     assert (exact["score"], one["score"], one["difference"], one["same_answers"]) == (1.0, 0.0, -1.0, 0.0)
     assert found["divergence"] == {"one": [1] * 5} and "difference_low" not in one
@@ -417,11 +431,11 @@ def test_a_run_from_its_answers_to_its_tables(monkeypatch, tmp_path):
         ("exact", "ruler", 4, True), ("exact", "prompts", 1, False), ("one", "ruler", 4, True), ("one", "prompts", 1, False),
     ]  # fmt: skip
     assert json.loads((opts.out / "results.json").read_text()) == found
-    text = report.markdown(found)
+    text = result_tables.markdown(found)
     assert "| one | 5 (4 scored) | 0.0 (0.0 to 49.0) | -100.0 (on each) | 0.0 | 50.0 | 1 |" in text
     # A finished run is shown again, and no engine starts.
-    monkeypatch.setattr(run, "COMMAND", ("/nonexistent",))
-    assert run.run(options(tmp_path, resume=True), made(), ENVIRONMENT, None) == found
+    monkeypatch.setattr(evaluation, "COMMAND", ("/nonexistent",))
+    assert evaluation.run(options(tmp_path, resume=True), made(), ENVIRONMENT, None) == found
 
 
 def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path):
@@ -429,14 +443,14 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path):
     with pytest.raises(
         EvalError, match="(?s)^exact: .*ended with code 9 and gave no result: ValueError: out of luck$"
     ) as caught:
-        run.run(options(tmp_path), made(), ENVIRONMENT, lambda *_: None)
+        evaluation.run(options(tmp_path), made(), ENVIRONMENT, lambda *_: None)
     assert "Traceback" in str(caught.value)
     with open(tmp_path / "out" / "exact" / "samples.jsonl", "a") as file:
         file.write('{"id": "ruler/99/ni')  # cut short
     assert results.left(tmp_path / "out" / "exact", made(), 3) == (3, True)
     fake_engine(monkeypatch)
     told = []
-    run.run(options(tmp_path, resume=True), made(), ENVIRONMENT, lambda *said: told.append(said))
+    evaluation.run(options(tmp_path, resume=True), made(), ENVIRONMENT, lambda *said: told.append(said))
     assert told == [("exact: 2 were done before", 2), ("exact: all", 3), ("one: all", 5)]
     rows = results.read_samples(tmp_path / "out" / "exact")
     assert [row["id"] for row in rows] == [request.id for request in made()]
@@ -447,12 +461,14 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path):
 def test_a_configuration_that_fails_leaves_the_others(gpus, monkeypatch, tmp_path):
     fake_engine(monkeypatch, "name == 'two'")
     opts = options(tmp_path, mac={"two": {}, "one": {}}, gpus=gpus)
-    found = run.run(opts, made(), ENVIRONMENT, lambda *_: None)
+    found = evaluation.run(opts, made(), ENVIRONMENT, lambda *_: None)
     assert [row["configuration"] for row in found["totals"]] == ["exact", "one"]
     assert "out of luck" in found["errors"]["two"] and (opts.out / "two" / "engine.log").exists()
-    assert "two gave no figures: " in report.markdown(found)
+    assert "two has no results: " in result_tables.markdown(found)
     fake_engine(monkeypatch)
-    found = run.run(options(tmp_path, mac={"two": {}, "one": {}}, resume=True), made(), ENVIRONMENT, lambda *_: None)
+    found = evaluation.run(
+        options(tmp_path, mac={"two": {}, "one": {}}, resume=True), made(), ENVIRONMENT, lambda *_: None
+    )
     assert [row["configuration"] for row in found["totals"]] == ["exact", "two", "one"] and not found["errors"]
 
 
@@ -488,7 +504,7 @@ def test_engines_run_side_by_side(gpus, monkeypatch, tmp_path):
         told.append(telling.pop())
 
     opts = options(tmp_path, mac={key: {} for key in names}, gpus=gpus)
-    found = run.run(opts, made(), ENVIRONMENT, tell)
+    found = evaluation.run(opts, made(), ENVIRONMENT, tell)
     assert not found["errors"] and [row["configuration"] for row in found["totals"]] == ["exact", *names]
     assert sorted(told) == sorted((f"{name}: all", 5) for name in ("exact", *names))
     notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
@@ -531,12 +547,12 @@ def test_what_is_raised_beside_other_engines_ends_them(monkeypatch, tmp_path):
             while not note.exists():
                 time.sleep(0.01)
             raise OSError("no space left")
-        return runs.follow(command, *args, **rest)
+        return engine_process.follow(command, *args, **rest)
 
-    monkeypatch.setattr(run, "follow", follow)
+    monkeypatch.setattr(evaluation, "follow", follow)
     opts, begin = options(tmp_path, mac={"one": {}, "two": {}, "three": {}}, gpus=("0", "1")), time.monotonic()
     with pytest.raises(OSError, match="^no space left$"):
-        run.run(opts, made(), ENVIRONMENT, lambda *_: None)
+        evaluation.run(opts, made(), ENVIRONMENT, lambda *_: None)
     assert ended(note.read_text().split()[0]) and time.monotonic() < begin + 50  # it would have slept for 60 s
     assert len(results.read_samples(opts.out / "exact")) == 5
 
@@ -550,7 +566,7 @@ def test_an_interrupt_stops_all_engines(number, tmp_path):
         "import signal, sys, pytest\nsys.path.insert(0, sys.argv.pop(1))\nimport test_eval, vllm_mac.tools.cli\n"
         # A shell starts what it runs in the background with this signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "test_eval.run.prompts = lambda options: test_eval.made()\n"
+        "test_eval.evaluation.prompts = lambda options: test_eval.made()\n"
         f"first = {hanging(tmp_path, ['two', 'three'])!r}\n"
         "test_eval.fake_engine(pytest.MonkeyPatch(), 'hangs and count == 2 and hang()', first)\nvllm_mac.tools.cli.main()\n"
     )
@@ -579,7 +595,7 @@ def test_an_interrupt_stops_all_engines(number, tmp_path):
     assert all(map(ended, pids)) and sorted(gpus) == ["4", "5"] and not (out / "four").exists()
     found = json.loads((out / "results.json").read_text())
     assert [row["configuration"] for row in found["totals"]] == ["exact", "one"]
-    assert found["errors"] == dict.fromkeys(["two", "three", "four"], run.INTERRUPTED)
+    assert found["errors"] == dict.fromkeys(["two", "three", "four"], evaluation.INTERRUPTED)
     assert [len(results.read_samples(out / name)) for name in ("two", "three")] == [2, 2]
     (tmp_path / "go").touch()
     done = subprocess.run(
@@ -599,21 +615,21 @@ def test_an_interrupted_run_shows_what_was_finished(monkeypatch, tmp_path, name,
     def follow(command, log, tell, **_):
         if Path(json.loads(Path(command[-1]).read_text())["folder"]).name == name:
             raise KeyboardInterrupt
-        return runs.follow(command, log, tell)
+        return engine_process.follow(command, log, tell)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "follow", follow)
+        patched.setattr(evaluation, "follow", follow)
         opts = options(tmp_path, mac=configurations)
         if not counted:
             with pytest.raises(KeyboardInterrupt):
-                run.run(opts, made(), ENVIRONMENT, lambda *_: None)
+                evaluation.run(opts, made(), ENVIRONMENT, lambda *_: None)
             assert not (opts.out / "results.json").exists()
         else:
-            found = run.run(opts, made(), ENVIRONMENT, lambda *_: None)
+            found = evaluation.run(opts, made(), ENVIRONMENT, lambda *_: None)
             assert [row["configuration"] for row in found["totals"]] == ["exact", "one"]
-            assert found["errors"] == {"two": run.INTERRUPTED, "three": run.INTERRUPTED}
-            assert "three gave no figures: interrupted" in report.markdown(found)
-    found = run.run(options(tmp_path, mac=configurations, resume=True), made(), ENVIRONMENT, lambda *_: None)
+            assert found["errors"] == {"two": evaluation.INTERRUPTED, "three": evaluation.INTERRUPTED}
+            assert "three has no results: interrupted" in result_tables.markdown(found)
+    found = evaluation.run(options(tmp_path, mac=configurations, resume=True), made(), ENVIRONMENT, lambda *_: None)
     assert len(found["totals"]) == 4 and not found["errors"]
 
 
@@ -632,13 +648,13 @@ def test_an_interrupted_run_shows_what_was_finished(monkeypatch, tmp_path, name,
 )
 def test_a_run_does_not_go_on_with_another_configuration(changes, environment, said, monkeypatch, tmp_path):
     fake_engine(monkeypatch)
-    run.run(options(tmp_path), made(), ENVIRONMENT, lambda *_: None)
+    evaluation.run(options(tmp_path), made(), ENVIRONMENT, lambda *_: None)
     with pytest.raises(EvalError, match=re.escape(said)):
-        run.run(options(tmp_path, resume=True, **changes), made(), ENVIRONMENT | environment, None)
+        evaluation.run(options(tmp_path, resume=True, **changes), made(), ENVIRONMENT | environment, None)
     with pytest.raises(EvalError, match="requests: there"):
-        run.run(options(tmp_path, resume=True), made(5), ENVIRONMENT, None)
+        evaluation.run(options(tmp_path, resume=True), made(5), ENVIRONMENT, None)
     # The folder may be what makes the checkout dirty.
-    run.run(options(tmp_path, resume=True), made(), ENVIRONMENT | {"commit": "0123456789ab-dirty"}, None)
+    evaluation.run(options(tmp_path, resume=True), made(), ENVIRONMENT | {"commit": "0123456789ab-dirty"}, None)
 
 
 class FakeLLM:
@@ -673,7 +689,7 @@ class FakeLLM:
 def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
     import vllm
 
-    from vllm_mac.tools.eval import engine
+    from vllm_mac.tools.eval import answer_engine
 
     monkeypatch.setattr(vllm, "LLM", FakeLLM)
     requests.save(made(), tmp_path / "requests.jsonl")
@@ -685,13 +701,13 @@ def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
         "kl": 0,
     }
     told = []
-    engine.main(spec, lambda **message: told.append(message))
+    answer_engine.main(spec, lambda **message: told.append(message))
     everything = [request.id for request in made()]
     assert FakeLLM.asked == everything and told[-1] == {"done": True} and sum(m.get("advance", 0) for m in told) == 5
     lines = (tmp_path / "samples.jsonl").read_text().splitlines(keepends=True)
     assert json.loads(lines[0])["score"] == 1.0 and json.loads(lines[-1])["score"] is None
     (tmp_path / "samples.jsonl").write_text("".join(lines[:1] + lines[2:]))
-    engine.main(spec, lambda **_: None)
+    answer_engine.main(spec, lambda **_: None)
     assert FakeLLM.asked == everything[1:2]
     assert results.read_samples(tmp_path)[-1]["id"] == everything[1]
     # Four answers of two steps, and one of two; the other phase is counted by itself.
@@ -721,9 +737,9 @@ def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
         *(
             (
                 ["--gpus", "0", "--engine", json.dumps({key: 2})],
-                f"--engine: {key}: received 2; choose 1, for with --gpus",
+                f"--engine: {key}: received 2; choose 1, because with --gpus",
             )
-            for key in run.PARALLEL
+            for key in evaluation.PARALLEL
         ),
         (["--resume"], "holds no run"),
     ],
@@ -737,7 +753,7 @@ def test_a_wrong_argument_is_named(args, said, monkeypatch, tmp_path):
 
 
 def test_gpus_are_taken_as_they_are():
-    assert run.gpus("1, GPU-0c,1", {"tensor_parallel_size": 1, "max_num_seqs": 2}) == ("1", "GPU-0c", "1")
+    assert evaluation.gpus("1, GPU-0c,1", {"tensor_parallel_size": 1, "max_num_seqs": 2}) == ("1", "GPU-0c", "1")
 
 
 def test_models_that_cannot_be_read(tmp_path):
@@ -757,7 +773,7 @@ def test_models_that_cannot_be_read(tmp_path):
 
 def test_configurations_are_whole_and_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("window: 99\n")
-    found = cli._configurations(["paper", 'b={"band": 9}', "c=paper", str(tmp_path / "mine.yaml")], audit=False)
+    found = configurations(["paper", 'b={"band": 9}', "c=paper", str(tmp_path / "mine.yaml")], audit=False)
     assert list(found) == ["paper", "b", "c", "mine"]
     assert found["paper"] == found["c"] and found["b"]["band"] == 9 and found["mine"]["window"] == 99
     paper = {

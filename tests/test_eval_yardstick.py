@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from test_eval import ENVIRONMENT, ROOT, fake_engine, invoke, made, options
 
-from vllm_mac.tools.eval import EvalError, plots, report, requests, run, statistics
+from vllm_mac.tools.eval import EvalError, evaluation, plots, requests, result_tables, statistics
 from vllm_mac.tools.eval.yardstick import OWN, ROUNDING, Yardstick, choose
 
 VOCABULARY, STEPS = 50, 40
@@ -49,12 +49,12 @@ def engine(monkeypatch, tmp_path, noise: dict[str, float], dies="False") -> Path
 def done(monkeypatch, tmp_path, noise=None, **changes):
     engine(monkeypatch, tmp_path, {"exact": 0.0, "yardstick": 0.1, "one": 0.3} if noise is None else noise)
     changes = {"yardstick": YARD, "kl": 2, "exact": "FLASHINFER"} | changes
-    return run.run(options(tmp_path, **changes), made(), ENVIRONMENT, lambda *_: None)
+    return evaluation.run(options(tmp_path, **changes), made(), ENVIRONMENT, lambda *_: None)
 
 
 def shown(found, width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    report.show(found, console)
+    result_tables.show(found, console)
     return console.file.getvalue()
 
 
@@ -67,7 +67,7 @@ def test_the_yardstick_is_another_exact_engine_on_the_same_texts(monkeypatch, tm
     assert [row["configuration"] for row in found["totals"]] == ["exact", "yardstick", "one"]
     assert found["configuration"]["yardstick"]["said"] == YARD.said and found["yardstick"] == {"identical": False}
     opts = options(tmp_path, yardstick=YARD, kl=2)
-    assert run.steps(opts, made()) == 3 * (5 + 2)
+    assert evaluation.steps(opts, made()) == 3 * (5 + 2)
 
 
 def test_figures_of_the_yardstick_are_those_of_the_formulas(monkeypatch, tmp_path):
@@ -98,7 +98,7 @@ def test_figures_of_the_yardstick_are_those_of_the_formulas(monkeypatch, tmp_pat
 
 def test_every_table_and_plot_has_the_yardstick(monkeypatch, tmp_path):
     found = done(monkeypatch, tmp_path)
-    text = report.markdown(found)
+    text = result_tables.markdown(found)
     assert "yardstick: FLASH_ATTN instead of FLASHINFER, on the same prompts and forced texts." in text
     *tables, layers = text.split("\n## ")[1:]
     assert layers.startswith("By layer") and len(tables) == 6
@@ -119,7 +119,7 @@ def test_every_table_and_plot_has_the_yardstick(monkeypatch, tmp_path):
     yard = next(row for row in found["rows"] if row["configuration"] == "yardstick" and row["group"] == "ruler")
     line = next(line for line in reads.lines if line.get_label() == "yardstick")
     assert set(line.get_ydata()) == {yard["kl_mean"]}
-    written = {path.name for path in report.write(found, tmp_path)}
+    written = {path.name for path in result_tables.write(found, tmp_path)}
     assert {"results.md", "scores.png", "reads.png", "divergence.png", "layers.png"} <= written
 
 
@@ -129,7 +129,7 @@ def test_every_table_and_plot_has_the_yardstick(monkeypatch, tmp_path):
         ({"exact": 0.0, "yardstick": 0.0, "one": 0.3}, "Its results are identical to exact's", False),
         (
             {"exact": 0.0, "yardstick": 1e-4, "one": 0.3},
-            "not above the 1e-06 nats that KL is known to: no multiples",
+            "not above 1e-06 nats, the precision of KL: no multiples",
             False,
         ),
         ({"exact": 0.0, "yardstick": 0.1, "one": 0.3}, "on the same prompts and forced texts.", True),
@@ -138,7 +138,7 @@ def test_every_table_and_plot_has_the_yardstick(monkeypatch, tmp_path):
 def test_a_yardstick_that_measures_nothing_is_said_to(noise, said, times, monkeypatch, tmp_path):
     monkeypatch.setattr(statistics, "first_difference", lambda a, b: None)  # all answers are the same
     found = done(monkeypatch, tmp_path, noise)
-    assert said in report.yardstick(found) and ("kl_times" in found["totals"][2]) == times
+    assert said in result_tables.yardstick(found) and ("kl_times" in found["totals"][2]) == times
     assert found["yardstick"]["identical"] == (noise["yardstick"] == 0)
 
 
@@ -150,15 +150,17 @@ def test_other_answers_are_not_identical_whatever_the_forced_texts(monkeypatch, 
 
 def test_without_forced_texts_nothing_is_said_to_be_identical(monkeypatch, tmp_path):
     found = done(monkeypatch, tmp_path, kl=0)
-    assert found["yardstick"] == {"identical": None} and "Without forced texts (--kl 0)" in report.yardstick(found)
-    assert "kl_mean" not in found["totals"][1] and "Next token" not in report.markdown(found)
+    assert found["yardstick"] == {"identical": None} and "Without forced texts (--kl 0)" in result_tables.yardstick(
+        found
+    )
+    assert "kl_mean" not in found["totals"][1] and "Next token" not in result_tables.markdown(found)
 
 
 def test_without_a_yardstick_one_line_says_so(monkeypatch, tmp_path):
     found = done(monkeypatch, tmp_path, yardstick=None)
     assert found["yardstick"] is None and not (tmp_path / "out" / "yardstick").exists()
     assert (
-        report.markdown(found).count("No yardstick (--yardstick)")
+        result_tables.markdown(found).count("No yardstick (--yardstick)")
         == shown(found, 100).count("No yardstick (--yardstick)")
         == 1
     )
@@ -167,17 +169,17 @@ def test_without_a_yardstick_one_line_says_so(monkeypatch, tmp_path):
 
 def test_a_yardstick_that_fails_leaves_the_others(monkeypatch, tmp_path):
     engine(monkeypatch, tmp_path, {"exact": 0.0, "yardstick": 0.1, "one": 0.3}, dies="name == 'yardstick'")
-    found = run.run(options(tmp_path, yardstick=YARD, kl=2), made(), ENVIRONMENT, lambda *_: None)
+    found = evaluation.run(options(tmp_path, yardstick=YARD, kl=2), made(), ENVIRONMENT, lambda *_: None)
     assert [row["configuration"] for row in found["totals"]] == ["exact", "one"] and "out of luck" in found["errors"][
         "yardstick"
     ]
-    assert "It gave no figures." in report.yardstick(found) and "kl_times" not in found["totals"][1]
+    assert "It has no results." in result_tables.yardstick(found) and "kl_times" not in found["totals"][1]
 
 
 def test_a_run_goes_on_with_its_own_yardstick_only(monkeypatch, tmp_path):
     done(monkeypatch, tmp_path)
     with pytest.raises(EvalError, match="yardstick: there .*FLASH_ATTN.*, now None"):
-        run.run(options(tmp_path, kl=2, exact="FLASHINFER", resume=True), made(), ENVIRONMENT, lambda *_: None)
+        evaluation.run(options(tmp_path, kl=2, exact="FLASHINFER", resume=True), made(), ENVIRONMENT, lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_a_run_goes_on_with_its_own_yardstick_only(monkeypatch, tmp_path):
             "FLASHINFER",
             "FLASHINFER",
             True,
-            "which is what is compared with; choose another exact backend, such as FLASH_ATTN, TRITON_ATTN",
+            "the backend that is compared with; choose another exact backend, such as FLASH_ATTN, TRITON_ATTN",
         ),
         (
             "MAC",
@@ -238,12 +240,12 @@ def test_what_has_no_right_answer_has_no_score(monkeypatch, tmp_path):
     row = next(row for row in found["rows"] if row["group"] == "prompts" and row["configuration"] == "one")
     assert row["scored"] == 0 and not {"score", "difference", "score_low"} & row.keys() and row["agreed_p50"] == 1
     assert [row["scored"] for row in found["totals"]] == [4, 4, 4]
-    assert "| prompts | - | one | 1 | no score | - | 0.0 | 50.0 | 1 |" in report.markdown(found)
+    assert "| prompts | - | one | 1 | no score | - | 0.0 | 50.0 | 1 |" in result_tables.markdown(found)
     assert "5 (4 scored)" in shown(found, 100)
     unscored = [requests.Request(f"prompts/{i}", "prompts", "prompts", None, (i,), 5, "go on") for i in range(3)]
-    found = run.run(options(tmp_path / "2", out=tmp_path / "2"), unscored, ENVIRONMENT, lambda *_: None)
+    found = evaluation.run(options(tmp_path / "2", out=tmp_path / "2"), unscored, ENVIRONMENT, lambda *_: None)
     assert plots.scores(found) is None and "score" not in found["totals"][0]
-    assert "| exact | 3 | no score | - | - | - | - |" in report.markdown(found)
+    assert "| exact | 3 | no score | - | - | - | - |" in result_tables.markdown(found)
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -259,13 +261,13 @@ def test_tables_fit_the_terminal(width, monkeypatch, tmp_path):
             row |= {"length": 131072}
     text = shown(found, width)
     assert "…" not in text and max(map(len, text.splitlines())) <= width
-    for title, columns, rows in report.tables(found)[: report.SHOWN]:
+    for title, columns, rows in result_tables.tables(found)[: result_tables.SHOWN]:
         following = [
-            other for other, *_ in report.tables(found) if other != title and text.find(other) > text.find(title)
+            other for other, *_ in result_tables.tables(found) if other != title and text.find(other) > text.find(title)
         ]
-        part = text.partition(title)[2].partition(following[0] if following else report.NOTE[:20])[0]
-        columns = [column for column in columns if column not in report.WHERE]
-        cells = Counter(word for _, read in columns for row in rows for word in report.cell(read, row).split())
+        part = text.partition(title)[2].partition(following[0] if following else result_tables.NOTE[:20])[0]
+        columns = [column for column in columns if column not in result_tables.WHERE]
+        cells = Counter(word for _, read in columns for row in rows for word in result_tables.cell(read, row).split())
         assert cells <= Counter(part.split()) and {word for name, _ in columns for word in name.split()} <= set(
             part.split()
         ), title
@@ -318,5 +320,5 @@ def test_the_standard_library_and_a_yardstick_on_real_engines(tmp_path):
     assert all(0 <= row["agreed_share"] <= 1 for row in (yard, reuse)) and reuse["agreed_share"] <= yard["agreed_share"]
     assert (
         "no score" in (out / "results.md").read_text()
-        and "vLLM's own backend, reading prompts 512 tokens at a time" in ended.stdout
+        and "vLLM's own backend, with prefill in chunks of 512 tokens" in ended.stdout
     )

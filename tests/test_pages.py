@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     path
     for path in ROOT.rglob("*.md")
-    if not any(part.startswith(".") or part == "build" for part in path.relative_to(ROOT).parts)
+    if not any((part.startswith(".") and part != ".github") or part == "build" for part in path.relative_to(ROOT).parts)
 )
 FILES = {"my.yaml": "threshold: 0.9\n", "mac.yaml": "threshold: 0.9\n", "prompts.jsonl": '{"prompt": "Say one."}\n'}
 
@@ -110,7 +110,7 @@ def check_pip(words: list[str]) -> None:
     if extra := re.fullmatch(r"\.\[(\w+)\]", words[1]):
         assert extra[1] in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     else:
-        assert words[1] in ("matplotlib", ".")
+        assert words[1] in ("matplotlib", "pre-commit", ".")
 
 
 def check_docker(words: list[str]) -> None:
@@ -129,6 +129,7 @@ PROGRAMS = {
     "pip": check_pip,
     "curl": check_curl,
     "docker": check_docker,
+    "pre-commit": lambda words: None if words == ["install"] else pytest.fail(f"pre-commit {words}"),
     "git": lambda words: None if words[:2] == ["clone", "REPOSITORY"] else pytest.fail(f"git {words}"),
     "cd": lambda words: None if words == ["vllm-mac"] else pytest.fail(f"cd {words}"),
     "grep": lambda words: None if words == ["^vllm_mac"] else pytest.fail(f"grep {words}"),
@@ -168,6 +169,15 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             if not target.startswith("https://"):
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_the_guide_names_files_that_exist():
+    """Of what it writes in backticks, the paths; NAME and COMMAND stand for any."""
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    named = {path for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", text) if not re.search("NAME|COMMAND", path)}
+    assert {"vllm_mac/config.py", "kernels/hit.py", "configs/default.yaml"} <= named
+    assert [path for path in sorted(named) if not (ROOT / path).exists() and not path.startswith(".cache")] == []
 
 
 def test_readme_can_be_skimmed():

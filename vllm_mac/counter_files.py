@@ -132,7 +132,7 @@ def _create(line: bytes, size: int) -> tuple[Path, int]:
             error = refused
             os.close(fd)
             os.unlink(name)
-    raise error
+    raise error  # pyrefly: ignore[bad-raise]  # `folders` gives at least one
 
 
 def _remove(path: Path, fd: int) -> None:

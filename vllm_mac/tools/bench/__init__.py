@@ -1,5 +1,7 @@
 """`vllm-mac bench`: what MAC costs and saves, beside the best exact attention on the same machine."""
 
+from vllm_mac.tools import ToolError
 
-class BenchError(RuntimeError):
-    """The benchmark cannot run, or a result is wrong. The message says why and what to change."""
+
+class BenchError(ToolError):
+    """The benchmark cannot run, or a result is wrong."""

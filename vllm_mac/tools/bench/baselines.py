@@ -1,16 +1,16 @@
-"""Exact decoding of the same step by FlashInfer and by FlashAttention, as vLLM calls them."""
+"""Exact decoding of the same step by FlashInfer and by FlashAttention, called as vLLM calls them."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-from vllm_mac.tools.bench.data import Step
+from vllm_mac.tools.bench.synthetic_step import Step
 
-Calls = list[Callable[[], None]]
+Calls = list[Callable[[], object]]
 
 
 def flashinfer(step: Step) -> Iterator[tuple[str, Calls]]:
-    """FlashInfer's paged decode with tensor cores, planned on the host once for all layers."""
+    """FlashInfer's paged decode with tensor cores, planned once on the host for all layers."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     shape, device = step.shape, step.ring.device
@@ -36,8 +36,10 @@ def flashinfer(step: Step) -> Iterator[tuple[str, Calls]]:
 
 
 def flash_attention(step: Step) -> Iterator[tuple[str, Calls]]:
-    """FlashAttention (3 on Hopper, else 2), with its own choice of splits, and with at most as
-    many as vLLM's full CUDA graphs give it; scheduled once for all layers."""
+    """FlashAttention (3 on Hopper, else 2), scheduled once for all layers.
+
+    On Hopper it runs twice: with its own number of split-KV parts, and with vLLM's limit for full CUDA graphs.
+    """
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     shape, device = step.shape, step.ring.device

@@ -1,8 +1,8 @@
 """`vllm-mac bench decode`: time per output token of a whole vLLM engine, one backend after another.
 
-Each backend has its own process (`engine`), so that memory is free again and a crash is a row
-with an error. It measures one shape of requests after another. This side starts the engines,
-follows what they tell and makes rows of it.
+Each backend runs in its own process (`decode_engine`): its memory is free afterwards, and a crash becomes a row with
+an error. A process measures one shape of requests after another. This module starts the processes and turns their
+messages into rows.
 """
 
 import json
@@ -14,14 +14,14 @@ from pathlib import Path
 from statistics import fmean
 
 from vllm_mac.tools.bench import BenchError
-from vllm_mac.tools.bench.report import quantiles
-from vllm_mac.tools.runs import follow
+from vllm_mac.tools.bench.row_files import quantiles
+from vllm_mac.tools.engine_process import follow
 
-# -P: the installed package, not a folder of that name where the command happens to run.
-COMMAND = (sys.executable, "-P", "-m", "vllm_mac.tools.bench.engine")
+# -P: import the installed package, not a folder of that name in the working directory.
+COMMAND = (sys.executable, "-P", "-m", "vllm_mac.tools.bench.decode_engine")
 OWN = "default"  # the platform's own choice of backend
 SHAPE = "shape:"
-# Shapes of models that need no download; their weights are dummies and they have no tokenizer.
+# Shapes of models that need no download. Their weights are dummies, and they have no tokenizer.
 SHAPES = {
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
@@ -36,10 +36,13 @@ SHAPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """shapes: requests at once and prompt tokens of each. tokens: measured decode steps. prefills:
-    times that the prompts are read. prompt: `words`, `ids` or a text file. mac: inline keys of MAC.
-    engine: further arguments of `vllm.LLM`. timeout: seconds for one stage of a backend."""
+class DecodeBench:
+    """What to measure.
+
+    shapes: requests at once, and prompt tokens of each. tokens: decode steps to time. prefills: times that the prompts
+    are prefilled. prompt: `words`, `ids` or a text file. mac: inline keys of MAC. engine: further arguments of
+    `vllm.LLM`. timeout: seconds for one stage of a backend.
+    """
 
     model: str
     shapes: tuple[tuple[int, int], ...]
@@ -57,16 +60,17 @@ class Options:
     verbose: bool = False
 
 
-def run(options: Options, report: Callable[[str, int], None], keep: Callable[[dict], None]) -> None:
+def run(bench: DecodeBench, report: Callable[[str, int], None], keep: Callable[[dict], None]) -> None:
     """Measure each shape with each backend.
 
-    report(stage, rows) is told what a backend does from now on, and how many rows were made before. keep(row)
-    gets each row as soon as it is there: one for every backend and shape, with an error where it has no result.
+    report(stage, rows): called when a backend begins a stage, with the number of rows finished since the last call.
+    keep(row): called for each row, as soon as it exists. There is one row for each backend and shape; it has an error
+    where there is no result.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-mac-bench-") as folder:
-        spec = _spec(options, Path(folder))
-        for backend in options.backends:
-            _run_backend(options, backend, spec, Path(folder), report, keep)
+        spec = _spec(bench, Path(folder))
+        for backend in bench.backends:
+            _run_backend(bench, backend, spec, Path(folder), report, keep)
 
 
 def compare(rows: list[dict]) -> None:
@@ -78,9 +82,9 @@ def compare(rows: list[dict]) -> None:
             row["speedup"] = min(others) / row["p50"]
 
 
-def _spec(options: Options, folder: Path) -> dict:
-    """What the process of every backend is told."""
-    model, load_format = options.model, options.load_format
+def _spec(bench: DecodeBench, folder: Path) -> dict:
+    """The specification that the processes of all backends share."""
+    model, load_format = bench.model, bench.load_format
     if model.startswith(SHAPE):
         name = model.removeprefix(SHAPE)
         if name not in SHAPES:
@@ -88,63 +92,66 @@ def _spec(options: Options, folder: Path) -> dict:
         model, load_format = str(folder / name), load_format or "dummy"
         Path(model).mkdir()
         (Path(model) / "config.json").write_text(json.dumps(SHAPES[name]), encoding="utf-8")
-    if options.prompt not in ("words", "ids") and not Path(options.prompt).is_file():
-        raise BenchError(f"--prompt: no file {options.prompt!r}; choose a text file, words or ids")
-    # Requests that were read early decode while the others are still being read.
-    needed = max(context + options.tokens + batch * (context // 2048 + 2) + 32 for batch, context in options.shapes)
+    if bench.prompt not in ("words", "ids") and not Path(bench.prompt).is_file():
+        raise BenchError(f"--prompt: no file {bench.prompt!r}; choose a text file, words or ids")
+    # Requests that are prefilled first decode while the others are prefilled.
+    needed = max(context + bench.tokens + batch * (context // 2048 + 2) + 32 for batch, context in bench.shapes)
     llm = {
         "model": model,
-        "max_model_len": options.max_model_len or needed,
-        "max_num_seqs": max(batch for batch, _ in options.shapes),
-        "enforce_eager": options.eager,
-        "seed": options.seed,
+        "max_model_len": bench.max_model_len or needed,
+        "max_num_seqs": max(batch for batch, _ in bench.shapes),
+        "enforce_eager": bench.eager,
+        "seed": bench.seed,
         "disable_log_stats": True,
     }
     if load_format is not None:
         llm["load_format"] = load_format
     return {
-        "llm": llm | options.engine,
-        **{k: v for k, v in asdict(options).items() if k not in ("mac", "engine", "backends")},
+        "llm": llm | bench.engine,
+        **{k: v for k, v in asdict(bench).items() if k not in ("mac", "engine", "backends")},
     }
 
 
-def _run_backend(options: Options, backend: str, spec: dict, folder: Path, report, keep) -> None:
+def _run_backend(bench: DecodeBench, backend: str, spec: dict, folder: Path, report, keep) -> None:
     llm = dict(spec["llm"])
     if backend != OWN:
         llm["attention_backend"] = backend
     if backend == "MAC":
-        llm["additional_config"] = {**llm.get("additional_config", {}), "mac": options.mac}
-    command = [*COMMAND, json.dumps(spec | {"llm": llm})]
+        llm["additional_config"] = {**llm.get("additional_config", {}), "mac": bench.mac}
+    specification = folder / f"{backend}.json"
+    specification.write_text(json.dumps(spec | {"llm": llm}), encoding="utf-8")
     made = 0
 
-    def tell(message: dict) -> None:
+    def receive(message: dict) -> None:
         nonlocal made
         if "stage" in message:
             report(f"{backend}: {message['stage']}", 0)
         else:
-            batch, context = options.shapes[message["shape"]]
+            batch, context = bench.shapes[message["shape"]]
             made += 1
-            keep(_row(options, backend, batch, context, message["result"]))
+            keep(_row(bench, backend, batch, context, message["result"]))
             report(f"{backend}: batch {batch}, {context} tokens: done", 1)
 
-    error = follow(command, folder / f"{backend}.log", tell, options.timeout, options.verbose)
-    for i, (batch, context) in enumerate(options.shapes[made:] if error else ()):
-        # What ended the engine in one shape is why the others have no result.
+    error = follow([*COMMAND, str(specification)], folder / f"{backend}.log", receive, bench.timeout, bench.verbose)
+    if error is None:
+        return
+    for i, (batch, context) in enumerate(bench.shapes[made:]):
+        # The error that ended the engine in one shape is also why the later shapes have no result.
         why = error if i == 0 else f"not measured: {error.splitlines()[-1]}"
-        keep(_row(options, backend, batch, context, {"error": why}))
+        keep(_row(bench, backend, batch, context, {"error": why}))
         report(f"{backend}: batch {batch}, {context} tokens: no result", 1)
 
 
-def _row(options: Options, backend: str, batch: int, context: int, result: dict) -> dict:
+def _row(bench: DecodeBench, backend: str, batch: int, context: int, result: dict) -> dict:
     row = {
-        "bench": "decode", "engine": backend, "model": options.model, "context": context, "batch": batch,
-        "seed": options.seed, "load_format": options.load_format, "graphs": not options.eager, "engine_args": options.engine,
+        "bench": "decode", "engine": backend, "model": bench.model, "context": context, "batch": batch,
+        "seed": bench.seed, "load_format": bench.load_format, "graphs": not bench.eager, "engine_args": bench.engine,
     }  # fmt: skip
     if "error" in result:
         return {**row, "error": result["error"]}
-    row |= {"mac": options.mac} if backend == "MAC" else {}
+    row |= {"mac": bench.mac} if backend == "MAC" else {}
     steps = result.pop("step_ms")
-    row |= quantiles(steps) | {"mean": fmean(steps), "samples": options.tokens}
+    row |= quantiles(steps) | {"mean": fmean(steps), "samples": bench.tokens}
     row |= {f"ttft_{name}": value for name, value in quantiles(result["ttft_ms"]).items()}
     builds = result.pop("metadata_ms")
     row |= {f"metadata_{name}": value for name, value in quantiles(builds).items()} if builds else {}

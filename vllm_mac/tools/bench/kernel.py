@@ -1,7 +1,7 @@
 """`vllm-mac bench kernel`: one layer's decode attention, MAC beside the best exact decode.
 
-For each shape in turn: exact decoding, then MAC at each hit rate. Results are compared with
-float32 PyTorch first; a wrong one stops the run and no speed of it is reported.
+For each shape in turn it times exact decoding, then MAC at each hit rate. Each result is first compared with float32
+PyTorch; a wrong one ends the run before its speed is reported.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,8 @@ from vllm_mac.config import MacConfig
 from vllm_mac.ring import ring_bytes, ring_dtypes
 from vllm_mac.tools.bench import BenchError, timing
 from vllm_mac.tools.bench.baselines import BASELINES
-from vllm_mac.tools.bench.data import (
+from vllm_mac.tools.bench.row_files import quantiles
+from vllm_mac.tools.bench.synthetic_step import (
     Shape,
     Step,
     check_planting,
@@ -25,15 +26,17 @@ from vllm_mac.tools.bench.data import (
     realised,
     reference,
 )
-from vllm_mac.tools.bench.report import quantiles
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """heads: (query heads, KV heads). layers: captured in one graph; None: by batch. baselines:
-    names of exact engines. between: MiB of other memory read before each layer, see `timing.spaced`."""
+class KernelBench:
+    """What to measure: every combination of batches, contexts, heads and hit rates.
+
+    heads: pairs of query heads and KV heads. layers: how many one graph captures; None: by batch. baselines: names of
+    exact engines. between: MiB of other memory to read before each layer, see `timing.spaced`.
+    """
 
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -59,7 +62,7 @@ class Options:
         ]
 
     def rates(self, shape: Shape) -> list[float]:
-        """From all hits, which the bound of the others needs, to none; without a match there is one rate."""
+        """Hit rates in falling order: the bound of the others needs the time of all hits. Below min_context only 0."""
         return sorted(set(self.hit_rates), reverse=True) if shape.context >= self.config.min_context else [0.0]
 
     def measurements(self) -> int:
@@ -68,7 +71,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Timers:
-    """How time is taken; tests on CPUs have their own."""
+    """The clocks. Tests on CPUs replace them."""
 
     layers: Callable = timing.graph_samples
     host: Callable = timing.host_samples
@@ -85,67 +88,67 @@ def require_cuda() -> None:
 
 
 def run(
-    options: Options, report: Callable[[str], None], device: str = "cuda", timers: Timers = Timers()
+    bench: KernelBench, report: Callable[[str], None], device: str | torch.device = "cuda", timers: Timers = Timers()
 ) -> Iterator[dict]:
-    """Rows as they are measured. report: is told of each measurement before it begins."""
+    """Rows as they are measured. report(what): called before each measurement."""
     device = torch.device(device)
-    shapes = options.shapes()
+    shapes = bench.shapes()
     bandwidth = None
     if device.type == "cuda":
         report("read bandwidth")
         bandwidth = timing.read_bandwidth()
-    if options.between:
-        timers = replace(timers, layers=timing.spaced(timers.layers, timing.reader(options.between, device)))
+    if bench.between:
+        timers = replace(timers, layers=timing.spaced(timers.layers, timing.reader(bench.between, device)))
     report("filling the KV cache")
-    pool = make_pool(options, shapes, device)
+    pool = make_pool(bench, shapes, device)
     for shape in shapes:
-        yield from _shape_rows(options, shape, pool, bandwidth, report, timers)
+        yield from _shape_rows(bench, shape, pool, bandwidth, report, timers)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def layer_count(options: Options, shape: Shape) -> int:
-    """Layers of a graph: as many as make their rings exceed the caches of the chip several times."""
-    return options.layers or (24 if shape.batch <= 2 else 12 if shape.batch <= 16 else 5)
+def layer_count(bench: KernelBench, shape: Shape) -> int:
+    """Layers in a graph: enough that their rings exceed the GPU's caches several times."""
+    return bench.layers or (24 if shape.batch <= 2 else 12 if shape.batch <= 16 else 5)
 
 
-def make_pool(options: Options, shapes: list[Shape], device: torch.device) -> torch.Tensor:
-    """Memory of all KV caches, filled with random numbers: the largest cache once, or more small ones."""
+def make_pool(bench: KernelBench, shapes: list[Shape], device: torch.device) -> torch.Tensor:
+    """Memory for all KV caches, filled with random numbers: the largest cache once, or several smaller ones."""
     size = max(shape.cache_elements for shape in shapes)
-    many = max(shape.cache_elements * layer_count(options, shape) for shape in shapes)
+    many = max(shape.cache_elements * layer_count(bench, shape) for shape in shapes)
     size = max(size, min(many, 8 << 30))
     dtype = shapes[0].dtype
     if device.type == "cuda":
-        # Beside it: rings, and float32 copies of one row's KV and of one layer's rings for the check.
-        needed = size * dtype.itemsize + max(_beside(options, shape) for shape in shapes)
+        # Also needed: rings, and for the check float32 copies of one row's KV and of one layer's rings.
+        needed = size * dtype.itemsize + max(_other_bytes(bench, shape) for shape in shapes)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
         if needed > free:
             raise BenchError(
-                f"batch {max(options.batches)}, context {max(options.contexts)}: needs {needed / 2**30:.1f} GiB of GPU "
+                f"batch {max(bench.batches)}, context {max(bench.contexts)}: needs {needed / 2**30:.1f} GiB of GPU "
                 f"memory and {free / 2**30:.1f} are free; lower --batch, --context or --layers"
             )
     pool = torch.empty(size, dtype=dtype, device=device)
-    draw = torch.Generator(device).manual_seed(options.seed)
+    draw = torch.Generator(device).manual_seed(bench.seed)
     for part in pool.split(1 << 28):
         part.normal_(generator=draw)
     return pool
 
 
-def _beside(options: Options, shape: Shape) -> int:
+def _other_bytes(bench: KernelBench, shape: Shape) -> int:
     ring = shape.batch * ring_bytes(
-        shape.heads, options.config.window, shape.head_size, *ring_dtypes(options.config, shape.dtype)
+        shape.heads, bench.config.window, shape.head_size, *ring_dtypes(bench.config, shape.dtype)
     )
     row = shape.cache_elements // shape.batch
-    return (layer_count(options, shape) + 5) * ring + 3 * 4 * row + (1 << 30)
+    return (layer_count(bench, shape) + 5) * ring + 3 * 4 * row + (1 << 30)
 
 
-def _shape_rows(options: Options, shape: Shape, pool, bandwidth, report, timers: Timers) -> Iterator[dict]:
-    step = make_step(shape, options.config, pool, layer_count(options, shape), options.seed)
+def _shape_rows(bench: KernelBench, shape: Shape, pool, bandwidth, report, timers: Timers) -> Iterator[dict]:
+    step = make_step(shape, bench.config, pool, layer_count(bench, shape), bench.seed)
     base = {
         "bench": "kernel", "heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch, "context": shape.context,
-        "head_size": shape.head_size, "page": shape.page, "dtype": options.dtype, "layers": len(step.layers),
-        "seed": options.seed, "read_bandwidth": bandwidth, "between_mib": options.between,
+        "head_size": shape.head_size, "page": shape.page, "dtype": bench.dtype, "layers": len(step.layers),
+        "seed": bench.seed, "read_bandwidth": bandwidth, "between_mib": bench.between,
     }  # fmt: skip
 
     def timed(samples: list[float], size: float) -> dict:
@@ -153,8 +156,8 @@ def _shape_rows(options: Options, shape: Shape, pool, bandwidth, report, timers:
         return {**quantiles(samples), "samples": len(samples), "bytes": size, "floor_ms": floor}
 
     exact = []
-    truth = exact_reference(step, step.layers[0]) if options.baselines else None
-    for name in options.baselines:
+    truth = exact_reference(step, step.layers[0]) if bench.baselines else None
+    for name in bench.baselines:
         report(f"{shape}: {name}")
         row = {**base, "engine": name}
         try:
@@ -178,18 +181,18 @@ def _shape_rows(options: Options, shape: Shape, pool, bandwidth, report, timers:
         "begin_device_ms": quantiles(timers.device(begin))["p50"],
     }
     all_hit = None
-    for rate in options.rates(shape):
+    for rate in bench.rates(shape):
         report(f"{shape}: MAC, hit rate {rate:g}")
-        plant(step, rate, options.lags, options.mean_lag, options.seed)
+        plant(step, rate, bench.lags, bench.mean_lag, bench.seed)
         check_planting(step)
         error = check(step, decoder)
         samples = timers.layers([lambda layer=layer: _decode(step, decoder, layer) for layer in layers])
-        check_counts(step, decoder)  # replays must have met the same hits
+        check_counts(step, decoder)  # the replays must have had the same hits
         done = realised(step)
         row = {**base, "engine": "MAC", **timed(samples, done.step_bytes), "hit_rate": rate}
         row |= {"heads_matched": done.heads_matched, "groups_hit": done.groups_hit, "mean_lag": done.lag}
-        row |= {"mean_group_lag": done.group_lag, "lags": f"{options.lags}, mean {options.mean_lag}"}
-        row |= {"config": options.config.describe(), "relative_error": error, **begin_step}
+        row |= {"mean_group_lag": done.group_lag, "lags": f"{bench.lags}, mean {bench.mean_lag}"}
+        row |= {"config": bench.config.describe(), "relative_error": error, **begin_step}
         all_hit = row["p50"] if rate == 1 and done.groups_hit == 1 else all_hit
         if best is not None:
             row |= {"best_exact_ms": best, "speedup": best / row["p50"]}
@@ -199,7 +202,7 @@ def _shape_rows(options: Options, shape: Shape, pool, bandwidth, report, timers:
 
 
 def _best(make, step: Step, truth, timers: Timers) -> tuple[list[float], str, float]:
-    """Samples of the fastest variant of an exact engine, which variant it is, and its error."""
+    """Samples of an exact engine's fastest variant, that variant's name, and its error."""
     found, failures = [], []
     for note, calls in make(step):
         layer = step.layers[0]
@@ -251,14 +254,14 @@ def _decode(step: Step, decoder, layer) -> None:
 
 
 def check(step: Step, decoder) -> float:
-    """Compare one layer with the method in PyTorch, and every layer's counters with the plan."""
+    """Compare one layer's output with the method in PyTorch, and every layer's counters with the expected ones."""
     wanted = reference(step, step.layers[0])
     check_counts(step, decoder)
     return compare("MAC", step, step.layers[0].out, wanted)
 
 
 def check_counts(step: Step, decoder) -> None:
-    """Decode every layer once and raise unless its hits, its reads and its output are what they should be."""
+    """Decode every layer once. Raises BenchError where hits, reads or output are wrong."""
     for layer in step.layers:
         layer.counts.zero_()
         layer.out.fill_(float("nan"))

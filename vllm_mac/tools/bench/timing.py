@@ -1,4 +1,4 @@
-"""Time on the device: replays of CUDA graphs, measured with events."""
+"""Time on the device: replays of CUDA graphs, measured with CUDA events."""
 
 import functools
 import statistics
@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def graph_samples(calls: Sequence[Callable[[], None]], seconds: float = 0.3) -> list[float]:
-    """Milliseconds per call, one sample per replay of one graph of all `calls` in a row.
+def graph_samples(calls: Sequence[Callable[[], object]], seconds: float = 0.3) -> list[float]:
+    """Milliseconds per call. One graph captures all `calls` in order; each replay gives one sample.
 
-    Replays for about `seconds`, 10 times at least and 100 at most.
+    The graph is replayed for about `seconds`: at least 10 times, at most 100.
     """
     for call in calls:
         call()
@@ -40,11 +40,11 @@ def _replays(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def spaced(samples_of: Callable[[list], list[float]], read: Callable[[], None]) -> Callable[[list], list[float]]:
-    """As `samples_of`, with `read` before each call; the median of what so many reads take alone is taken off.
+def spaced(samples_of: Callable[[list], list[float]], read: Callable[[], object]) -> Callable[[list], list[float]]:
+    """As `samples_of`, with `read` before each call; the median time of the reads alone is subtracted.
 
-    In a model a layer's attention comes after the reading of its weights, which leaves neither data nor instructions
-    in the caches of the chip, and nothing runs on into it.
+    In a model, reading the weights precedes a layer's attention. It evicts data and instructions from the GPU's caches,
+    and no earlier kernel overlaps with the attention.
     """
 
     @functools.cache
@@ -58,15 +58,15 @@ def spaced(samples_of: Callable[[list], list[float]], read: Callable[[], None]) 
     return timed
 
 
-def reader(mib: int, device: torch.device) -> Callable[[], None]:
-    """Reads so much memory, the same each time."""
+def reader(mib: int, device: torch.device) -> Callable[[], object]:
+    """A function that reads `mib` MiB of memory, the same each time."""
     memory = torch.empty(mib << 10, 256, dtype=torch.float32, device=device).normal_()
     out = torch.empty(len(memory), dtype=torch.float32, device=device)
     return lambda: torch.amax(memory, 1, out=out)
 
 
-def host_samples(call: Callable[[], None], count: int = 50) -> list[float]:
-    """Milliseconds of host time of each call; the device's queue is empty before it."""
+def host_samples(call: Callable[[], object], count: int = 50) -> list[float]:
+    """Milliseconds of host time of each call. The device is idle before each."""
     samples = []
     for _ in range(count + 5):
         torch.cuda.synchronize()
@@ -77,11 +77,10 @@ def host_samples(call: Callable[[], None], count: int = 50) -> list[float]:
     return samples[5:]
 
 
-def device_samples(call: Callable[[], None]) -> list[float]:
-    """Milliseconds on the device of a call outside of layers; with launch costs where the call
-    cannot be captured."""
+def device_samples(call: Callable[[], object]) -> list[float]:
+    """Milliseconds on the device of a call outside of layers. A call that cannot be captured is timed with its launches."""
     try:
-        with warnings.catch_warnings():  # a call may have nothing to do on the device
+        with warnings.catch_warnings():  # a call may launch nothing
             warnings.filterwarnings("ignore", "The CUDA Graph is empty")
             return graph_samples([call] * 4, seconds=0.05)
     except RuntimeError:
@@ -98,9 +97,9 @@ def device_samples(call: Callable[[], None]) -> list[float]:
 
 
 def read_bandwidth(size: int = 4 << 30) -> float:
-    """Bytes per second of the fastest plain read of much memory: what decoding mostly does.
+    """Bytes per second of a plain read of `size` bytes, which is most of what decoding does.
 
-    The best of two reductions; a copy, half of which is writing, is slower.
+    The faster of two reductions counts. A copy would be slower: half of it is writing.
     """
     source = torch.empty(size // 4, dtype=torch.float32, device="cuda").normal_()
     reads = [lambda: source.sum(), lambda: source.view(-1, 4096).amax(1)]

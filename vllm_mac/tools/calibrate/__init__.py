@@ -1,5 +1,7 @@
 """`vllm-mac calibrate`: per-layer thresholds that keep the error of reuse within a budget at the fewest KV reads."""
 
+from vllm_mac.tools import ToolError
 
-class CalibrateError(RuntimeError):
-    """The calibration cannot run or finds no answer. The message says why and what to change."""
+
+class CalibrateError(ToolError):
+    """The calibration cannot run, or finds no answer."""

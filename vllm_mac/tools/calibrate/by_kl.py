@@ -1,70 +1,91 @@
-"""`vllm-mac calibrate --metric kl`: thresholds by what each layer's reuse costs in the next token's distribution.
+"""`vllm-mac calibrate --metric kl`: thresholds by the cost of each layer's reuse in the next token's distribution.
 
-This side knows neither vLLM nor torch beyond what makes the prompts: `divergence` measures and chooses.
+`kl_engine` measures and chooses. This module starts it and reports its results; it imports neither vLLM nor torch,
+except to make the prompts.
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from vllm_mac.tools.bench.report import require_matplotlib
+from vllm_mac.tools.calibrate.calibration import Calibration, exact_keys, reply, run_engine
+from vllm_mac.tools.calibrate.calibration import prompts as prompts_for
 from vllm_mac.tools.calibrate.grid import PAPER, PAPER_WINDOW
-from vllm_mac.tools.calibrate.report import as_markdown, config_with, show_tables, source, write_yaml
-from vllm_mac.tools.calibrate.run import Options, exact_keys, reply, run_engine
+from vllm_mac.tools.calibrate.output_files import ShownTable, as_markdown, config_with, show_tables, source, write_yaml
 from vllm_mac.tools.eval import requests
-from vllm_mac.tools.runs import same_place
+from vllm_mac.tools.plotting import require_matplotlib
+from vllm_mac.tools.resume import same_place
 
-# -P: the installed package, not a folder of that name where the command happens to run.
-COMMAND = (sys.executable, "-P", "-m", "vllm_mac.tools.calibrate.divergence")
-# Thresholds change from run to run, which graphs would not see, and every run reads whole prompts.
+# -P: import the installed package, not a folder of that name in the working directory.
+COMMAND = (sys.executable, "-P", "-m", "vllm_mac.tools.calibrate.kl_engine")
+# Thresholds change from run to run, which CUDA graphs would not see, and every run prefills whole prompts.
 FIXED = {"attention_backend": "MAC", "enforce_eager": True, "enable_prefix_caching": False}
-SEQUENCES = 16  # decoded together unless --engine says otherwise
-FEW = 1000  # tokens: a mean KL hangs on about one token in a hundred, whose share fewer do not tell
+SEQUENCES = 16  # decoded together unless --engine has max_num_seqs
+FEW = 1000  # tokens; about one token in a hundred decides a mean KL, and fewer tokens do not show their share
 PAPER_SHAPE = {"window": PAPER_WINDOW, "band": PAPER.setting.band, "sink": PAPER.setting.sink}
 NOTE = (
-    "KL: divergence of the next token's distribution from exact attention's under teacher forcing, in nats; mean over a text's tokens, and "
-    "of texts, which weigh alike. alone: with every "
-    "other layer exact. KV read: percent of what full attention of the layer reads."
+    "KL: divergence of the next token's distribution from exact attention's under teacher forcing, in nats: the mean over texts of the mean "
+    "over a text's tokens. alone: with every other layer exact. KV read: percent of the KV tokens that full attention of the layer reads."
 )
 
 
-def measure(
-    options: Options, made: list[requests.Request], budget: float | None, saving: float | None, min_saving: float, environment: dict,
-    tell: Callable[[str, int, int | None], None], keep: Path | None = None,
-) -> dict:  # fmt: skip
-    """Everything that is reported, as JSON has it. One of budget, in nats a token, and saving is given.
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a choice must reach; one of the first two is given.
 
-    keep: file for what was measured, with which a stopped run goes on. Raises CalibrateError where the engine
-    fails, where that file is another run's, and where no layer can be served within the budget.
+    budget: the largest mean KL, in nats a token. saving: the share of KV reads to save, at the least KL.
+    min_saving: a layer that saves a smaller share of its own KV reads stays exact.
     """
-    replies = [reply(options, request) for request in made]
-    config = options.mac
-    # As many rings as there is room for, and nothing that would count or pause beside the measurement.
+
+    budget: float | None
+    saving: float | None
+    min_saving: float
+
+
+def prompts(calibration: Calibration) -> list[requests.Request]:
+    """As `calibration.prompts`. A prompt without a reply has its last `grid.steps` tokens decoded, and one before them."""
+    steps = calibration.grid.steps
+    return prompts_for(calibration, FIXED, lambda request: 0 if reply(calibration, request) else steps + 1)
+
+
+def measure(
+    calibration: Calibration, made: list[requests.Request], goal: Goal, environment: dict,
+    report: Callable[[str, int, int | None], None], keep: Path | None = None,
+) -> dict:  # fmt: skip
+    """Measure, choose, and return the results as plain data for JSON.
+
+    made: the prompts. keep: a file for the measurements, from which a stopped run goes on. Raises CalibrateError where
+    the engine fails, where that file is of another run, and where no layer saves KV reads within the budget.
+    """
+    replies = [reply(calibration, request) for request in made]
+    config = calibration.mac
+    # As many rings as memory allows, and neither audits nor an error budget that could disturb the measurement.
     mac = exact_keys(config) | {"max_sequences": None, "audit": 0.0, "error_budget": None}
     llm = {
-        "model": options.model, "max_num_seqs": SEQUENCES,
+        "model": calibration.model, "max_num_seqs": SEQUENCES,
         "max_model_len": max(len(request.ids) + max(1, most) for request, most in zip(made, replies, strict=True)),
-        "seed": options.seed, "disable_log_stats": True, **options.engine, **FIXED,
-        "additional_config": {**options.engine.get("additional_config", {}), "mac": mac},
+        "seed": calibration.seed, "disable_log_stats": True, **calibration.engine, **FIXED,
+        "additional_config": {**calibration.engine.get("additional_config", {}), "mac": mac},
     }  # fmt: skip
     spec = {
-        "llm": llm, "steps": options.grid.steps, "thresholds": list(options.grid.thresholds), "budget": budget, "saving": saving,
-        "min_saving": min_saving, "paper": all(getattr(config, key) == value for key, value in PAPER_SHAPE.items()),
+        "llm": llm, "steps": calibration.grid.steps, "thresholds": list(calibration.grid.thresholds), "budget": goal.budget, "saving": goal.saving,
+        "min_saving": goal.min_saving, "paper": all(getattr(config, key) == value for key, value in PAPER_SHAPE.items()),
         "prompts": [{"ids": list(r.ids), "reply": most} for r, most in zip(made, replies, strict=True)],
         "keep": str(keep.absolute()) if keep else None,
     }  # fmt: skip
     spec["about"] = {
-        "llm": llm, "files": _files(Path(options.model)), "--steps": options.grid.steps, "prompts": requests.digest(made),
+        "llm": llm, "files": _files(Path(calibration.model)), "--steps": calibration.grid.steps, "prompts": requests.digest(made),
         "--reply": replies, "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER"), **same_place(environment),
     }  # fmt: skip
     found, _ = run_engine(
-        COMMAND, spec, lambda path: json.loads(path.read_text(encoding="utf-8")), tell, options.verbose
+        COMMAND, spec, lambda path: json.loads(path.read_text(encoding="utf-8")), report, calibration.verbose
     )
-    said = str(options.prompts) if options.prompts else f"{', '.join(options.tasks)}, seed {options.seed}"
     names = list(found["layers"])
     keys = {
         key: getattr(config, key)
@@ -72,9 +93,9 @@ def measure(
     }
     return {
         "about": {
-            "model": options.model, "prompts": said, "prompt_tokens": [len(r.ids) for r in made], "text_tokens": found["texts"],
-            "rule": {"metric": "kl", "budget": budget, "saving": saving}, "thresholds_tried": list(options.grid.thresholds),
-            "mac": config.model_dump(mode="json"), "engine": options.engine, "exact_layers": found["exact_layers"],
+            "model": calibration.model, "prompts": calibration.prompt_source, "prompt_tokens": [len(r.ids) for r in made], "text_tokens": found["texts"],
+            "rule": {"metric": "kl", "budget": goal.budget, "saving": goal.saving}, "thresholds_tried": list(calibration.grid.thresholds),
+            "mac": config.model_dump(mode="json"), "engine": calibration.engine, "exact_layers": found["exact_layers"],
             "environment": environment, "command": environment["command"],
         },
         "config": config_with(names, list(found["layers"].values()), found["thresholds"], keys, config),
@@ -87,64 +108,64 @@ def measure(
 
 
 def _files(model: Path) -> dict[str, list]:
-    """Where a model's folder is, and size and time of its files; empty for a model that is no folder."""
+    """Path, size and time of each file in a model's folder; empty for a model that is not a folder."""
     files = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
     return {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def write_config(results: dict, path: Path) -> None:
-    """The YAML file, checked by the reader of such files."""
+    """Write the YAML file. MAC's own reader checks it first."""
     about, rule = results["about"], results["about"]["rule"]
     aim = (
         f"at most {rule['budget']:g} nats"
         if rule["saving"] is None
         else f"the least that saves {rule['saving']:.0%} of KV reads"
     )
-    said = [
+    lines = [
         f"prompts: {about['prompts']}; {len(about['prompt_tokens'])} of {min(about['prompt_tokens'])} to {max(about['prompt_tokens'])} tokens",
         f"budget: mean KL of the next token from exact attention, {aim}", *summary(results),
     ]  # fmt: skip
-    write_yaml(about, said, results["config"], path)
+    write_yaml(about, lines, results["config"], path)
 
 
-def decoded(options: Options, made: list[requests.Request]) -> int:
-    """Most tokens that the choice can be made from: half of the prompts' replies, or of their ends."""
-    return sum(reply(options, request) or options.grid.steps for request in made[::2])
+def decoded(calibration: Calibration, made: list[requests.Request]) -> int:
+    """The most tokens that the choice can be made from: half of the prompts' replies, or of their ends."""
+    return sum(reply(calibration, request) or calibration.grid.steps for request in made[::2])
 
 
 def few(tokens: int) -> str | None:
-    """A warning where so many tokens are few to choose from."""
+    """A warning where `tokens` are too few to choose from, else None."""
     if tokens >= FEW:
         return None
-    return f"{tokens} tokens to choose from are few, and a mean KL hangs on the worst of them: give at least {FEW}, by --samples, --reply or --steps"
+    return f"{tokens} tokens to choose from are few, and the worst of them decide a mean KL: give at least {FEW}, with --samples, --reply or --steps"
 
 
 def summary(results: dict) -> list[str]:
     chosen, held = results["chosen"], results["held_out"]
-    said = [
+    lines = [
         f"where it was chosen: KL {chosen['kl']:.3g}, {chosen['read']:.1%} of KV tokens read ({chosen['tokens']} tokens decoded)"
     ]
     if warning := few(chosen["tokens"]):
-        said.append(warning)
+        lines.append(warning)
     if held is None:
-        return [*said, "one prompt only: nothing was held out, so the figures flatter the choice"]
-    said.append(
+        return [*lines, "one prompt only: nothing was held out, so these figures are too favourable"]
+    lines.append(
         f"on held-out prompts: KL {held['kl']:.3g}, {held['read']:.1%} of KV tokens read ({held['tokens']} tokens decoded)"
     )
     budget = results["about"]["rule"]["budget"]
     if budget is not None and held["kl"] > budget:
-        said.append(
+        lines.append(
             f"held-out prompts exceed the budget of {budget:g} {held['kl'] / budget:.1f} times: give more prompts, or a smaller budget"
         )
-    return said
+    return lines
 
 
-def tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(results: dict) -> list[ShownTable]:
     """Title, head and rows of each table."""
     number = lambda x: f"{x:.3g}"
     rows = []
     for layer in results["layers"]:
-        alone = next((o for o in layer["alone"] if o["threshold"] == layer["threshold"]), None)
+        alone = next(o for o in layer["alone"] if o["threshold"] == layer["threshold"])
         shown = "exact" if layer["threshold"] is None else f"{layer['threshold']:g}"
         loosest = layer["alone"][-1]
         rows.append([
@@ -184,13 +205,14 @@ def plot(results: dict, path: Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.add_subplot(1, 2, 1)
     place = lambda some: [(100 * one["read"], one["kl"]) for one in some if one["kl"] > 0]
-    for some, style, label in (
+    curves: list[tuple[list, dict[str, Any], str]] = [
         (results["singles"], {"marker": ".", "ls": "--", "color": "C0", "lw": 1}, "one threshold for all layers"),
         (results["curve"], {"marker": "o", "color": "C2", "ms": 4}, "thresholds by layer"),
         ([results["paper"]] if results["paper"] else [], {"marker": "D", "ls": "", "color": "C3", "ms": 9}, "the paper's: 0.45, chained, nearest"),
         ([c for c in results["curve"] if c["chosen"]], {"marker": "*", "ls": "", "color": "C2", "ms": 16, "mec": "black"}, "the file written"),
-    ):  # fmt: skip
-        if points := sorted(place(some)):  # without any divergence there is no place on a logarithmic axis
+    ]  # fmt: skip
+    for some, style, label in curves:
+        if points := sorted(place(some)):  # a logarithmic axis has no 0
             axes.plot(*zip(*points), **style, label=label)
     kind = "the prompts chosen by" if results["held_out"] is None else "held-out prompts"
     axes.set(

@@ -1,9 +1,9 @@
-"""What vLLM's attention layers are given while a prompt is read, and the simulation on it.
+"""Captures the inputs of vLLM's attention layers during a prefill, and simulates MAC on them.
 
-The engine runs MAC with threshold 1, which is exact attention and knows which layers MAC serves and how
-to undo their rotation. Queries, keys and values are taken before each such layer, chunk by chunk. When
-the prompt is read, layers are simulated one after the other, on the worker's device, and dropped. Until
-then keys and values of the whole prompt and queries of its end are held, about the size of its KV cache.
+The engine runs MAC with threshold 1: this is exact attention, and MAC's layers can undo their rotation. Queries, keys
+and values are captured before each such layer, chunk by chunk. After the prefill the layers are simulated one after
+another on the worker's device, and freed. Until then the keys and values of the whole prompt and the queries of its end
+take about as much memory as its KV cache.
 """
 
 from collections.abc import Callable
@@ -27,16 +27,16 @@ class CalibrateWorker:
     get_model: Callable[[], nn.Module]  # the worker's
 
     def calibrate_start(self, grid: dict, paper: bool, output: bool = False) -> dict:
-        """Watch the layers that MAC serves. Returns {"layers": [(name, index)], "exact": {reason: layers}}.
+        """Watch the layers that use MAC. Returns {"layers": [(name, index)], "exact": {reason: layers}}.
 
-        output: watch what their blocks are given too, for the error of their output. Raises RuntimeError where that
-        cannot be told.
+        output: also watch the inputs of their blocks, for the error of their output. Raises RuntimeError where the
+        model's structure does not allow that.
         """
         layers = mac_layers(self.vllm_config)
         self.calibrate_grid = grid_of(grid)
         self.calibrate_candidates = self.calibrate_grid.candidates(paper)
         self.calibrate_watches = {
-            layer.name: _Watch(layer, self.calibrate_grid) for layer in layers if layer.exact is None
+            str(layer.name): _Watch(layer, self.calibrate_grid) for layer in layers if layer.exact is None
         }
         context = self.vllm_config.compilation_config.static_forward_context
         for name, watch in self.calibrate_watches.items():
@@ -49,29 +49,30 @@ class CalibrateWorker:
         }  # fmt: skip
 
     def calibrate_prompt(self, tokens: int) -> None:
-        """The next forward passes read a prompt of so many tokens."""
+        """The next forward passes prefill a prompt of `tokens` tokens."""
         for watch in self.calibrate_watches.values():
             watch.begin(tokens)
 
     def calibrate_layer(self, name: str) -> dict | None:
-        """`simulate.tally` of a layer for the prompt that was read; None for a layer of another worker.
+        """`simulate.tally` of a layer on the last prompt; None for a layer of another worker.
 
-        Raises RuntimeError where vLLM did not give the layer the whole prompt.
+        Raises RuntimeError where the layer did not see the whole prompt.
         """
         watch = self.calibrate_watches.get(name)
         if watch is None:
             return None
         model_dtype = self.vllm_config.model_config.dtype
-        dtypes = ring_dtypes(watch.layer.config, model_dtype)
+        # vLLM has resolved the dtype by now.
+        dtypes = ring_dtypes(watch.layer.config, model_dtype)  # pyrefly: ignore[bad-argument-type]
         with torch.inference_mode():
             return simulate.measure(watch.take(), self.calibrate_candidates, self.calibrate_grid.steps, dtypes)
 
 
 def _place(model: nn.Module, attention: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The block of the model that an attention layer lies in, and its `W_O`.
+    """The block of the model that contains an attention layer, and the layer's `W_O`.
 
-    The block is the entry of the model's list of layers, `W_O` the one row-parallel matrix beside the attention layer.
-    Raises RuntimeError for models that are built otherwise.
+    The block is an entry of the model's list of layers. `W_O` is the only row-parallel matrix beside the attention
+    layer. Raises RuntimeError for models with another structure.
     """
     from vllm.model_executor.layers.linear import RowParallelLinear
 
@@ -89,8 +90,10 @@ def _place(model: nn.Module, attention: nn.Module) -> tuple[nn.Module, Callable[
 
 
 class _Watch:
-    """Pre-hook of one attention layer: collects one prompt, given in chunks. project: its `W_O`, where its output is
-    wanted; then `enter` is the pre-hook of its block."""
+    """Pre-hook of one attention layer that collects the chunks of one prompt.
+
+    project: the layer's `W_O`, where its output is wanted; then `enter` is the pre-hook of its block.
+    """
 
     def __init__(self, layer: MacLayer, grid):
         self.layer, self.wanted = layer, grid.window + grid.steps
@@ -106,23 +109,23 @@ class _Watch:
         self.query, self.keys, self.values, self.residual = [], [], [], []
 
     def enter(self, _module, args: tuple, kwargs: dict) -> None:
-        """Blocks are given the residual stream, or what is to be added to it and the stream before."""
+        """A block's input is the residual stream, or the stream so far and what must be added to it."""
         if self.seen < self.tokens:
             given = [
                 x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2
             ]
-            stream = sum(x.float() for x in given[:2])
+            stream = torch.stack([x.float() for x in given[:2]]).sum(0)
             self.residual.append((stream[: self.tokens - self.seen] ** 2).sum(-1))
 
     def __call__(self, _module, args: tuple, kwargs: dict) -> None:
         if self.seen >= self.tokens:
-            return  # no prompt is awaited: warm-up, or a reply
+            return  # a warm-up, or a reply
         query, key, value = (
             args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value"))
         )
         layer = self.layer
         size = min(len(query), self.tokens - self.seen)
-        # Copies: the model goes on to use these buffers.
+        # Copies, because the model reuses these buffers.
         split = lambda x, heads, begin: x[begin:size].reshape(size - begin, heads, -1).clone()
         self.keys.append(split(key, layer.num_kv_heads, 0))
         self.values.append(split(value, layer.num_kv_heads, 0))
@@ -132,14 +135,15 @@ class _Watch:
         self.seen += size
 
     def take(self) -> simulate.Layer:
-        """The layer as it was, in float32; nothing of it is kept here."""
+        """The captured layer in float32. The watch frees its own copies."""
         if self.seen != self.tokens:
-            raise RuntimeError(f"{self.layer.name} was given {self.seen} of {self.tokens} tokens of the prompt")
+            raise RuntimeError(f"{self.layer.name} saw {self.seen} of {self.tokens} tokens of the prompt")
         query, keys, values = torch.cat(self.query), torch.cat(self.keys), torch.cat(self.values)
         residual = torch.cat(self.residual)[self.tokens - len(query) :] if self.residual else None
         self.begin(0)
         position = torch.arange(self.tokens - len(query), self.tokens, device=query.device)
-        pre = self.layer.rotary.undo(query, position)
+        # A layer that uses MAC has a rotation.
+        pre = self.layer.rotary.undo(query, position)  # pyrefly: ignore[missing-attribute]
         by_head = lambda x: x.transpose(0, 1).float().contiguous()
         return simulate.Layer(
             query.float(), pre, by_head(keys), by_head(values), self.layer.scale, self.project, residual

@@ -1,6 +1,8 @@
-"""The choice: for each setting the loosest use of it that keeps every layer within a budget, and of those
-the one that reads the fewest KV tokens. Reads within SLACK of the fewest count as equal, and then the error
-decides: of thresholds the layer's, of settings that of all layers. Knows neither vLLM nor torch.
+"""The choice: for each setting the thresholds with the fewest KV reads that keep every layer within a budget; of the
+settings, the one with the fewest KV reads.
+
+Reads within SLACK of the fewest count as equal. Then the smaller error decides: a layer's error between thresholds, the
+error of all layers between settings. Imports neither vLLM nor torch.
 """
 
 from dataclasses import dataclass
@@ -16,8 +18,8 @@ SLACK = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """metric: which figure of every layer must be at most the budget. min_saving: a layer that saves a
-    smaller share of its KV reads is left exact. min_samples: and one with fewer heads that hit."""
+    """metric: the figure of every layer that must be at most the budget. A layer stays exact where it saves a smaller
+    share of its KV reads than min_saving, or has fewer heads that hit than min_samples."""
 
     metric: str
     min_saving: float = 0.05
@@ -26,7 +28,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """thresholds: of each layer, None for one left exact. read: share of KV tokens read, over all layers."""
+    """thresholds: one for each layer, None for an exact layer. read: share of KV tokens read, over all layers."""
 
     setting: Setting
     thresholds: tuple[float | None, ...]
@@ -34,7 +36,7 @@ class Choice:
 
 
 class Chooser:
-    """Chooses by one half of the prompts, the first unless said otherwise. Raises CalibrateError for a metric that was not measured."""
+    """Chooses on one half of the prompts. Raises CalibrateError for a metric that was not measured."""
 
     def __init__(self, measured: Measured, rule: Rule, half: int = 0):
         self.measured, self.rule, self.half = measured, rule, half
@@ -54,7 +56,7 @@ class Chooser:
         }
 
     def within(self, budget: float, setting: Setting) -> Choice:
-        """The fewest reads that this setting allows within the budget; all exact where nothing fits."""
+        """The fewest reads of this setting within the budget; all layers are exact where nothing fits."""
         some = self.members[setting]
         fits = self.allowed[:, some] & (self.error[:, some] <= budget)
         read = np.where(fits, self.read[:, some], 1.0)
@@ -74,7 +76,7 @@ class Chooser:
         return few + choices[len(few) :]
 
     def best(self, budget: float) -> Choice:
-        """Raises CalibrateError, with the nearest figure, where the budget leaves every layer exact."""
+        """The best choice. Raises CalibrateError, with the nearest figure, where every layer would stay exact."""
         choice = self.ranking(budget)[0]
         if any(threshold is not None for threshold in choice.thresholds):
             return choice
@@ -82,7 +84,7 @@ class Chooser:
         if nearest is None:
             raise CalibrateError(
                 f"no layer saves {self.rule.min_saving:.0%} of its KV reads under any candidate, with {self.rule.min_samples} heads that "
-                "hit to judge by; lower --thresholds, raise --steps, or use longer or more prompts"
+                "hit; lower --thresholds, raise --steps, or use longer or more prompts"
             )
         raise CalibrateError(
             f"--budget: received {budget:g}; no layer stays within it on {self.rule.metric} while it saves "
@@ -94,7 +96,7 @@ class Chooser:
     def saving(self, share: float) -> tuple[Choice, float]:
         """The smallest budget that saves this share of KV reads, and the choice at it.
 
-        Raises CalibrateError, with the most that can be saved, where none does.
+        Raises CalibrateError, with the largest possible saving, where no budget does.
         """
         budgets = np.unique(self.error[self.allowed & np.isfinite(self.error)])
         if not len(budgets) or 1 - self.ranking(budgets[-1])[0].read < share:
@@ -119,14 +121,14 @@ def chosen_counts(measured: Measured, choice: Choice, half: int) -> list[dict[st
     index = {candidate: i for i, candidate in enumerate(measured.candidates)}
     found = []
     for layer, threshold in enumerate(choice.thresholds):
-        at = index[Candidate(choice.setting, choice.thresholds[layer])] if threshold is not None else 0
+        at = index[Candidate(choice.setting, threshold)] if threshold is not None else 0
         counts = {name: value[half, layer, at] for name, value in measured.counts.items()}
         found.append(counts if threshold is not None else exact(counts))
     return found
 
 
 def single(measured: Measured, candidate: Candidate) -> Choice:
-    """One threshold for all layers. `read` is left open: see `outcome`."""
+    """One threshold for all layers. `read` is NaN; see `outcome` for it."""
     return Choice(candidate.setting, (candidate.threshold,) * len(measured.names), float("nan"))
 
 

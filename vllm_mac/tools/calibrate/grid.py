@@ -1,9 +1,12 @@
-"""What is tried: candidates, each a full setting of MAC for one layer. Knows neither vLLM nor torch."""
+"""The grid of values to try, and its candidates: each is a full setting of MAC for one layer.
+
+Imports neither vLLM nor torch.
+"""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Setting(NamedTuple):
@@ -38,9 +41,9 @@ PAPER_WINDOW = 512
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The values tried of each key; every combination is. `window` and `min_context` are fixed.
+    """The values to try of each key, in every combination. `window` and `min_context` are fixed.
 
-    steps: positions at the end of each prompt that are decoded.
+    steps: positions to decode at the end of each prompt.
     """
 
     window: int
@@ -56,7 +59,7 @@ class Grid:
     mass_floors: tuple[float | None, ...]
 
     def candidates(self, paper: bool) -> list[Candidate]:
-        """In order of their settings, thresholds rising. paper: with the paper's, at all thresholds."""
+        """Candidates in order of their settings, with rising thresholds. paper: add the paper's setting and threshold."""
         settings = {
             Setting(*keys)
             for keys in product(
@@ -71,8 +74,7 @@ class Grid:
         return [Candidate(setting, threshold) for setting in ordered for threshold in sorted(thresholds)]
 
     def least(self, paper: bool = False) -> int:
-        """Tokens that a prompt must have: at its first step a match is tried, and no entry of the ring
-        has an empty prefix."""
+        """The fewest tokens of a prompt: its first step must try a match, and no ring entry may have an empty prefix."""
         band = max(*self.bands, PAPER.setting.band) if paper else max(self.bands)
         return self.steps + max(self.window + band + max(self.sinks), self.min_context)
 
@@ -81,8 +83,9 @@ class Grid:
 
 
 def grid_of(values: dict) -> Grid:
-    """The grid that `as_dict` gave, perhaps through JSON."""
-    return Grid(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    """The inverse of `as_dict`, also after JSON."""
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Grid(**fields)
 
 
 def settings_of(candidates: Iterable[Candidate]) -> list[Setting]:

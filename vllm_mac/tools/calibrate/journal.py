@@ -1,22 +1,23 @@
-"""What `vllm-mac calibrate --metric kl --keep FILE` has measured so far, so that a stopped run goes on where it was.
+"""The file of `vllm-mac calibrate --metric kl --keep FILE`, from which a stopped run continues.
 
-JSON lines: what the figures depend on; the replies; then a line for each pass over half of the texts.
+Its JSON lines are: everything that the results depend on; the replies; a line for each pass over half of the texts.
 """
 
 import fcntl
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 from vllm_mac.tools.calibrate import CalibrateError
-from vllm_mac.tools.runs import differences
+from vllm_mac.tools.resume import differences
 
 
 class Journal:
-    """Replies and passes of one file, which no other process may use meanwhile; without a file nothing is kept.
+    """Replies and passes in one file, locked against other processes. Without a file nothing is kept.
 
-    A pass is told by a value that JSON can hold. Each is in the file as soon as it is put. about: what the
-    figures depend on. Raises CalibrateError for a file of another run, in use or unreadable, and for one that is no
-    journal; such files are left as they are.
+    A pass is identified by a value that JSON can hold. `put` writes it to the file immediately. about: everything that
+    the results depend on. Raises CalibrateError for a file that belongs to another run, is in use, is unreadable or is
+    not a journal; such a file is not changed.
     """
 
     def __init__(self, path: Path | None, about: dict):
@@ -32,11 +33,11 @@ class Journal:
                 raise CalibrateError(f"--keep: {path} is in use by another run; choose another file") from None
             except OSError as error:
                 raise CalibrateError(f"--keep: {path}: {error.strerror}") from error
-            self._read(path, _flat(json.loads(json.dumps(about))))
+            self._read(self._file, path, _flat(json.loads(json.dumps(about))))
 
-    def _read(self, path: Path, about: dict) -> None:
-        self._file.seek(0)
-        content = self._file.read()
+    def _read(self, file: BinaryIO, path: Path, about: dict) -> None:
+        file.seek(0)
+        content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
@@ -52,10 +53,10 @@ class Journal:
             ) from error
         if there is None and content and not content.startswith(b'{"about"'):
             raise CalibrateError(f"--keep: {path} holds no measurements of --metric kl")
-        if there not in (None, about):
+        if there is not None and there != about:
             differ = "; ".join(differences(there, about))
             raise CalibrateError(f"--keep: {path} holds another run's measurements; choose another file. {differ}")
-        self._file.truncate(len(whole))  # a stop may have cut the last line short
+        file.truncate(len(whole))  # a stop may have left an incomplete line
         if there is None:
             self._write({"about": about})
 
@@ -66,13 +67,13 @@ class Journal:
         self.replies = replies
         self._write({"replies": replies})
 
-    def found(self, told):
-        """What `put` was given for this pass, as JSON has it, or None."""
-        return self._passes.get(_key(told))
+    def found(self, key):
+        """The result of a pass that `put` stored, as plain data from JSON; None for an unknown pass."""
+        return self._passes.get(_key(key))
 
-    def put(self, told, found) -> None:
-        self._passes[_key(told)] = found
-        self._write({"pass": told, "found": found})
+    def put(self, key, found) -> None:
+        self._passes[_key(key)] = found
+        self._write({"pass": key, "found": found})
 
     def _write(self, line: dict) -> None:
         if self._file is not None:
@@ -80,12 +81,12 @@ class Journal:
             self._file.flush()
 
 
-def _key(told) -> str:
-    return json.dumps(told, sort_keys=True)
+def _key(key) -> str:
+    return json.dumps(key, sort_keys=True)
 
 
 def _flat(tree: dict, above: str = "") -> dict:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`, so that differences are told key by key."""
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`, so that an error can name the keys that differ."""
     found = {}
     for name, value in tree.items():
         found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) and value else {f"{above}{name}": value}

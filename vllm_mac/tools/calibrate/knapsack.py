@@ -1,10 +1,10 @@
-"""The fewest reads within a budget of divergence, where what the layers cost adds up.
+"""The fewest reads within a budget of divergence, where the costs of layers add up.
 
-Small divergences of the next token add up over layers: the logits' change is the sum of the changes that the
-layers cause by themselves, to first order, and divergence is that change squared, whose mixed terms are as
-often negative. So each layer is measured by itself, and the sum is checked by a run of all together.
+Small divergences of the next token add up over layers. To first order the change of the logits is the sum of the
+changes that single layers cause. The divergence is quadratic in that change, and its mixed terms are as often negative
+as positive. So each layer is measured alone, and a run of all layers together checks the sum.
 
-Knows neither vLLM nor torch.
+Imports neither vLLM nor torch.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Option(NamedTuple):
 
 
 def hull(options: Sequence[Option]) -> list[Option]:
-    """Options in the order of falling reads, each step of which buys less for its cost than the one before."""
+    """The options on the convex hull, by falling reads: each step saves fewer reads for its cost than the step before."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.cost, o.read)):
         if kept and option.read >= kept[-1].read:
@@ -32,15 +32,15 @@ def hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _worth(a: Option, b: Option) -> float:
-    """Reads saved by going from `a` to `b`, for its cost."""
+    """Reads that the step from `a` to `b` saves, over its cost."""
     return (a.read - b.read) / max(b.cost - a.cost, 1e-12)
 
 
 def path(layers: Sequence[Sequence[Option]]) -> list[tuple[Option, ...]]:
-    """Choices of one option for each layer, from the one of least cost to that of fewest reads.
+    """Choices of one option for each layer, from the least cost to the fewest reads.
 
-    Each differs from the one before in one layer, the one where the cost buys the most. That is the best
-    for the cost it has, but between two neighbours something better may lie.
+    Each differs from the one before in one layer: the one that saves the most for its cost. No choice of the same cost
+    saves more; for a cost between two neighbours there may be a better choice than the cheaper one.
     """
     hulls = [hull(options) for options in layers]
     at = [0] * len(hulls)
@@ -55,10 +55,10 @@ def path(layers: Sequence[Sequence[Option]]) -> list[tuple[Option, ...]]:
 
 
 def within(choices: list[tuple[Option, ...]], budget: float) -> int:
-    """Index of the last choice on a path whose costs add up to at most `budget`; 0 where none does."""
+    """Index of the last choice on a path whose costs add up to at most `budget`; 0 without one."""
     return max((i for i, choice in enumerate(choices) if sum(o.cost for o in choice) <= budget), default=0)
 
 
 def saving(choices: list[tuple[Option, ...]], share: float) -> int | None:
-    """Index of the first choice on a path that saves `share` of the reads of layers of one size, or None."""
+    """Index of the first choice on a path that saves `share` of the reads, if all layers have one size; None without one."""
     return next((i for i, choice in enumerate(choices) if sum(1 - o.read for o in choice) >= share * len(choice)), None)

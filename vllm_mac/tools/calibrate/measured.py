@@ -1,11 +1,13 @@
-"""What was measured: counts by half of the prompts, layer and candidate, and the figures they give.
+"""The measurements of a simulation: counts by half of the prompts, layer and candidate, and figures from them.
 
-Knows neither vLLM nor torch. Halves: prompts with even numbers (0), to choose by, and with odd ones (1), to
-report on. With one prompt the second half is empty.
+The prompts with even numbers are half 0, for the choice; those with odd numbers are half 1, to report on. With one
+prompt half 1 is empty. Imports neither vLLM nor torch.
 """
 
 import json
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ class Measured:
     def of(
         cls, sums: list[dict[str, dict]], layers: dict[str, int], grid: dict, paper: bool, tokens: list[int]
     ) -> "Measured":
-        """From the sums of each half by layer; a half without prompts counts nothing."""
+        """From the sums of each half by layer. A half without prompts gets zeros."""
         first = sums[0]
         counts = {}
         for name in next(iter(first.values())):
@@ -62,12 +64,12 @@ class Measured:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         with open(part, "wb") as file:
-            np.savez_compressed(file, about=json.dumps(about), **self.counts)
+            np.savez_compressed(file, about=json.dumps(about), **self.counts)  # pyrefly: ignore[bad-argument-type]
         part.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Measured":
-        """What `save` wrote. Raises CalibrateError where the file is something else."""
+        """Read a file that `save` wrote. Raises CalibrateError for any other file."""
         try:
             with np.load(path) as arrays:
                 about = json.loads(str(arrays["about"]))
@@ -116,13 +118,13 @@ def figures(counts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def pooled(counts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Counts of several layers added up. `heads` is left out: heads of layers are not the same."""
-    total = {name: sum(one[name] for one in counts) for name in counts[0] if name not in ("longest", "heads")}
+    """Counts of several layers added up, without `heads`: layers have different heads."""
+    total = {name: reduce(add, [one[name] for one in counts]) for name in counts[0] if name not in ("longest", "heads")}
     return total | {"longest": np.max([one["longest"] for one in counts], axis=0)}
 
 
 def exact(counts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Counts of the same steps without any reuse."""
+    """The counts of the same steps without reuse."""
     kept = ("steps", "full", "positions")
     return {name: value if name in kept else np.zeros_like(value) for name, value in counts.items()} | {
         "read": counts["full"]

@@ -1,9 +1,8 @@
 """MAC's decoding of the end of one prompt in one layer, under many candidates at once, in PyTorch.
 
-Under teacher forcing the queries, keys and values that decoding would see are those of the prompt's
-prefill, so nothing is generated. What is simulated is the method of `reference`, step by step: rings
-seeded by the positions before, chains of hits with their amended summaries in the ring's dtype,
-groups that hit only when all their heads match.
+Under teacher forcing, decoding has the same queries, keys and values as the prefill of the prompt, so nothing is
+generated. The simulation follows `reference` step by step: rings seeded by the positions before, chains of hits with
+their amended summaries in the ring's dtype, groups that hit only when all their heads match.
 
 Letters: `T` tokens, `n` positions at the end of the prompt that have queries, `S` steps (the last of
 them), `W = n - S` window, `H` query heads, `K` KV heads, `G = H / K`, `D` head size, `C` candidates,
@@ -25,15 +24,15 @@ from vllm_mac.tools.calibrate.bins import BINS, EDGES
 from vllm_mac.tools.calibrate.grid import Candidate
 
 SCORES_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
-STATE_BYTES = 2 << 30  # of the candidates simulated together
+STATE_BYTES = 2 << 30  # state of the candidates that are simulated together
 
 
 class Layer(NamedTuple):
-    """What one layer saw of one prompt.
+    """The inputs of one layer for one prompt.
 
     query, pre_query: `[n, H, D]` after and before RoPE, of the last n positions.
-    key, value: `[K, T, D]`. scale: of the scores. project: the layer's `W_O` without a bias, from `[S, H D]` to
-    `[S, M]`, where its output is wanted, and then residual: `[n]`, the squared norm of what the block adds it to.
+    key, value: `[K, T, D]`. scale: of the scores. Where the error of the layer's output is wanted, project: the layer's
+    `W_O` without a bias, from `[S, H D]` to `[S, M]`; residual: `[n]`, the squared norm of the residual stream.
     """
 
     query: Tensor
@@ -47,12 +46,12 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Every step of every candidate. A source is the position that a head's match names, or -1.
+    """Every step of every candidate. A source is the position of a head's match, or -1.
 
     error: `[C, H, S]` relative error `|o - o*| / |o*|` of heads that hit, 0 elsewhere.
     hit: `[C, K, S]` bool. source: `[C, H, S]` int64. chain: `[C, H, S]` hits since the exact read.
     read: `[C]` int64, KV tokens read over all steps and KV heads.
-    out: `[C, H, S, D]`, or None where it was not asked for.
+    out: `[C, H, S, D]`, or None unless it is wanted.
     """
 
     error: Tensor
@@ -76,7 +75,7 @@ class Parts(NamedTuple):
 
 
 def exact_parts(layer: Layer, pairs: list[tuple[int, int]], steps: int) -> Parts:
-    """Each key is read once for all pairs but for the tiles where bands and sinks differ.
+    """Exact attention over the intervals of `pairs`. Each key is read once, except where bands or sinks differ.
 
     Every prefix must be non-empty at the first of the n positions.
     """
@@ -126,7 +125,7 @@ def exact_parts(layer: Layer, pairs: list[tuple[int, int]], steps: int) -> Parts
 def distances(pre_query: Tensor, stored: Tensor, steps: int) -> Tensor:
     """Squared distance of each step's query from every stored one: `[H, S, n]`, from `[n, H, D]` twice.
 
-    By products in float64, whose cancellation stays far below the rounding of float32.
+    Computed with products in float64, whose cancellation error is far below the rounding of float32.
     """
     stored = stored.transpose(0, 1).double()
     wanted = pre_query[len(pre_query) - steps :].transpose(0, 1).double()
@@ -145,9 +144,9 @@ def simulate(
 ) -> Trace:
     """Decode the last `steps` positions under each candidate.
 
-    dtypes: of a ring's queries and outputs. Contexts are taken to be `min_context` or longer. parts,
-    distance: from `exact_parts` for the candidates' pairs of band and sink in sorted order, and from
-    `distances`, where they are at hand.
+    dtypes: of a ring's queries and outputs. Every context must have `min_context` tokens or more. keep_out: also return
+    the outputs. parts, distance: results of `exact_parts` for the candidates' sorted pairs of band and sink, and of
+    `distances`, if the caller has them.
     """
     n, heads, d = layer.query.shape
     kv_heads, tokens, _ = layer.key.shape
@@ -211,7 +210,7 @@ def simulate(
         score = torch.where(usable, apart + lag_weight * age * limit, torch.inf)
         best = score.amin(-1, keepdim=True)
         found = torch.where(score == best, slot, -1).amax(-1)  # the later of equals
-        at = found + i  # of no use where nothing matched, but within bounds
+        at = found + i  # unused where nothing matched, but within bounds
         deep = chain[row, head, at]
         later = (at - window).clamp(min=0)
         old = Partial(
@@ -257,15 +256,15 @@ def pairs_of(candidates: list[Candidate]) -> list[tuple[int, int]]:
 class _Amend:
     """Attention over the keys between a match and the step, for the candidates of one band.
 
-    A lag names how many of the keys before the band count, the newest first. So one running sum over
-    these keys has the result of every lag, however many candidates there are. Sums of positive terms, the
-    shortest lags first, lose nothing; float64 has room for scores that lie 700 below the largest.
+    A lag is the number of keys before the band that count, the newest first. So one running sum over these keys gives the
+    result for every lag and every candidate. All terms are positive, so no digits cancel; float64 can hold scores that
+    are 700 below the largest.
     """
 
     def __init__(self, layer: Layer, band: int, window: int, steps: int, rows: Tensor):
         kv_heads, tokens, _ = layer.key.shape
         self.rows, self.window, self.steps = rows, window, steps
-        # The last `window` keys before the band, of all steps: a slice for each, from the newest.
+        # The `window` keys before the band, for all steps; each step takes a slice, newest first.
         keys = slice(tokens - steps + 1 - band - window, tokens - band)
         query = layer.query[window:].to(layer.key.dtype).transpose(0, 1)
         score = query.unflatten(0, (kv_heads, -1)) @ layer.key[:, keys].transpose(1, 2)[:, None] * layer.scale
@@ -273,7 +272,7 @@ class _Amend:
         self.value = layer.value[:, keys].flip(1).transpose(1, 2).double().contiguous()  # [K, D, W + S - 1]
 
     def run(self, i: int, lag: Tensor, into: Partial) -> None:
-        """Step `i`: attention over the newest `lag` `[C, H]` of the keys, written to the rows of `into`."""
+        """Step `i`: attention over the newest `lag` `[C, H]` keys; the result goes to the rows of `into`."""
         seen = slice(self.steps - 1 - i, self.steps - 1 - i + self.window)
         score = self.score[:, :, i, seen]
         largest = score.amax(-1, keepdim=True)
@@ -288,7 +287,7 @@ class _Amend:
 
 
 def tally(trace: Trace, tokens: int) -> dict[str, np.ndarray]:
-    """Counts of one layer and prompt, to be added up. First dimension: candidates.
+    """Counts of one layer and prompt, which can be added up. First dimension: candidates.
 
     bins `[C, BINS]`: heads that hit by error. heads `[C, H]`: steps in which a head hit. matched `[C]`:
     heads with a match, in whatever group. error, lag, chain `[C]`: sums over heads that hit.
@@ -298,7 +297,7 @@ def tally(trace: Trace, tokens: int) -> dict[str, np.ndarray]:
     count, heads, steps = trace.error.shape
     kv_heads = trace.hit.shape[1]
     hit = trace.hit.repeat_interleave(heads // kv_heads, 1)
-    # Everything not finite counts as the largest: what cannot be compared is no reuse to be proud of.
+    # An error that is not finite counts as the largest.
     error = torch.nan_to_num(trace.error.double(), nan=torch.inf)
     edges = torch.as_tensor(EDGES, device=error.device)
     place = torch.bucketize(error, edges, right=True) + BINS * torch.arange(count, device=error.device)[:, None, None]
@@ -317,7 +316,7 @@ def tally(trace: Trace, tokens: int) -> dict[str, np.ndarray]:
 
 
 def measure(layer: Layer, candidates: list[Candidate], steps: int, dtypes: tuple[torch.dtype, torch.dtype]) -> dict:
-    """`tally` of all candidates, so many at a time that their state fits."""
+    """`tally` of all candidates, in batches whose state fits STATE_BYTES."""
     n, heads, d = layer.query.shape
     tokens, pre = layer.key.shape[1], layer.pre_query.to(layer.key.dtype)
     window = n - steps
@@ -326,10 +325,11 @@ def measure(layer: Layer, candidates: list[Candidate], steps: int, dtypes: tuple
         each += heads * steps * d * layer.key.dtype.itemsize
     room = max(1, STATE_BYTES // each)
     distance = distances(pre, narrow(pre, dtypes[0]).to(pre.dtype), steps)
-    found, parts, known = [], None, None
+    found: list[dict[str, np.ndarray]] = []
+    known, parts = [], None
     for i in range(0, len(candidates), room):
         some = candidates[i : i + room]
-        if pairs_of(some) != known:
+        if parts is None or pairs_of(some) != known:
             known = pairs_of(some)
             parts = exact_parts(layer, known, steps)
         trace = simulate(layer, some, steps, dtypes, layer.project is not None, parts, distance)
@@ -344,6 +344,8 @@ def output_error(layer: Layer, trace: Trace, exact: Tensor) -> dict[str, np.ndar
 
     exact: `[H, S, D]`, and the trace with its `out`.
     """
+    if layer.residual is None or layer.project is None or trace.out is None:
+        raise ValueError("the layer has no W_O and residual, or the trace no outputs")
     residual = layer.residual[-exact.shape[1] :].double()
     sums = []
     for out in trace.out:

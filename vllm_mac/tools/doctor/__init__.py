@@ -1,1 +1,1 @@
-"""`vllm-mac doctor`: whether MAC would work here, what it would do with a model, and whether that would pay."""
+"""`vllm-mac doctor`: whether MAC works here, what it does with a model, and whether that pays."""

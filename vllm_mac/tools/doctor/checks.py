@@ -1,4 +1,4 @@
-"""What a machine has: versions, devices, and whether vLLM finds and keeps the plugin."""
+"""Checks of a machine: versions, devices, and whether vLLM finds the plugin in every process."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ INSTALL = "bash examples/install.sh VENV, in a checkout"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; cure: what to do about it."""
+    """One line of the report. cure: what to do about it."""
 
     section: str
     mark: str
@@ -30,7 +30,7 @@ class Finding:
 
 
 def of_versions(environment: dict) -> Iterator[Finding]:
-    """environment: as `bench.report.environment` gives it."""
+    """environment: the result of `environment.environment`."""
     place, on_gpu = "versions", environment["gpu"] is not None
     found = environment["python"]
     fits = versions.within(found, versions.PYTHON)
@@ -68,13 +68,11 @@ def of_versions(environment: dict) -> Iterator[Finding]:
             "install vLLM's own requirements: pip install --force-reinstall vllm",
         )
     else:
-        yield Finding(
-            place, WARNING, f"Triton {found}, which nobody has tried", f"{tried} have been; vLLM installs one of them"
-        )
+        yield Finding(place, WARNING, f"Triton {found} is untested", f"{tried} are tested; vLLM installs one of them")
     found = environment["flashinfer"]
     if found is None and on_gpu:
         yield Finding(
-            place, PROBLEM, "FlashInfer is not installed, and reads prompts on GPUs", "pip install flashinfer-python"
+            place, PROBLEM, "FlashInfer is not installed, and prefill on GPUs needs it", "pip install flashinfer-python"
         )
     else:
         yield Finding(place, OK, f"FlashInfer {found}" if found else "no FlashInfer, which CPUs do not need")
@@ -91,7 +89,7 @@ def of_devices(environment: dict) -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         if environment["gpu"] is None:
-            yield Finding("devices", OK, "no GPU: CPU engine, which shows and tests the method and is not faster")
+            yield Finding("devices", OK, "no GPU: MAC's CPU engine is for tests of the method; it is not faster")
         else:
             yield Finding(
                 "devices", PROBLEM, f"{environment['gpu']}, which PyTorch {torch.__version__} cannot use", INSTALL
@@ -129,7 +127,7 @@ def of_plugin() -> Iterator[Finding]:
 
         load_general_plugins()
         on_gpu = current_platform.is_cuda()
-    except Exception as error:  # whatever an installation can break by
+    except Exception as error:  # any error of a broken installation
         yield Finding(place, PROBLEM, f"vLLM cannot be imported: {type(error).__name__}: {error}", INSTALL)
         return
     if NAME not in AttentionBackendEnum.__members__:
@@ -146,7 +144,7 @@ def of_plugin() -> Iterator[Finding]:
     yield _planned() if on_gpu else Finding(place, UNCHECKED, "FlashInfer's plan: no GPU")
 
 
-# Nothing but the pickle may make the name known: an engine unpickles its configuration before it loads plugins.
+# The name must come with the pickle alone: an engine unpickles its configuration before it loads plugins.
 _READ = "import pickle, sys; print(pickle.load(sys.stdin.buffer).get_path())"
 
 
@@ -154,10 +152,10 @@ def _spawned(member) -> Finding:
     env = os.environ | {"VLLM_PLUGINS": ""}
     done = subprocess.run([sys.executable, "-c", _READ], input=pickle.dumps(member), capture_output=True, env=env)
     if done.returncode == 0 and done.stdout.decode().split()[-1:] == [BACKEND]:
-        return Finding("plugin", OK, f"{NAME} reaches a process that is spawned")
+        return Finding("plugin", OK, f"{NAME} is known in a spawned process")
     last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"code {done.returncode}"]
     return Finding(
-        "plugin", PROBLEM, f"{NAME} does not reach a process that is spawned: {last[0]}", "report it with both versions"
+        "plugin", PROBLEM, f"{NAME} is not known in a spawned process: {last[0]}", "report it with both versions"
     )
 
 
@@ -171,7 +169,7 @@ def _chosen(platform, member) -> Finding:
         with set_current_vllm_config(VllmConfig()):
             asked = AttentionSelectorConfig(head_size=128, dtype=dtype, kv_cache_dtype="auto", block_size=None)
             path = platform.get_attn_backend_cls(member, attn_selector_config=asked, num_heads=32)
-    except Exception as error:  # of the backend's own imports too
+    except Exception as error:  # also errors of the backend's own imports
         return Finding("plugin", PROBLEM, f"{NAME} is refused here: {type(error).__name__}: {error}", "see the reason")
     if path != BACKEND and not path.endswith("MacCUDABackend"):
         return Finding("plugin", PROBLEM, f"vLLM takes {path} where {NAME} is chosen", "report it with both versions")
@@ -179,7 +177,7 @@ def _chosen(platform, member) -> Finding:
 
 
 def _planned() -> Finding:
-    """FlashInfer's kernel for prompts plans one row of 64 tokens, as MAC has it do for each chunk."""
+    """Plan FlashInfer's prefill of one row of 64 tokens, as MAC does for each chunk."""
     try:
         import torch
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -191,7 +189,7 @@ def _planned() -> Finding:
             q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
         )  # fmt: skip
         torch.cuda.synchronize()
-    except Exception as error:  # of a compiler, a driver, or a version that does not fit
+    except Exception as error:  # of a compiler, a driver, or a wrong version
         return Finding(
             "plugin",
             PROBLEM,

@@ -1,15 +1,15 @@
-"""What MAC may give at a context, a batch and a hit rate, from bytes and a bandwidth.
+"""An estimate of MAC's speed-up at a context, a batch and a hit rate, from bytes and a bandwidth.
 
     time per token = (weights + keys and values + rings) / bandwidth
 
-    weights        what a step reads of them (`Examined.weight_bytes`), whatever the attention
+    weights        the bytes of weights that a step reads (`Examined.weight_bytes`), the same for every backend
     exact          each row reads every key and value: context tokens, in sliding-window layers the window
-    MAC            in layers that it serves a KV head that hits reads band + lag tokens, one that misses the context
-    rings          each query head reads the queries of its ring, window of them, to find a match
+    MAC            in layers that use MAC, a KV head that hits reads band + lag tokens; one that misses reads the context
+    rings          each query head reads the `window` queries of its ring to find a match
 
-Assumptions: a batch's rows have one length; hits come as often in each layer; the match lies LAG tokens back; rows
-without a ring decode exactly, and so do contexts below min_context. Launches, sampling and the host are left out: they
-add the same to both, and MAC's own launches a few microseconds a layer. So the gain is what memory allows at best.
+Assumptions: the rows of a batch have one length; each layer has the same hit rate; the match is LAG tokens back; rows
+without a ring decode exactly, and so do contexts below min_context. Kernel launches, sampling and the host are left
+out. They add the same time to both; MAC's own launches add a few microseconds a layer. So the gain is an upper bound.
 """
 
 import time
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from vllm_mac.tools.doctor.model import Examined
 
-LAG = 64  # tokens; what the benchmarks take
-PAYS = 1.05  # below it the launches that are left out decide
+LAG = 64  # tokens; the benchmarks' mean lag
+PAYS = 1.05  # below it, the launches that are left out decide
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,19 @@ class Estimate:
 
 
 def estimate(model: Examined, context: int, batch: int, hit_rate: float, bandwidth: float) -> Estimate:
-    """bandwidth: bytes per second. hit_rate: heads that hit over heads decoded, as the counters have it."""
+    """bandwidth: bytes per second. hit_rate: heads that hit over heads decoded, as in the counters."""
     tokens = lambda layer: min(context, layer.window or context)
     exact = sum(layer.kv_bytes * tokens(layer) for layer in model.layers)
-    served = [layer for layer in model.layers if layer.state == "MAC"]
+    with_mac = [layer for layer in model.layers if layer.state == "MAC"]
     one_row, ring, ringed = exact, 0, 0
-    if served and context >= model.config.min_context:
-        config, (_, fitting, wanted) = model.config, model.ring
+    config, rings_of_model = model.config, model.ring
+    if config is not None and rings_of_model is not None and context >= config.min_context:
+        _, fitting, wanted = rings_of_model
         ringed = min(batch, fitting, wanted)
         on_hit = min(context, config.band + config.sink + min(LAG, config.window))
         mean = (1 - hit_rate) * context + hit_rate * on_hit
-        one_row = exact - sum(layer.kv_bytes * (context - mean) for layer in served)
-        ring = sum(layer.heads * config.window * layer.head_size * model.ring_element for layer in served)
+        one_row = exact - sum(layer.kv_bytes * (context - mean) for layer in with_mac)
+        ring = sum(layer.heads * config.window * layer.head_size * model.ring_element for layer in with_mac)
     weights = model.weight_bytes(batch)
     exact_kv, mac_kv, rings = batch * exact, ringed * one_row + (batch - ringed) * exact, ringed * ring
     exact_ms, mac_ms = (1000 * (weights + size) / bandwidth for size in (exact_kv, mac_kv + rings))
@@ -65,7 +66,7 @@ def estimate(model: Examined, context: int, batch: int, hit_rate: float, bandwid
 
 
 def measured_bandwidth() -> tuple[float, str]:
-    """Bytes per second that this machine reads, and how it was measured."""
+    """Read bandwidth of this machine in bytes per second, and how it was measured."""
     import torch
 
     if torch.cuda.is_available():
@@ -78,4 +79,4 @@ def measured_bandwidth() -> tuple[float, str]:
         begin = time.perf_counter()
         target.copy_(source)
         best = min(best, time.perf_counter() - begin)
-    return 2 * source.nbytes / best, "a copy of 256 MiB by this CPU, which says nothing of a GPU: give --bandwidth"
+    return 2 * source.nbytes / best, "a copy of 256 MiB by this CPU, which is no estimate for a GPU: give --bandwidth"

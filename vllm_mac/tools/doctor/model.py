@@ -1,7 +1,7 @@
-"""What MAC would do with a model's layers, decided by the model that vLLM builds, without its weights.
+"""What MAC would do with a model's layers, decided on the model that vLLM builds, without its weights.
 
-vLLM's own model class is built as an engine builds it, but that no large tensor gets memory, and its layers are
-settled by the function that settles an engine's. So nothing here knows a rule of its own.
+vLLM's own model class is built as in an engine, except that large tensors get no memory. `layers.settle` decides its
+layers as in an engine, so this module has no rules of its own.
 """
 
 import logging
@@ -10,11 +10,14 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-LARGE = 1 << 20  # elements; rotary caches, which are computed from smaller tensors, stay real
+from vllm_mac.config import MacConfig
+
+LARGE = 1 << 20  # elements; rotary caches get memory, because they are computed from smaller tensors
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Layer:
     """One attention layer of one worker. state: MAC, exact, or other (another backend's).
 
     reason: why it is exact, or the other backend's name. heads: query heads. kv_bytes: of one token's keys and values,
-    over all KV heads; 0 where the cache holds something else. window: tokens of a sliding window.
+    over all KV heads; 0 where the cache has something else. window: tokens of a sliding window.
     """
 
     name: str
@@ -37,11 +40,11 @@ class Layer:
 
 @dataclass
 class Examined:
-    """A model as MAC sees it. weights: bytes that a decode step reads, by batch, see `weight_bytes`.
+    """A model from MAC's view.
 
-    ring: bytes of one ring over all layers MAC serves, how many `ring_memory_gib` holds, how many are wanted; None
-    where MAC serves no layer. refused: why an engine would not start; unbuilt: why the model could not be built here,
-    which an engine may well do. With either, the rest is as far as it could be seen.
+    ring: bytes of one ring over all layers with MAC, how many rings `ring_memory_gib` holds, how many are wanted; None
+    where no layer uses MAC. refused: why an engine would not start. unbuilt: why the model could not be built here; an
+    engine may still build it. With either of them, the other fields may be incomplete. notes: MAC's own warnings.
     """
 
     refused: str | None = None
@@ -54,16 +57,19 @@ class Examined:
     kv_cache_dtype: str = ""
     max_model_len: int = 0
     ring_element: int = 0  # bytes
-    config: object = None
+    config: MacConfig | None = None  # None where no layer uses MAC
 
     def weight_bytes(self, batch: int) -> float:
-        """Bytes of weights that one decode step of `batch` rows reads: all but the embedding's other rows, and of
-        experts as many as rows that choose at random are expected to need."""
+        """Bytes of weights that one decode step of `batch` rows reads.
+
+        Of the embedding only the rows of its tokens count (0 here); of experts the expected number that `batch` rows
+        need if they choose at random.
+        """
         return self.dense_bytes + sum(size * (1 - (1 - share) ** batch) for size, share in self.experts)
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Large tensors that are made without a content that depends on others are made on the meta device."""
+    """Makes large tensors on the meta device, if their content does not depend on other tensors."""
 
     MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.empty_strided}
 
@@ -81,12 +87,15 @@ def _elements(size) -> int:
 
 
 def examine(model: str, mac: dict, engine: dict, max_num_seqs: int | None = None) -> Examined:
-    """mac: keys of MAC's configuration. engine: further arguments of vLLM's engine, of which
-    `tensor_parallel_size` divides heads and weights, and the other ways to share a model are left out."""
+    """Build a model without its weights and decide its layers.
+
+    mac: keys of MAC's configuration. engine: further arguments of vLLM's engine. Of the kinds of parallelism, only
+    `tensor_parallel_size` is taken into account: it divides heads and weights.
+    """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    arguments = {
+    arguments: dict[str, Any] = {
         "max_num_seqs": max_num_seqs,
         "skip_tokenizer_init": True,
         "load_format": "dummy",
@@ -99,7 +108,7 @@ def examine(model: str, mac: dict, engine: dict, max_num_seqs: int | None = None
     found = Examined()
     try:
         vllm_config = EngineArgs(model=model, **arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    except Exception as error:  # whatever vLLM, Hugging Face's reader or MAC refuses it by
+    except Exception as error:  # any refusal by vLLM, Hugging Face's reader or MAC
         found.refused = f"{type(error).__name__}: {error}"
         return found
     found.max_model_len = vllm_config.model_config.max_model_len
@@ -107,23 +116,23 @@ def examine(model: str, mac: dict, engine: dict, max_num_seqs: int | None = None
     if found.kv_cache_dtype == "auto":
         found.kv_cache_dtype += f" ({str(vllm_config.model_config.dtype).removeprefix('torch.')})"
     try:
-        # Making its configuration vLLM sets up its loggers anew.
+        # vLLM sets up its loggers again when it makes its configuration.
         with _warnings(found.notes), _world(vllm_config):
             built = _build(vllm_config)
             _settle(found, vllm_config, ranks)
             _weigh(found, built, ranks)
-    except (ValueError, NotImplementedError) as error:  # how backends, layers and MAC refuse
+    except (ValueError, NotImplementedError) as error:  # refusals by backends, layers and MAC
         found.refused = f"{type(error).__name__}: {error}"
-    except Exception as error:  # a model's class that needs its weights, or a device, to be built
+    except Exception as error:  # of a model class that needs its weights or a device
         found.unbuilt = f"{type(error).__name__}: {error}"
     return found
 
 
 @contextmanager
 def _warnings(into: list[str]):
-    """MAC's own warnings, which vLLM's loggers would print by themselves."""
+    """Collect MAC's own warnings instead of printing them with vLLM's loggers."""
     logger, handler = logging.getLogger("vllm.mac"), logging.Handler(logging.WARNING)
-    # The doctor says by itself how many rings there are.
+    # The report has its own line about the number of rings.
     handler.addFilter(lambda record: "ring_memory_gib" not in str(record.msg))
     handler.emit = lambda record: into.append(record.getMessage())
     level, spreads = logger.level, logger.propagate
@@ -140,7 +149,7 @@ def _warnings(into: list[str]):
 
 @contextmanager
 def _world(vllm_config):
-    """The process group of one, which layers ask for their share."""
+    """A process group with one member, because layers ask for their rank."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import (
         cleanup_dist_env_and_memory,
@@ -191,7 +200,7 @@ def _settle(found: Examined, vllm_config, ranks: int) -> None:
         reason = module.get_attn_backend().get_name() if mac is None else mac.exact
         heads = size = kv_bytes = 0
         window = None
-        if isinstance(module, Attention):  # others have states, or latents
+        if isinstance(module, Attention):  # other layers have states or latents
             heads, kv_heads = (max(1, n // ranks) for n in (module.num_heads, module.num_kv_heads))
             size, window = module.head_size, module.sliding_window
             kv_bytes = kv_heads * 2 * size * module.kv_cache_torch_dtype.itemsize
@@ -205,7 +214,7 @@ def _weigh(found: Examined, built: torch.nn.Module, ranks: int) -> None:
     modules = list(built.modules())
     heads = {id(p) for module in modules if isinstance(module, ParallelLMHead) for p in module.parameters()}
     tables = {id(p) for module in modules if isinstance(module, VocabParallelEmbedding) for p in module.parameters()}
-    # Of a table beside a head each token reads a row; without a head of its own the table is the head.
+    # A token reads one row of an embedding. Without a separate head, the embedding is also the head, which is read whole.
     seen = tables - heads if heads else set()
     for module in modules:
         size = 0
@@ -220,7 +229,7 @@ def _weigh(found: Examined, built: torch.nn.Module, ranks: int) -> None:
 
 
 def groups(layers: list[Layer]) -> list[tuple[str, str | None, str, int]]:
-    """(state, reason, layers in words, how many) in order of the first layer of each."""
+    """(state, reason, layers in words, count), in order of the first layer of each group."""
     found: dict[tuple[str, str | None], list[int]] = {}
     for layer in layers:
         found.setdefault((layer.state, layer.reason), []).append(layer.index)
@@ -228,10 +237,12 @@ def groups(layers: list[Layer]) -> list[tuple[str, str | None, str, int]]:
 
 
 def _in_words(indices: list[int]) -> str:
-    runs: list[list[int]] = []
+    spans: list[list[int]] = []
     for index in sorted(indices):
-        if runs and index <= runs[-1][1] + 1:
-            runs[-1][1] = index
+        if spans and index <= spans[-1][1] + 1:
+            spans[-1][1] = index
         else:
-            runs.append([index, index])
-    return ("layer " if len(indices) == 1 else "layers ") + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+            spans.append([index, index])
+    return ("layer " if len(indices) == 1 else "layers ") + ", ".join(
+        str(a) if a == b else f"{a}-{b}" for a, b in spans
+    )

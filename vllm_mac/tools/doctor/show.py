@@ -1,4 +1,4 @@
-"""What was found, in words and tables."""
+"""The findings of the doctor, as text and tables."""
 
 from itertools import groupby
 
@@ -25,7 +25,7 @@ def on_gpu() -> bool:
 
 
 def facts(name: str, model: Examined) -> dict:
-    """A model's part of the report as JSON."""
+    """A model's part of the report, as plain data for JSON."""
     ring = dict(zip(("ring_bytes", "rings_that_fit", "rings_wanted"), model.ring, strict=True)) if model.ring else {}
     return {
         "name": name, "refused": model.refused, "unbuilt": model.unbuilt, "max_model_len": model.max_model_len,
@@ -41,9 +41,11 @@ def facts(name: str, model: Examined) -> dict:
 def of_layers(model: Examined) -> list[Finding]:
     place = "model"
     if model.refused is not None:
-        return [Finding(place, PROBLEM, f"refused: {model.refused}", "see the reason; an engine would end with it too")]
+        return [
+            Finding(place, PROBLEM, f"refused: {model.refused}", "see the reason; an engine would fail with it too")
+        ]
     if model.unbuilt is not None:
-        cure = "look for 'MAC serves' in an engine's log: it has the weights and the device"
+        cure = "look for 'MAC serves' in the log of an engine, which has the weights and the device"
         return [Finding(place, WARNING, f"could not be built here without weights: {model.unbuilt}", cure)]
     found = [Finding(place, OK, f"max_model_len {model.max_model_len}, KV cache {model.kv_cache_dtype}")]
     for state, reason, which, count in groups(model.layers):
@@ -53,7 +55,7 @@ def of_layers(model: Examined) -> list[Finding]:
             "other": f"another backend's ({reason}), not in the estimate",
         }[state]
         found.append(Finding(place, OK, f"{which}: {what}, {count} of {len(model.layers)}"))
-    # Warnings of the engine's log: rotations that cannot be undone, patterns that match nothing.
+    # Warnings as in an engine's log: rotations that cannot be undone, patterns that match no layer.
     found += [Finding(place, WARNING, note) for note in model.notes if "serves none" not in note]
     if not any(layer.state == "MAC" for layer in model.layers):
         found.append(Finding(place, WARNING, "MAC serves no layer of this model", "leave --attention-backend out"))
@@ -61,7 +63,7 @@ def of_layers(model: Examined) -> list[Finding]:
 
 
 def of_rings(model: Examined) -> list[Finding]:
-    if model.ring is None:
+    if model.ring is None or model.config is None:
         return []
     one, fitting, wanted = model.ring
     gib = model.config.ring_memory_gib
@@ -94,7 +96,11 @@ def of_estimates(model: Examined, rows: list[Estimate], judged: bool) -> list[Fi
     if not judged:
         return [
             *found,
-            Finding(place, UNCHECKED, "speed: on CPUs MAC is slower than vLLM's own attention, whatever the bytes say"),
+            Finding(
+                place,
+                UNCHECKED,
+                "speed: on CPUs MAC is slower than vLLM's own attention, although it reads fewer bytes",
+            ),
         ]
     for row in rows:
         where = f"context {row.context}, batch {row.batch}, hit rate {row.hit_rate:g}"
@@ -104,21 +110,21 @@ def of_estimates(model: Examined, rows: list[Estimate], judged: bool) -> list[Fi
             found.append(
                 Finding(
                     place, WARNING, f"{where}: MAC will not pay, {row.gain:.2f}x before its launches",
-                    "a longer context, more rows or more hits; measure the hit rate by vllm_mac_heads_total",
+                    "a longer context, more rows or more hits; measure the hit rate with vllm_mac_heads_total",
                 )
             )  # fmt: skip
     return found
 
 
-def show(findings: list[Finding], told: dict, console: Console) -> None:
+def show(findings: list[Finding], facts: dict, console: Console) -> None:
     for section, lines in groupby(findings, lambda one: one.section):
         console.print(Text(f"\n{section}", style="bold"))
         for one in lines:
             console.print(Text.assemble(("  " + one.mark.ljust(12), COLOURS[one.mark]), one.text), soft_wrap=True)
             if one.cure:
                 console.print(Text(f"              do: {one.cure}"), soft_wrap=True)
-    if "estimates" in told:
-        _show_estimates(told["estimates"], told["bandwidth"], console)
+    if "estimates" in facts:
+        _show_estimates(facts["estimates"], facts["bandwidth"], console)
 
 
 def _show_estimates(rows: list[dict], bandwidth: dict, console: Console) -> None:
@@ -147,7 +153,7 @@ def _show_estimates(rows: list[dict], bandwidth: dict, console: Console) -> None
     console.print(table)
     console.print(
         f"Bytes / bandwidth, for one worker. A hit reads band + {LAG} tokens; launches, sampling and the host are left "
-        f"out, so below {PAYS}x MAC does not pay. The hit rate is yours to measure: outcome=hit of "
+        f"out, so below {PAYS}x MAC does not pay. Measure your own hit rate: outcome=hit of "
         "vllm_mac_heads_total over its sum.",
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""The versions that the project supports: from the first of a pair, and below the second.
+"""The versions that the project supports: from the first of a pair up to, but not including, the second.
 
 `pyproject.toml` says the same to pip, and a test holds the two together.
 """
@@ -7,7 +7,7 @@ import re
 
 PYTHON = ((3, 11), (3, 14))
 VLLM = ((0, 32), (0, 34))
-# What the supported vLLMs install beside CUDA, which the kernels are compiled and measured with.
+# The Triton versions that the supported vLLM versions install for CUDA. The kernels are compiled and measured with them.
 TRITONS = ((3, 6), (3, 8))
 
 

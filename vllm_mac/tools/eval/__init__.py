@@ -1,5 +1,7 @@
 """`vllm-mac eval`: what MAC does to a model's answers, beside exact attention on the same prompts."""
 
+from vllm_mac.tools import ToolError
 
-class EvalError(RuntimeError):
-    """The evaluation cannot run. The message says why and what to change."""
+
+class EvalError(ToolError):
+    """The evaluation cannot run."""

@@ -1,19 +1,19 @@
-"""Teacher forcing: a text is decoded token by token, whatever the model would say, and the
-distribution of every next token is kept.
+"""Teacher forcing: an engine decodes a given text token by token, and the distribution of each next token is kept.
 
-The last TOKENS tokens of a prompt with its exact reply are decoded, what comes before them is read.
-So an engine's own slips do not change what it is asked, the forced text is one that the model is
-really given or really says, and attention runs as in decoding.
+The text is a prompt with its exact reply. Its last TOKENS tokens are decoded; the tokens before them are prefilled. So
+an engine's own errors do not change its input, the text is one that the model gets or writes, and attention runs as in
+decoding.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 TOKENS = 256
-FULL, TOP = 2048, 1024  # log-probabilities of the whole vocabulary up to FULL ids, else of the TOP likeliest
+FULL, TOP = 2048, 1024  # log-probabilities of a vocabulary of up to FULL ids, else of the TOP likeliest tokens
 ARGUMENT = "vllm_mac_forced"
 KINDS = "ids", "logprobs"
 
@@ -24,16 +24,16 @@ def listed(vocabulary: int) -> int:
 
 
 def split(prompt: list[int], reply: list[int]) -> tuple[list[int], list[int]]:
-    """What is read and what is decoded. Short sequences are decoded from their middle on."""
+    """The tokens to prefill and those to decode. Of a short sequence the second half is decoded."""
     whole = [*prompt, *reply]
     cut = len(whole) - min(TOKENS, len(whole) // 2)
     return whole[:cut], whole[cut:]
 
 
 class ForcedTokens(AdapterLogitsProcessor):
-    """For vLLM's V1 model runner, which has no replay of its own: only the forced token is possible.
+    """Makes only the forced token possible, for vLLM's V1 model runner, which cannot replay a text.
 
-    Log-probabilities are taken before logits processors run. Goes when only the V2 runner is left.
+    Log-probabilities are taken before logits processors run. Goes when vLLM has only its V2 runner.
     """
 
     def is_argmax_invariant(self) -> bool:
@@ -55,13 +55,13 @@ class ForcedTokens(AdapterLogitsProcessor):
 
 
 def engine_arguments(v2: bool, vocabulary: int) -> dict:
-    """What an engine of either model runner needs to force tokens."""
+    """The arguments that an engine of either model runner needs to force tokens."""
     how = {"enable_trace_replay": True} if v2 else {"logits_processors": [ForcedTokens]}
     return {"max_logprobs": listed(vocabulary), "logprobs_mode": "raw_logprobs", **how}
 
 
 def params(tokens: list[int], v2: bool, vocabulary: int) -> SamplingParams:
-    how = {"trace_decode_token_ids": tokens} if v2 else {"extra_args": {ARGUMENT: tokens}}
+    how: dict[str, Any] = {"trace_decode_token_ids": tokens} if v2 else {"extra_args": {ARGUMENT: tokens}}
     return SamplingParams(
         temperature=0.0, max_tokens=len(tokens), ignore_eos=True, detokenize=False, logprobs=listed(vocabulary),
         flat_logprobs=True, **how,
@@ -77,7 +77,7 @@ def distributions(output, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
         raise RuntimeError("this vLLM did not decode the forced tokens (`vllm-mac eval --kl 0` does without)")
     flat = output.logprobs
     spans = list(zip(flat.start_indices, flat.end_indices, strict=True))
-    # The sampled token comes first and may come again: pad by repeating what is there.
+    # The sampled token comes first and may come a second time. Shorter rows are padded with their first token.
     width = max(end - start for start, end in spans)
     ids = np.empty((len(spans), width), dtype=np.int32)
     logprobs = np.empty((len(spans), width), dtype=np.float32)
@@ -88,16 +88,16 @@ def distributions(output, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def save(path: Path, found: dict[str, tuple[np.ndarray, np.ndarray]], vocabulary: int) -> None:
-    """Whole or not at all; by the id of the request."""
+    """Write distributions by the id of their request, whole or not at all."""
     part = path.with_name(path.name + ".part")
     arrays = {f"{id}:{kind}": array for id, pair in found.items() for kind, array in zip(KINDS, pair, strict=True)}
     with open(part, "wb") as file:
-        np.savez(file, vocabulary=vocabulary, **arrays)
+        np.savez(file, vocabulary=vocabulary, **arrays)  # pyrefly: ignore[bad-argument-type]
     part.replace(path)
 
 
 def load(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], int]:
-    """What `save` was given."""
+    """The arguments of `save`."""
     with np.load(path) as arrays:
         names = dict.fromkeys(name.rpartition(":")[0] for name in arrays.files if ":" in name)
         return {name: tuple(arrays[f"{name}:{kind}"] for kind in KINDS) for name in names}, int(arrays["vocabulary"])

@@ -41,6 +41,6 @@ def prompt(item: dict, context: str) -> str:
 
 
 def answer(reply: str) -> str | None:
-    """The letter that a reply settles on: the last one it states."""
+    """The letter that a reply states last, or None."""
     stated = _STATED.findall(reply.replace("*", ""))
     return stated[-1] if stated else None

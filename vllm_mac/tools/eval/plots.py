@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from vllm_mac.tools.bench.report import require_matplotlib
 from vllm_mac.tools.eval.results import EXACT, YARDSTICK, source
+from vllm_mac.tools.plotting import require_matplotlib
 
 YARD = "black"
 
@@ -23,13 +23,13 @@ def _figure(width: float, height: float):
 
 
 def _colours(results: dict) -> dict[str, str]:
-    """Of MAC's configurations, the same in every plot."""
+    """A colour for each of MAC's configurations, the same in every plot."""
     names = [row["configuration"] for row in results["totals"] if row["configuration"] not in (EXACT, YARDSTICK)]
     return {name: f"C{i}" for i, name in enumerate(names)}
 
 
-def _said(name: str) -> str:
-    """A configuration in a legend: what it is one of is said too, for those who see the plot alone."""
+def _label(name: str) -> str:
+    """A configuration's name in a legend, which names MAC for readers who see only the plot."""
     return name if name in (EXACT, YARDSTICK) else f"MAC ({name})"
 
 
@@ -55,12 +55,14 @@ def scores(results: dict):
             at = [k + (j - (len(colours) - 1) / 2) * 0.8 / len(colours) for k, task in enumerate(tasks) if task in own]
             own_rows = [own[task] for task in tasks if task in own]
             height = [100 * row["score"] for row in own_rows]
-            # An end that is the score itself can lie beyond it by rounding.
+            # An end that equals the score can exceed it by rounding.
             spread = [
                 [100 * max(row["score"] - row["score_low"], 0.0) for row in own_rows],
                 [100 * max(row["score_high"] - row["score"], 0.0) for row in own_rows],
             ]
-            axes.bar(at, height, 0.8 / len(colours), yerr=spread, label=_said(name), color=colour, error_kw={"lw": 0.8})
+            axes.bar(
+                at, height, 0.8 / len(colours), yerr=spread, label=_label(name), color=colour, error_kw={"lw": 0.8}
+            )
         if own := {row["task"]: row for row in some if row["configuration"] == YARDSTICK}:
             at = [k for k, task in enumerate(tasks) if task in own]
             height = [100 * own[tasks[k]]["score"] for k in at]
@@ -74,12 +76,12 @@ def scores(results: dict):
 
 
 def trade(results: dict):
-    """What a configuration saves and costs: score over all prompts against KV tokens read, and beside it tokens per
-    second where they were counted. A point for each configuration that decoded; exact attention reads everything.
-    None without scores.
+    """Score over all prompts against KV tokens read, and beside it tokens per second where they were counted.
+
+    There is a point for each configuration that decoded; exact attention reads everything. None without scores.
     """
     rows = [row for row in results["totals"] if "score" in row and row["configuration"] != YARDSTICK]
-    rows = [row for row in rows if row.get("read_share", 1.0) is not None]  # of one that decoded nothing it is unknown
+    rows = [row for row in rows if row.get("read_share", 1.0) is not None]  # None: it decoded nothing
     if not rows:
         return None
     colours = {EXACT: "0.4", **_colours(results)}
@@ -90,8 +92,8 @@ def trade(results: dict):
     for row in rows:
         name, read = row["configuration"], 100 * row.get("read_share", 1.0)
         height = 100 * row["score"]
-        style = {"color": colours[name], "label": _said(name), "ms": 8}
-        # Of the difference from exact on the same prompts, which is what reuse is to answer for.
+        style = {"color": colours[name], "label": _label(name), "ms": 8}
+        # The interval is of the difference from exact attention on the same prompts, which is the effect of reuse.
         low, high = (100 * row.get(f"difference_{end}", row.get("difference", 0.0)) for end in ("low", "high"))
         mean = 100 * row.get("difference", 0.0)
         ends = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
@@ -113,8 +115,11 @@ def trade(results: dict):
 
 
 def by_reads(results: dict):
-    """KL of the next token, mean and 99th percentile, against KV tokens read: a point for each configuration and a panel for each
-    group of tasks and length, the yardstick's as lines. None without forced texts."""
+    """KL of the next token, mean and 99th percentile, against KV tokens read. None without forced texts.
+
+    There is a panel for each group of tasks and length, in it a point for each configuration, and lines for the
+    yardstick.
+    """
     rows = [row for row in results["rows"] if row.get("kl_mean") is not None]
     places = list(dict.fromkeys((row["group"], row["length"]) for row in rows))
     if not places:
@@ -127,14 +132,14 @@ def by_reads(results: dict):
         for row in (row for row in rows if (row["group"], row["length"]) == place):
             name, ends = row["configuration"], (row["kl_mean"], row["kl_p99"])
             if not all(ends):
-                continue  # no divergence has no place on a logarithmic axis
+                continue  # a logarithmic axis has no 0
             if name == YARDSTICK:
                 axes.axhline(ends[0], ls="--", color=YARD, lw=1.2, label=YARDSTICK)
                 axes.axhline(ends[1], ls=":", color=YARD, lw=1)
             elif row.get("read_share") is not None:
                 read = [100 * row["read_share"]] * 2
                 axes.plot(read, ends, "-", color=colours[name], lw=0.8)
-                axes.plot(read[0], ends[0], "o", color=colours[name], ms=7, label=_said(name))
+                axes.plot(read[0], ends[0], "o", color=colours[name], ms=7, label=_label(name))
                 axes.plot(read[1], ends[1], "_", color=colours[name], ms=10)
         axes.set(xlabel="KV tokens read, %", ylabel="KL, nats a token", yscale="log", xlim=(0, 102))
         axes.set_title(f"{_title(place[1], place[0])}: mean and p99", fontsize=9)
@@ -145,7 +150,7 @@ def by_reads(results: dict):
 
 
 def by_layer(results: dict):
-    """Hit rate by layer, and the audited error (p50 with p95 and p99 above it) where it was counted."""
+    """Hit rate by layer, and where it was audited the error: p50, p95 and p99. None without counters."""
     layers = {name: list(some.values()) for name, some in results["layers"].items() if some}
     if not layers:
         return None
@@ -154,14 +159,14 @@ def by_layer(results: dict):
     figure = _figure(6 * (1 + audited), 4)
     hits = figure.add_subplot(1, 1 + audited, 1)
     for name, rows in layers.items():
-        hits.plot([100 * (row["hit_rate"] or 0) for row in rows], "o-", color=colours[name], label=_said(name))
+        hits.plot([100 * (row["hit_rate"] or 0) for row in rows], "o-", color=colours[name], label=_label(name))
     hits.set(xlabel="layer", ylabel="heads that hit, %", ylim=(0, 102))
     if audited:
         errors = figure.add_subplot(1, 2, 2)
         for j, (name, rows) in enumerate(layers.items()):
             for key, style in (("error_p50", "o-"), ("error_p95", "s--"), ("error_p99", "^:")):
                 at = [i for i, row in enumerate(rows) if row.get(key) is not None]
-                # Colours are those of the other panel, and styles are named once.
+                # The other panel names the colours; this one names each style once.
                 label = None if j else key[6:]
                 errors.plot(at, [rows[i][key] for i in at], style, color=colours[name], ms=4, label=label)
         errors.set(xlabel="layer", ylabel="relative error of heads that hit", yscale="log")
@@ -170,13 +175,13 @@ def by_layer(results: dict):
         axes.grid(alpha=0.2, which="both")
         axes.legend(fontsize=8)
     if audited:
-        for line in errors.get_legend().get_lines():
+        for line in figure.axes[1].get_legend().get_lines():
             line.set_color("black")
     return figure
 
 
 def by_head(results: dict):
-    """Hit rate of each query head, one map for each configuration; None where nothing was audited."""
+    """Hit rate of each query head, a map for each configuration. None where nothing was audited."""
     maps = {
         name: [row["head_hit_rates"] for row in some.values() if "head_hit_rates" in row]
         for name, some in results["layers"].items()
@@ -184,13 +189,13 @@ def by_head(results: dict):
     maps = {name: rows for name, rows in maps.items() if rows and len({len(row) for row in rows}) == 1}
     if not maps:
         return None
-    figure = _figure(1 + 4 * len(maps), 4)
+    figure, image = _figure(1 + 4 * len(maps), 4), None
     for i, (name, rows) in enumerate(maps.items()):
         axes = figure.add_subplot(1, len(maps), i + 1)
         image = axes.imshow(
             [[100 * rate for rate in row] for row in rows], vmin=0, vmax=100, aspect="auto", cmap="viridis"
         )
-        axes.set(title=_said(name), xlabel="query head", ylabel="layer")
+        axes.set(title=_label(name), xlabel="query head", ylabel="layer")
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=figure.axes, label="steps that hit, %")
@@ -211,12 +216,12 @@ def histograms(results: dict):
             edges, shares = [], []
             passed, total = 0, sum(count for _, count in some.get(kind, ()))
             for edge, count in some.get(kind, ()):
-                if edge is None or passed == total:  # above the last edge, or above all that was counted
+                if edge is None or passed == total:  # above the last edge, or all hits are counted
                     break
                 passed += count
                 edges.append(edge)
                 shares.append(100 * passed / total)
-            axes.plot(edges, shares, color=_colours(results)[name], label=_said(name))
+            axes.plot(edges, shares, color=_colours(results)[name], label=_label(name))
         axes.set(xscale="log", xlabel=labels[kind], ylabel="hits up to there, %", ylim=(0, 102))
         axes.grid(alpha=0.2, which="both")
         axes.legend(fontsize=8)
@@ -224,7 +229,7 @@ def histograms(results: dict):
 
 
 def divergence(results: dict):
-    """Share of prompts whose tokens are still exact's, by position; None without prompts to compare."""
+    """Share of prompts whose tokens still equal exact attention's, by position. None without prompts to compare."""
     if not results["divergence"]:
         return None
     figure = _figure(6, 4)
@@ -239,7 +244,7 @@ def divergence(results: dict):
                 x.append(1.0 + end)
                 y.append(100 * (1 - i / len(ends)))
         style = {"color": YARD, "ls": "--"} if name == YARDSTICK else {"color": colours[name]}
-        axes.step([*x, 1.0 + last], [*y, y[-1]], where="post", label=_said(name), **style)
+        axes.step([*x, 1.0 + last], [*y, y[-1]], where="post", label=_label(name), **style)
     axes.set(xscale="log", xlabel="tokens generated", ylabel="prompts with exact's tokens so far, %", ylim=(0, 102))
     axes.grid(alpha=0.2, which="both")
     axes.legend(fontsize=8)

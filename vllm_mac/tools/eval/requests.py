@@ -2,25 +2,27 @@
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from vllm_mac.tools.eval import EvalError, longbench, stdlib, tasks
 
 GROUPS = {"ruler": tasks.RULER, "long": tasks.LONG, "real": stdlib.REAL}
 TASKS = tuple(task for group in GROUPS.values() for task in group)
 PROMPTS, LONGBENCH = "prompts", "longbench"  # groups that come from files
-PROMPT_TOKENS = 256  # generated for a line of a file that does not say how many
+PROMPT_TOKENS = 256  # generated for a line of a file without max_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt. ids: its tokens, chat template and `prefix` of the reply included. length: the
-    tokens it was made for, reply included, or None. answers: what a reply should hold; empty where
-    nothing is scored."""
+    """One prompt.
+
+    ids: its tokens, with the chat template and the `prefix` of the reply. length: the tokens that prompt and reply may
+    have together, or None. answers: texts that a right reply has; empty where nothing is scored.
+    """
 
     id: str
     group: str
@@ -38,13 +40,13 @@ class Request:
 
 
 class Encoder:
-    """Prompts as a model is given them. tokenizer: vLLM's. longest: the model's longest sequence."""
+    """Turns texts into prompts of a model. tokenizer: vLLM's. longest: tokens of the model's longest sequence."""
 
     def __init__(self, tokenizer, longest: int):
         self.tokenizer, self.longest = tokenizer, longest
 
     def prompt(self, text: str, prefix: str = "") -> tuple[int, ...]:
-        """In the chat template, where there is one, with the beginning of the reply."""
+        """The tokens of a prompt: `text` in the chat template, if the model has one, then the beginning of the reply."""
         if not getattr(self.tokenizer, "chat_template", None):
             return tuple(self.tokenizer.encode(text + prefix))
         chat = [{"role": "user", "content": text}]
@@ -55,7 +57,7 @@ class Encoder:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def cut(self, text: str, most: int) -> str:
-        """Without its middle, so that `most` tokens are left."""
+        """The text without its middle, so that `most` tokens are left."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if len(ids) <= most:
             return text
@@ -64,7 +66,7 @@ class Encoder:
 
 
 def score(request: Request, reply: str) -> float | None:
-    """From 0 to 1; None where the request has no answers."""
+    """The score of a reply, from 0 to 1; None where the request has no answers."""
     if not request.answers:
         return None
     if request.group == LONGBENCH:
@@ -78,7 +80,7 @@ def score(request: Request, reply: str) -> float | None:
 def generated(
     names: tuple[str, ...], lengths: tuple[int, ...], samples: int, seed: int, encoder: Encoder
 ) -> Iterator[Request]:
-    """`samples` requests for each task and length. A length counts prompt, template and reply."""
+    """`samples` requests for each task and length. A length includes prompt, template and reply."""
     for length in lengths:
         if names and length > encoder.longest:
             raise EvalError(f"--lengths: received {length}; the model's longest sequence is {encoder.longest} tokens")
@@ -91,7 +93,7 @@ def generated(
 
 
 def _sample(group: str, task: str, length: int, seed: str, encoder: Encoder) -> Request:
-    """A sample that takes at most `length` tokens with template and reply, which the first try measures."""
+    """A sample that has at most `length` tokens with template and reply. The first try measures these two."""
     size = length
     for spare in range(4):
         try:
@@ -105,7 +107,7 @@ def _sample(group: str, task: str, length: int, seed: str, encoder: Encoder) -> 
         request = Request("", group, task, length, ids, sample.max_tokens, sample.prompt, sample.answers, sample.prefix)
         if request.total <= length:
             return request
-        # The reply may be longer, and tokens merge differently, in another try: leave a little more each time.
+        # In another try the reply may be longer and tokens may merge otherwise: leave more space each time.
         size = length - (request.total - encoder.count(sample.prompt)) - 8 * spare
     raise EvalError(
         f"--lengths: {length}: no prompt for task {task} that fits with its reply; the last took {request.total}"
@@ -153,14 +155,14 @@ def _line(item, where: str) -> tuple[str, tuple[str, ...], int]:
 
 
 def from_longbench(path: Path, encoder: Encoder) -> Iterator[Request]:
-    """A request for each question; a context that is too long loses its middle, as in the benchmark."""
+    """A request for each question. A context that is too long is cut in the middle, as in the benchmark."""
     for i, item in enumerate(longbench.load(path)):
         context, room = item["context"], encoder.longest - longbench.MAX_TOKENS
         text = longbench.prompt(item, context)
-        ids, most = encoder.prompt(text), math.inf
+        ids, most = encoder.prompt(text), None
         while len(ids) > room:
-            # What was cut, read again, may have a few tokens more.
-            most = min(most, encoder.count(context)) - (len(ids) - room)
+            # Encoded again, the cut text may have a few more tokens.
+            most = (encoder.count(context) if most is None else most) - (len(ids) - room)
             if most < 1:
                 raise EvalError(
                     f"--longbench: {path}: question {i} does not fit without its context: the model's longest sequence is "
@@ -209,15 +211,15 @@ def load(path: Path) -> list[Request]:
 
 
 def digest(requests: list[Request]) -> str:
-    """Tells apart lists of requests that differ in anything a reply or a score depends on."""
-    said = hashlib.sha256()
+    """A hash of everything in the requests that a reply or a score depends on."""
+    whole = hashlib.sha256()
     for request in requests:
-        said.update(_json(request).encode())
-    return said.hexdigest()[:16]
+        whole.update(_json(request).encode())
+    return whole.hexdigest()[:16]
 
 
 def phases(requests: list[Request]) -> dict[str, list[Request]]:
-    """Requests that run together, with counters of their own: one group of tasks at one length."""
+    """Requests that run together and have their own counters: one group of tasks at one length."""
     found: dict[str, list[Request]] = {}
     for request in requests:
         name = request.group if request.length is None else f"{request.group}-{request.length}"
@@ -236,7 +238,7 @@ def prepare(model: str, engine: dict, make: Callable[[Encoder], list[Request]], 
 
     Raises EvalError where the model or its tokenizer cannot be read.
     """
-    from vllm_mac.tools.bench.engine import has_tokenizer
+    from vllm_mac.tools.tokenizer_files import has_tokenizer
 
     folder = Path(model).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
@@ -256,14 +258,15 @@ def prepare(model: str, engine: dict, make: Callable[[Encoder], list[Request]], 
     from vllm.engine.arg_utils import EngineArgs
     from vllm.tokenizers import cached_tokenizer_from_config
 
+    with_model: dict[str, Any] = {"model": model, **engine}
     try:
-        arguments = EngineArgs(**{"model": model, **engine})
+        arguments = EngineArgs(**with_model)
     except (ValueError, TypeError) as error:
         raise EvalError(f"--engine: received {engine}; {error}") from error
     try:
         config = arguments.create_model_config()
         tokenizer = cached_tokenizer_from_config(config)
-    except (OSError, ValueError) as error:  # as Transformers and vLLM raise
+    except (OSError, ValueError) as error:  # as raised by Transformers and vLLM
         raise EvalError(f"--model: {model} cannot be read: {error}") from error
     if tokenizer is None:
         raise EvalError("--engine: skip_tokenizer_init is set, and prompts are text; leave it out")

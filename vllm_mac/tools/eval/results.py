@@ -1,27 +1,31 @@
-"""What the engines of a run wrote, as figures.
+"""The results of a run, from the files that its engines wrote.
 
 A run's results are a dictionary with
 
     configuration, environment   as in run.json
-    totals    a row for each configuration
-    rows      a row for each configuration and phase (a group of tasks at one length)
-    tasks     a row for each configuration, task and length, without what only MAC's counters tell
-    yardstick whether its tokens and distributions are `identical` to exact's, null without forced texts; null where
-              there is no yardstick
-    layers    by configuration and layer: see `statistics.layers`
-    histograms    by configuration: error, lag and chain, where audits counted them, as [upper edge, count]
-                  pairs, the edge null for what lies above the others
-    divergence    by configuration: for each request the first token that is not exact's, or null
-    errors    by configuration: why an engine gave no figures
+    totals        a row for each configuration
+    rows          a row for each configuration and phase (a group of tasks at one length)
+    tasks         a row for each configuration, task and length, without the figures from MAC's counters
+    yardstick     null without a yardstick; else `identical`: whether its tokens and distributions equal exact's, null
+                  without forced texts
+    layers        by configuration and layer: see `statistics.layers`
+    histograms    by configuration: audited error, lag and chain as [upper edge, count] pairs; the last edge is null
+    divergence    by configuration: for each request the index of the first token that differs from exact's, or null
+    errors        by configuration: why it has no results
 
-Rows have: configuration, group, length; requests, and scored, how many of them have answers; score with score_low and
-score_high, its 95 % interval; difference from exact's score on the same prompts, with difference_low and
-difference_high; same_answers, the share of requests whose tokens are all exact's; agreed_share, the share of exact's
-tokens before the first that differs, and agreed_p50, their number in the median request; hit_rate and read_share of
-decoding; tokens_per_s, tokens generated per second, the time that prompts take to read included; kl_mean, kl_p50,
-kl_p99 and kl_max in nats over kl_tokens forced tokens of kl_texts requests, kl_times, the mean in the yardstick's,
-and same_best, the share of them at which the likeliest next token is exact's. Figures that a row has not got are
-absent: a row without scored requests has no score.
+A row has the keys below. A figure that does not exist is absent: a row without scored requests has no score.
+
+    configuration, group, length
+    requests, scored                            prompts, and those of them with answers
+    score, score_low, score_high                mean, and its 95 % interval
+    difference, difference_low, difference_high from exact's score on the same prompts, and its 95 % interval
+    same_answers                                share of requests whose tokens all equal exact's
+    agreed_share, agreed_p50                    share of exact's tokens before the first difference; their median number
+    hit_rate, read_share                        of decoding
+    tokens_per_s                                tokens generated per second; the time includes prefill
+    kl_mean, kl_p50, kl_p99, kl_max             in nats, over kl_tokens forced tokens of kl_texts requests
+    kl_times                                    kl_mean over the yardstick's
+    same_best                                   share of forced tokens whose likeliest next token is exact's
 """
 
 import json
@@ -39,19 +43,19 @@ RESULTS = "results.json"
 
 
 def compared(configuration: dict) -> list[str]:
-    """Names of what is compared with exact attention, in order."""
+    """Names of the configurations that are compared with exact attention, in order; the yardstick is one."""
     return [*([YARDSTICK] if configuration.get("yardstick") else []), *configuration["mac"]]
 
 
 def source(results: dict) -> str:
-    """Where a run's figures come from, in one line."""
+    """Where a run's results come from, in one line."""
     env = results["environment"]
     model = Path(results["configuration"]["model"]).name
     return f"{model} on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}"
 
 
 def read_samples(folder: Path) -> list[dict]:
-    """The rows of a folder's samples.jsonl; a last line that a stop cut short is left out of the file too."""
+    """The rows of a folder's samples.jsonl. An incomplete last line, left by a stop, is removed from the file."""
     path = folder / "samples.jsonl"
     if not path.exists():
         return []
@@ -63,13 +67,13 @@ def read_samples(folder: Path) -> list[dict]:
 
 
 def left(folder: Path, requests: list[Request], kl: int) -> tuple[int, bool]:
-    """How many requests of a configuration are unanswered, and whether its forced texts are still to do."""
+    """The number of unanswered requests of a configuration, and whether its forced texts are still to decode."""
     done = {row["id"] for row in read_samples(folder)}
     return sum(request.id not in done for request in requests), kl > 0 and not (folder / "forced.npz").exists()
 
 
 def read_counters(folder: Path, phase: str) -> list[tuple[str, dict, float]]:
-    """MAC's counters of one phase, of all processes that worked on it."""
+    """MAC's counters of one phase, from all processes that worked on it."""
     return [
         tuple(sample)
         for path in sorted(folder.glob(f"counters/{phase}.*.json"))
@@ -78,8 +82,8 @@ def read_counters(folder: Path, phase: str) -> list[tuple[str, dict, float]]:
 
 
 def collect(out: Path, configuration: dict, environment: dict, requests: list[Request], errors: dict[str, str]) -> dict:
-    """The results of a finished run, written to its folder. errors: configurations without figures."""
-    found = {
+    """Collect the results of a finished run and write them to its folder. errors: configurations without results."""
+    found: dict = {
         "configuration": configuration, "environment": environment, "totals": [], "rows": [], "tasks": [], "yardstick": None,
         "layers": {}, "histograms": {}, "divergence": {}, "errors": errors,
     }  # fmt: skip
@@ -112,7 +116,7 @@ def collect(out: Path, configuration: dict, environment: dict, requests: list[Re
         _times(rows)
     _save(found, out / RESULTS)
     if not errors:
-        for path in out.glob("*/forced.npz"):  # large, and used up
+        for path in out.glob("*/forced.npz"):  # large, and not needed any more
             path.unlink()
     return found
 
@@ -157,7 +161,6 @@ def _figures(requests, samples: dict, exact: dict, forced: dict, name: str) -> d
 
 
 def _speed(requests, samples: dict) -> dict:
-    """Absent where an answer is of a version that did not count."""
     rows = [samples[request.id] for request in requests]
     if not all("seconds" in row for row in rows):
         return {}
@@ -172,7 +175,7 @@ def _reads(counters: list) -> dict:
 
 
 def _times(rows: list[dict]) -> None:
-    """Adds kl_times wherever the yardstick's mean at the same place is more than what KL is known to."""
+    """Add kl_times wherever the yardstick's mean, for the same group, length and task, exceeds the precision of KL."""
     place = lambda row: tuple(row.get(key) for key in ("group", "length", "task"))
     yard = {place(row): row.get("kl_mean", 0.0) for row in rows if row["configuration"] == YARDSTICK}
     for row in rows:
@@ -200,8 +203,8 @@ def _divergence(samples: dict, exact: dict, request: Request) -> int | None:
 
 
 class Text(NamedTuple):
-    """A forced text. At each token: KL divergence from exact, and whether the likeliest token is the same. equal: all
-    distributions are exact's to the last bit."""
+    """A forced text. kl, same: at each token, the KL divergence from exact's distribution, and whether both have the same
+    likeliest token. equal: all distributions equal exact's to the last bit."""
 
     kl: list[float]
     same: list[bool]
@@ -209,7 +212,7 @@ class Text(NamedTuple):
 
 
 def _forced(out: Path, name: str) -> dict[str, Text]:
-    """By request."""
+    """The forced texts of a configuration, by request."""
     from vllm_mac.tools.eval import forced
 
     (exact, vocabulary), (own, _) = forced.load(out / EXACT / "forced.npz"), forced.load(out / name / "forced.npz")

@@ -1,4 +1,4 @@
-"""From answers, log-probabilities and counters to figures. Shares and scores lie between 0 and 1."""
+"""Statistics of answers, log-probabilities and counters. Shares and scores are between 0 and 1."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,18 +8,17 @@ import numpy as np
 
 HEAD_HITS = "vllm_mac_audited_head_hits_total"  # {layer, head}: hits of one query head in audited steps
 Z = 1.959963984540054  # 97.5th percentile of the normal distribution
-# 1 - (a sum of probabilities, each rounded to float32) is known to about this.
+# The precision of 1 - (a sum of probabilities, each rounded to float32).
 REST = 1e-7
-KL_FLOOR = 1e-6  # what `kl` is known to, for log-probabilities rounded to float32
+KL_FLOOR = 1e-6  # the precision of `kl`, for log-probabilities rounded to float32
 
-Samples = Iterable[tuple[str, dict[str, str], float]]
+Samples = Iterable[tuple[str, dict[str, str], int]]
 
 
 def wilson(mean: float, count: int) -> tuple[float, float]:
-    """95 % interval of a mean of `count` scores between 0 and 1.
+    """Wilson's 95 % interval of a mean of `count` scores between 0 and 1.
 
-    Wilson's, as if each score were 0 or 1; scores in between vary less, so it is never too narrow for
-    their variance.
+    The formula is for scores of 0 or 1. Scores in between vary less, so the interval is wide enough for them.
     """
     centre, spread = mean + Z * Z / (2 * count), Z * math.sqrt(mean * (1 - mean) / count + (Z / (2 * count)) ** 2)
     scale = 1 + Z * Z / count
@@ -29,7 +28,7 @@ def wilson(mean: float, count: int) -> tuple[float, float]:
 def paired_interval(differences: Sequence[float], seed: int = 0, resamples: int = 4000) -> tuple[float, float] | None:
     """95 % interval of the mean of paired differences, by percentile bootstrap.
 
-    None where all are equal: such a sample tells nothing about their spread.
+    None where all are equal: such a sample does not show their spread.
     """
     values = np.asarray(differences, dtype=np.float64)
     if (values == values[0]).all():
@@ -40,17 +39,16 @@ def paired_interval(differences: Sequence[float], seed: int = 0, resamples: int 
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first token that differs, an end counted as a difference; None where all are equal."""
+    """Index of the first token that differs; None where all are equal. An end counts as a difference."""
     return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)
 
 
 def kl(exact_ids, exact_logprobs, ids, logprobs, vocabulary: int) -> np.ndarray:
     """KL(exact || other) of the next token in nats, `[T]` float64, one value for each of T steps.
 
-    The four arrays are `[T, K]`: token ids (repetitions allowed) and their natural log-probabilities.
-    Where a step lists the whole vocabulary in both, this is the KL divergence. Else it is that of the
-    tokens both list and one bucket for all others, which is a lower bound (to 1e-6): merging outcomes
-    never adds divergence.
+    The four arrays are `[T, K]`: token ids (repetitions allowed) and their natural log-probabilities. Where both list
+    the whole vocabulary, this is the KL divergence. Else it is the divergence over the tokens that both list and one
+    bucket for all others. That is a lower bound (to 1e-6): merging outcomes never adds divergence.
     """
     steps = zip(exact_ids, exact_logprobs, ids, logprobs, strict=True)
     return np.array([_kl_step(*step, vocabulary) for step in steps], dtype=np.float64)
@@ -83,7 +81,7 @@ def quantiles(values: Sequence[float], at: Sequence[float]) -> dict[str, float]:
 
 
 def pooled(samples: Samples, name: str) -> list[list]:
-    """The histogram `name` over all layers: [upper edge, count] pairs, the last edge None. Empty where nothing was counted."""
+    """The histogram `name` over all layers: [upper edge, count] pairs, the last edge None. Empty without counts."""
     from vllm_mac.metrics import histograms
 
     found = list(histograms(samples, name).values())
@@ -92,11 +90,11 @@ def pooled(samples: Samples, name: str) -> list[list]:
 
 
 def layers(samples: Samples) -> dict[str, dict]:
-    """For each layer, in the model's order: heads hit, KV tokens read, and what audits counted.
+    """For each layer, in the model's order: heads hit, KV tokens read, and the results of audits.
 
-    hit_rate: over all heads decoded; read_share: over what full attention reads. Where hits were audited,
-    error_p50, error_p95, error_p99: their relative error, None where it is above all edges; head_hit_rates:
-    the hit rate of each query head, as exact as the audited share is large.
+    hit_rate: share of all heads decoded. read_share: share of the tokens that full attention reads. Where hits were
+    audited, error_p50, error_p95, error_p99: their relative error, None above the last edge; head_hit_rates: the hit
+    rate of each query head, estimated from the audited steps.
     """
     from vllm_mac.metrics import ERROR, HEADS, KV_TOKENS, histograms, summarise
 
@@ -110,15 +108,17 @@ def layers(samples: Samples) -> dict[str, dict]:
         elif sample[0] == HEAD_HITS:
             own, head = hits.setdefault(sample[1]["layer"], {}), int(sample[1]["head"])
             own[head] = own.get(head, 0) + sample[2]
-    found = {}
+    found: dict[str, dict] = {}
     for name, some in names.items():
         summary = summarise(some)
         found[name] = {"hit_rate": summary.hit_rate, "read_share": summary.read_share}
         if name in errors and any(errors[name].counts):
-            at = {q: errors[name].quantile(q / 100) for q in (50, 95, 99)}
-            found[name] |= {f"error_p{q}": None if math.isinf(value) else value for q, value in at.items()}
-        if total := sum(hits.get(name, {}).values()):
-            # A layer's hits, shared out among its heads as audits saw them.
+            for q in (50, 95, 99):
+                value = errors[name].quantile(q / 100)
+                found[name][f"error_p{q}"] = None if value is None or math.isinf(value) else value
+        total = sum(hits.get(name, {}).values())
+        if total and summary.hit_rate is not None:
+            # The layer's hit rate, divided among its heads in proportion to their audited hits.
             scale = summary.hit_rate * len(hits[name]) / total
             found[name]["head_hit_rates"] = [scale * hits[name][head] for head in sorted(hits[name])]
     return found

@@ -1,7 +1,7 @@
 """Tasks on texts that people wrote: docstrings and sources of the running Python's standard library.
 
-They have no right answer: a reply is judged against exact attention's. A seed decides everything on one version of
-Python. Files are read, never imported. What distributions pack apart or make when they build is left out.
+The tasks have no right answer: a reply is compared with exact attention's. On one version of Python the seed decides
+everything. Files are read, never imported. Left out are parts that distributions package separately or generate.
 """
 
 import ast
@@ -19,9 +19,9 @@ TASKS = {
     "codebase": "source files: describe each function of one of them in turn",
 }
 REAL = tuple(TASKS)
-REPLY = 1024  # most tokens of a reply, and at most a quarter of the length
+REPLY = 1024  # most tokens of a reply; it is at most a quarter of the length
 LEAST = 1000  # characters of text in the shortest prompt
-ENOUGH = 0.9  # of the length asked: where the library has less, that is said
+ENOUGH = 0.9  # share of the length; an error where the library has less text
 ENTRIES = 3  # fewest docstrings of a chapter, or functions of a file
 SHORTEST, SMALLEST_CAP = 800, 6000  # characters of a chapter or file
 
@@ -48,12 +48,12 @@ _REQUEST = {
 
 
 def make(task: str, draw: random.Random, length: int, count: Callable[[str], int], reply: int) -> Sample:
-    """A sample without answers, whose prompt has at most `length` tokens as `count` says. reply: most tokens of a reply.
+    """A sample without answers, whose prompt has at most `length` tokens by `count`. reply: most tokens of a reply.
 
-    Raises ValueError where the task alone exceeds that, and where the standard library has not so much text.
+    Raises ValueError where the task alone exceeds `length`, and where the standard library has too little text.
     """
     seed = draw.getrandbits(64)
-    # Several chapters, whether a token is one character or five.
+    # So a prompt has several chapters, whether a token is one character or five.
     cap = max(SMALLEST_CAP, length)
     prompt = fit(task, lambda chars: episode(task, random.Random(seed), chars, cap), length, count).prompt
     if (tokens := count(prompt)) < ENOUGH * length:
@@ -64,9 +64,9 @@ def make(task: str, draw: random.Random, length: int, count: Callable[[str], int
 
 
 def episode(task: str, draw: random.Random, chars: int, cap: int) -> Episode:
-    """About `chars` characters of chapters or files in random order, each of at most `cap`, the last one cut short.
+    """About `chars` characters of chapters or files in random order. Each has at most `cap`; the last one is cut.
 
-    The request is about one that is whole, if there is one. Raises ValueError where there is no text at all.
+    The request is about a complete one, if there is any. Raises ValueError where there is no text at all.
     """
     room, kept, left = max(LEAST, chars - len(_OPENING[task]) - len(_REQUEST[task])), [], 0
     for title, text in _texts(task, draw, cap):
@@ -84,7 +84,7 @@ def episode(task: str, draw: random.Random, chars: int, cap: int) -> Episode:
 
 
 def _texts(task: str, draw: random.Random, cap: int) -> Iterator[tuple[str, str]]:
-    """Title and text of chapters or files in random order. Each is read when it is asked for."""
+    """Title and text of chapters or files in random order; each is read only when it is needed."""
     for path in draw.sample(files(), len(files())):
         title, text, entries = (_chapter if task == "manual" else _source)(path)
         if entries >= ENTRIES and SHORTEST <= len(text) <= cap:
@@ -110,11 +110,11 @@ def _public(path: Path) -> bool:
 
 @functools.cache
 def _parsed(path: str) -> tuple[str, ast.Module | None]:
-    with tokenize.open(_root() / path) as file:  # in the encoding that it names
+    with tokenize.open(_root() / path) as file:  # uses the encoding that the file declares
         text = file.read()
     try:
         return text, ast.parse(text)
-    except SyntaxError:  # an example of one
+    except SyntaxError:  # some files have one on purpose
         return text, None
 
 
@@ -128,7 +128,7 @@ def _source(path: str) -> tuple[str, str, int]:
 
 @functools.cache
 def _chapter(path: str) -> tuple[str, str, int]:
-    """Name, text and number of entries of a module's chapter: its docstring, then those of what is public in it."""
+    """Name, text and number of entries of a module's chapter: its docstring, then those of its public members."""
     _, tree = _parsed(path)
     name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     entries = list(_entries(tree.body, f"{name}.")) if tree else []
@@ -142,8 +142,8 @@ def _entries(body: list[ast.stmt], prefix: str) -> Iterator[str]:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
             continue
         is_class = isinstance(node, ast.ClassDef)
-        if said := ast.get_docstring(node):
+        if docstring := ast.get_docstring(node):
             of = ", ".join(map(ast.unparse, node.bases)) if is_class else ast.unparse(node.args)
-            yield f"## {'class ' * is_class}{prefix}{node.name}({of})\n\n{said}"
+            yield f"## {'class ' * is_class}{prefix}{node.name}({of})\n\n{docstring}"
         if is_class:
             yield from _entries(node.body, f"{prefix}{node.name}.")

@@ -65,13 +65,13 @@ PLANS = [
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt and what a right reply to it holds.
+    """A prompt and the answers that a right reply has.
 
     task        key of TASKS
-    prompt      the user's message, context and question in one
-    answers     every one must occur in prefix + reply, as whole words (plans: as whole lines); none where no reply is right
-    max_tokens  upper limit for the reply, in tokens
-    prefix      beginning of the reply that the model is given
+    prompt      the user's message: context and question
+    answers     each must occur in prefix + reply, as whole words (plans: as whole lines); empty without a right answer
+    max_tokens  the most tokens of a reply
+    prefix      beginning of the reply, given to the model
     """
 
     task: str
@@ -104,7 +104,7 @@ class Episode:
 
 
 def make(task: str, draw: random.Random, length: int, count: Callable[[str], int]) -> Sample:
-    """A sample whose prompt has at most `length` tokens as `count` says, and as near to it as its units allow.
+    """A sample whose prompt has at most `length` tokens by `count`, and as many of them as its units allow.
 
     Raises ValueError for an unknown task, and for a length that the task's facts alone exceed.
     """
@@ -116,9 +116,10 @@ def make(task: str, draw: random.Random, length: int, count: Callable[[str], int
 
 
 def fit(task: str, build: Callable[[int], Episode], length: int, count: Callable[[str], int]) -> Episode:
-    """An episode whose prompt has at most `length` tokens as `count` says, and as near to it as `build` comes.
+    """An episode whose prompt has at most `length` tokens by `count`, and as many of them as `build` reaches.
 
-    build: makes an episode of about so many characters, the shortest for 0. Raises ValueError where that is too long.
+    build(chars): an episode of about `chars` characters; the shortest one for 0. Raises ValueError where the shortest
+    one is too long.
     """
     shortest = build(0)
     least = count(shortest.prompt)
@@ -135,13 +136,13 @@ def fit(task: str, build: Callable[[int], Episode], length: int, count: Callable
         if 0.985 * length <= tokens <= length:
             break
         ratio = len(tried.prompt) / tokens
-        # Aim a little low once it was too long, so that rounding cannot keep it there.
+        # After a prompt that was too long, aim lower, so that rounding cannot keep it too long.
         chars += int((length * (0.995 if tokens > length else 0.998) - tokens) * ratio)
     return best
 
 
 def score(sample: Sample, reply: str) -> float:
-    """Share of the answers that the reply, after the sample's prefix, holds: 0 to 1."""
+    """Share of the answers that occur in the sample's prefix and the reply: 0 to 1."""
     text = sample.prefix + reply
     if sample.task in LONG:
         lines = {" ".join(line.lower().split()) for line in text.splitlines()}
@@ -169,8 +170,8 @@ def _hidden(draw: random.Random, chars: int, facts: list[str], opening: str, tur
     """Facts, in random order within prose that fills the prompt up to `chars` characters."""
     draw.shuffle(facts)
     spent = len(opening) + len(turns[0].question) + 4 + sum(len(fact) + 1 for fact in facts)
-    pieces = prose.scatter(draw, facts, prose.sentences(draw, chars - spent))
-    return Episode(f"{opening}\n\n{prose.paragraphs(pieces)}", tuple(turns))
+    sentences = prose.scatter(draw, facts, prose.sentences(draw, chars - spent))
+    return Episode(f"{opening}\n\n{prose.paragraphs(sentences)}", tuple(turns))
 
 
 _READ = "Somewhere in the text below there are facts about {}. Remember them."
@@ -235,13 +236,13 @@ def several_keys(draw: random.Random, chars: int, turns: int, keys: int) -> Epis
     for start in range(0, min(len(pairs) - QUERIES + 1, turns * QUERIES), QUERIES):
         four = pairs[start : start + QUERIES]
         *others, last = [f"the {key}" for key, _ in four]
-        said = " ".join(f"The {attribute} of the {key} is {number}." for key, number in four)
+        sentences = " ".join(f"The {attribute} of the {key} is {number}." for key, number in four)
         prefix = f"The {attribute} of the {four[0][0]} is"
         asked.append(
             Turn(
                 f"Say the {attribute}s of {', '.join(others)} and {last}, a sentence for each.",
                 prefix,
-                said.removeprefix(prefix),
+                sentences.removeprefix(prefix),
                 tuple(number for _, number in four),
             )
         )
@@ -278,8 +279,8 @@ def variables(draw: random.Random, chars: int, turns: int, chains: int) -> Episo
             queues.remove(queue)
     opening = "The text below puts values into variables, and variables into variables. Remember what goes where."
     spent = len(opening) + len(asked[0].question) + 4 + sum(len(fact) + 1 for fact in facts)
-    pieces = prose.scatter(draw, facts, prose.sentences(draw, chars - spent))
-    return Episode(f"{opening}\n\n{prose.paragraphs(pieces)}", tuple(asked[:turns]))
+    sentences = prose.scatter(draw, facts, prose.sentences(draw, chars - spent))
+    return Episode(f"{opening}\n\n{prose.paragraphs(sentences)}", tuple(asked[:turns]))
 
 
 def _words(
@@ -339,7 +340,7 @@ def _frequent(draw: random.Random, chars: int, turns: int) -> Episode:
 def plan(draw: random.Random, chars: int, lines: int) -> Episode:
     """A plan of so many lines (30 or more), and one that ends it.
 
-    The last line makes where to stop one more thing that the prompt says of a line, as its event is.
+    With the last line the prompt also tells the model where to stop.
     """
     title, unit, *choices = draw.choice(PLANS)
     kinds, places = (choice.split("|") for choice in choices)

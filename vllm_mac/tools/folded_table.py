@@ -1,4 +1,4 @@
-"""Tables for the terminal that can be read at 80 columns and more."""
+"""Tables that fit a terminal of 80 columns or more."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,17 @@ Column = tuple[str, Callable[[dict], str]]
 
 
 def cell(read: Callable[[dict], str], row: dict) -> str:
-    """What a table shows of a row: `read(row)`, or a dash."""
+    """A row's cell: `read(row)`, or a dash where the row lacks the value."""
     try:
         return read(row)
-    except (KeyError, TypeError):  # a value that this row has not got
+    except (KeyError, TypeError):
         return "-"
 
 
 def folded(title: str, columns: list[Column], rows: list[dict], place: Callable[[dict], str] | None = None) -> Table:
-    """Where a terminal is too narrow, cells break between words; those of the first column stay whole.
+    """A table whose cells break between words where the terminal is narrow. Cells of the first column never break.
 
-    place: what rows that follow each other have in common; it is a line above them.
+    place: a property that neighbouring rows share; the table shows it once, in a line above them.
     """
     cells = [[cell(read, row) for _, read in columns] for row in rows]
     indent = "" if place is None else "  "

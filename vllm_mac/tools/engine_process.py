@@ -1,6 +1,6 @@
-"""Engines in processes of their own: started, followed by the JSON lines they send, stopped whole.
+"""Run an engine in its own process: start it, receive its JSON lines, stop it with its children.
 
-Memory is free again after each, and a crash ends nothing else. Also whether a stopped run may go on.
+Its memory is free afterwards, and its crash ends nothing else. `engine_entry` is the other end.
 """
 
 import json
@@ -16,51 +16,32 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# As Python and pydantic write them; vLLM puts its own prefix before.
+# Errors as Python and pydantic print them, after vLLM's prefix.
 _ERROR = re.compile(r"(?:[\w.]+(?:Error|Exception): |Value error, ).+")
-# vLLM begins every line of a message with its level, those of a traceback too.
+# vLLM begins every line of a log message with its level, also those of a traceback.
 _HARMLESS = re.compile(r"(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING) ")
-
-# A run that goes on elsewhere, or with other code, would not be one run.
-SAME = ("gpu", "vllm", "torch", "triton", "flashinfer", "vllm_mac", "commit")
-
-
-def same_place(environment: dict) -> dict:
-    """What of a machine and its software must be equal for a run to go on there."""
-    # A checkout is `-dirty` too when it holds this run's files.
-    return {key: environment[key] for key in SAME} | {"commit": environment["commit"].removesuffix("-dirty")}
-
-
-def differences(there: dict, now: dict) -> list[str]:
-    """A line for each key in which what a run was begun with is not what it is to go on with."""
-    return [
-        f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"
-        for name in dict.fromkeys([*there, *now])
-        if there.get(name) != now.get(name)
-    ]
 
 
 def follow(
     command: list[str],
     log: Path,
-    tell: Callable[[dict], None],
+    receive: Callable[[dict], None],
     timeout: float = math.inf,
     verbose: bool = False,
     env: dict[str, str] | None = None,
     stop: threading.Event | None = None,
 ) -> str | None:
-    """Run a process to its end. Why it did not finish its work, or None where it said that it did.
+    """Run a process to its end. Returns None where it finished its work, else the reason why it did not.
 
-    command: gets the number of the file descriptor for its messages as a last argument. A message is
-    one JSON object on a line: {"done": true} is the last, and `tell` gets those before it. What has a
-    key "stage" says what the process does from now on. log: where its output goes, unless `verbose`
-    shows it. timeout: seconds that one stage may take. env: the process's environment, this one's unless
-    given. stop: what ends the process in a thread, where no Ctrl-C arrives: KeyboardInterrupt is raised once
-    it is set.
+    command: the number of the file descriptor for messages is appended to it. A message is one line with a JSON object.
+    The last one is {"done": true}; `receive` is called with the others. A message with the key "stage" begins a stage.
+    log: file for the output of the process, unless `verbose` shows it. timeout: seconds that one stage may take.
+    env: environment variables; by default those of this process. stop: an event that ends the process and raises
+    KeyboardInterrupt, for threads, which Ctrl-C does not reach.
     """
     read, write = os.pipe()
     with open(log, "wb") as sink:
-        # A process group of its own: a stop reaches the engine's processes too, and Ctrl-C only this one.
+        # Its own process group: a stop also reaches the engine's children, and Ctrl-C reaches only this process.
         process = subprocess.Popen(
             [*command, str(write)], stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno() if verbose else sink,
             stderr=subprocess.STDOUT, pass_fds=(write,), process_group=0, env=env,
@@ -81,7 +62,7 @@ def follow(
             else:
                 if "stage" in message:
                     stage, since = message["stage"], time.monotonic()
-                tell(message)
+                receive(message)
     finally:
         os.close(read)
         code = _stop(process, patient=done)
@@ -89,7 +70,7 @@ def follow(
         return None
     where = f"{stage}: " if stage else ""
     text = "" if verbose else log.read_text(encoding="utf-8", errors="replace")
-    if late:  # nothing in the log is to blame
+    if late:  # the log has no error
         total = f", {time.monotonic() - begin:.0f} s after it was started" if since > begin else ""
         reason = f"{where}the engine was stopped because this had taken {timeout:g} s{total}"
     else:
@@ -98,7 +79,7 @@ def follow(
 
 
 def _messages(process: subprocess.Popen, read: int) -> Iterator[dict | None]:
-    """JSON lines from the pipe until it closes or the process ends; None again and again while there are none."""
+    """JSON lines from the pipe until it closes or the process ends. Yields None every 0.2 s without a line."""
     waiting = b""
     while True:
         ready, _, _ = select.select([read], [], [], 0.2)
@@ -116,7 +97,7 @@ def _messages(process: subprocess.Popen, read: int) -> Iterator[dict | None]:
 
 
 def _stop(process: subprocess.Popen, patient: bool) -> int:
-    """Wait for the process, if it has told its result, and end what is left of its group."""
+    """End the process and the rest of its group. patient: wait first, because the process is about to end."""
     if patient:
         try:
             process.wait(30)
@@ -139,8 +120,7 @@ def _tail(text: str, lines: int = 30) -> str:
 
 
 def _cause(text: str) -> str:
-    """The last error that a log names, other than the one by which vLLM points at those above it, and those that
-    it only warns of: it goes on after them."""
+    """The last error in a log. Skipped are vLLM's pointer to the errors above it, and errors that are only warnings."""
     lines = "\n".join(line for line in text.splitlines() if not _HARMLESS.match(line))
     named = [
         found[0].strip() for found in _ERROR.finditer(lines) if "Engine core initialization failed" not in found[0]

@@ -1,23 +1,32 @@
-"""The results of a calibration: the configuration file, JSON, tables and plots."""
+"""`vllm-mac calibrate` by a simulated metric: the engine that simulates, the choice, and its results.
 
-import json
-from collections.abc import Sequence
+It imports neither vLLM nor torch, except to make the prompts.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from vllm_mac.config import MacConfig, resolve
-from vllm_mac.tools.bench.report import require_matplotlib
+from vllm_mac.tools.calibrate.calibration import Calibration, exact_keys, reply, run_engine
+from vllm_mac.tools.calibrate.calibration import prompts as prompts_for
 from vllm_mac.tools.calibrate.choose import Choice, Chooser, Rule, chosen_counts, outcome, single
-from vllm_mac.tools.calibrate.grid import PAPER, Candidate
+from vllm_mac.tools.calibrate.grid import PAPER, PAPER_WINDOW, Candidate
 from vllm_mac.tools.calibrate.measured import METRICS, Measured, figures
+from vllm_mac.tools.calibrate.output_files import ShownTable, as_markdown, config_with, show_tables, source, write_yaml
+from vllm_mac.tools.eval import requests
+from vllm_mac.tools.plotting import require_matplotlib
 
+# -P: import the installed package, not a folder of that name in the working directory.
+COMMAND = (sys.executable, "-P", "-m", "vllm_mac.tools.calibrate.simulation_engine")
+# With other values the engine would not see the layers, or not one whole prompt at a time.
+FIXED = {"attention_backend": "MAC", "max_num_seqs": 1, "enforce_eager": True, "enable_prefix_caching": False}
 CHOSEN, HELD_OUT = 0, 1
-_METRIC = {"output": "squared error after W_O over the residual's"}  # others are of the relative error
+_METRIC = {"output": "squared error after W_O over the residual's"}  # the other metrics are of the relative error
 SHOWN_SETTINGS = 8
 COLUMNS = (
     ("layer", lambda r: r["layer"]),
@@ -34,10 +43,10 @@ COLUMNS = (
     ("samples", lambda r: str(r["samples"])),
 )
 NOTE = (
-    "heads hit, KV read: percent of heads and steps, and of what full attention reads. p50, p95, p99: relative error of the attention "
-    "output of heads that hit (upper edge of a bin of 3.7 %); mean: over all heads, exact ones included. output, where it was "
-    "measured: squared error of the layer's output after W_O over the squared norm of the residual, mean over tokens. lag: mean "
-    "tokens between step and match. chain: mean hits since the exact read. samples: heads and steps that hit; neighbouring ones are alike."
+    "heads hit: percent of heads and steps. KV read: percent of the KV tokens that full attention reads. p50, p95, p99: relative error of the "
+    "attention output of heads that hit (upper edge of a bin of 3.7 %); mean: over all heads, exact ones included. output, where it was "
+    "measured: squared error of the layer's output after W_O over the squared norm of the residual, mean over tokens. lag: mean tokens between "
+    "step and match. chain: mean hits since the exact read. samples: heads and steps that hit; neighbouring steps are not independent."
 )
 
 
@@ -45,17 +54,67 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def collect(measured: Measured, rule: Rule, budget: float | None, saving: float | None, environment: dict) -> dict:
-    """Everything that is reported, as JSON has it. One of budget and saving is given.
+def _with_paper(calibration: Calibration, made: list[requests.Request]) -> bool:
+    """Whether the paper's setting can be tried too: it needs its own window, and prompts that are long enough for its band."""
+    needed = calibration.grid.least(paper=True)
+    return calibration.grid.window == PAPER_WINDOW and all(len(request.ids) >= needed for request in made)
 
-    Raises CalibrateError where no layer can be served within the budget, or the saving is out of reach.
+
+def prompts(calibration: Calibration) -> list[requests.Request]:
+    """As `calibration.prompts`; the last `grid.steps` positions of each are decoded."""
+    return prompts_for(calibration, FIXED, lambda request: calibration.grid.steps)
+
+
+def measure(
+    calibration: Calibration,
+    made: list[requests.Request],
+    environment: dict,
+    report: Callable[[str, int, int | None], None],
+) -> Measured:
+    """Run the engine on the prompts. report(what, advance, None): what happens now, and prompts finished since the last call.
+
+    Raises CalibrateError where the engine fails.
+    """
+    replies = [reply(calibration, request) for request in made]
+    llm = {
+        "model": calibration.model,
+        # One token follows the prefill: the last of the reply, or the one token that vLLM must generate.
+        "max_model_len": max(len(request.ids) + max(1, most) for request, most in zip(made, replies, strict=True)),
+        "gpu_memory_utilization": 0.5,  # the rest is for captured tensors and the simulation
+        "seed": calibration.seed,
+        "disable_log_stats": True,
+        **calibration.engine,
+        **FIXED,
+        "additional_config": {
+            **calibration.engine.get("additional_config", {}),
+            "mac": exact_keys(calibration.mac) | {"max_sequences": 1},
+        },
+    }
+    spec = {
+        "llm": llm, "grid": calibration.grid.as_dict(), "paper": _with_paper(calibration, made), "output": calibration.output,
+        "prompts": [{"ids": list(r.ids), "reply": most} for r, most in zip(made, replies, strict=True)],
+    }  # fmt: skip
+    measured, found = run_engine(COMMAND, spec, Measured.load, report, calibration.verbose)
+    source = {
+        "model": calibration.model, "prompts": calibration.prompt_source, "mac": calibration.mac.model_dump(mode="json"), "engine": calibration.engine,
+        "exact_layers": found["exact"], "environment": environment,
+    }  # fmt: skip
+    return replace(measured, source=source)
+
+
+def collect(measured: Measured, rule: Rule, budget: float | None, saving: float | None, environment: dict) -> dict:
+    """Choose, and return the results as plain data for JSON. One of budget and saving is given.
+
+    Raises CalibrateError where no layer saves KV reads within the budget, or no choice reaches the saving.
     """
     config, about = resolve(measured.source["mac"], {}), measured.source | {"command": environment["command"]}
     chooser = Chooser(measured, rule)
     if saving is not None:
         choice, budget = chooser.saving(saving)
-    else:
+    elif budget is not None:
         choice = chooser.best(budget)
+    else:
+        raise ValueError("neither budget nor saving is given")
     halves = {"chosen": CHOSEN, "held_out": HELD_OUT} if measured.held_out else {"chosen": CHOSEN}
     index = {candidate: i for i, candidate in enumerate(measured.candidates)}
     singles = [(c, single(measured, c)) for c in measured.candidates if c.setting in (choice.setting, PAPER.setting)]
@@ -82,7 +141,7 @@ def collect(measured: Measured, rule: Rule, budget: float | None, saving: float 
 
 
 def _plain(found: dict) -> dict:
-    """Numbers as JSON has them: no NaN, no NumPy."""
+    """Plain numbers for JSON: no NaN, no NumPy types."""
     whole = ("samples", "longest")
     return {k: int(v) if k in whole else float(v) if np.isfinite(v) else None for k, v in found.items()}
 
@@ -121,7 +180,7 @@ def _budgets(chooser: Chooser) -> list[tuple[float, Choice]]:
 
 
 def _by_threshold(measured: Measured, choice: Choice) -> dict:
-    """Of the chosen setting, each layer's figures at every threshold, over all prompts."""
+    """Each layer's figures at every threshold of the chosen setting, over all prompts."""
     some = [i for i, c in enumerate(measured.candidates) if c.setting == choice.setting]
     counts = {
         name: value.sum(0)[:, some] for name, value in measured.counts.items() if name not in ("heads", "longest")
@@ -142,63 +201,24 @@ def config_of(measured: Measured, choice: Choice, base: MacConfig) -> dict:
     return config_with(measured.names, measured.indices, choice.thresholds, choice.setting._asdict(), base)
 
 
-def config_with(
-    names: Sequence[str], indices: Sequence[int], thresholds: Sequence[float | None], keys: dict, base: MacConfig
-) -> dict:
-    """Keys of MAC: `keys`, a threshold for each layer (None: exact), and others of the base that are not the default."""
-    defaults = MacConfig().model_dump(mode="json")
-    kept = {key: value for key, value in base.model_dump(mode="json").items() if value != defaults[key]}
-    # An index says it shorter, where it says it at all.
-    pattern = indices if len(set(indices)) == len(indices) else names
-    served = {p: t for p, t in zip(pattern, thresholds, strict=True) if t is not None}
-    left = [p for p, t in zip(pattern, thresholds, strict=True) if t is None]
-    layers = {"exclude": [*base.layers.exclude, *left], "threshold": served}
-    if base.layers.include is not None:
-        layers = {"include": list(base.layers.include)} | layers
-    found = {
-        "window": base.window,
-        "min_context": base.min_context,
-        **keys,
-        "threshold": max(served.values()),
-        "layers": layers,
-    }
-    return found | {key: value for key, value in kept.items() if key not in found}
-
-
 def write_config(results: dict, path: Path) -> None:
-    """The YAML file, checked by the reader of such files."""
+    """Write the YAML file. MAC's own reader checks it first."""
     about = results["about"]
     rule, tokens = about["rule"], about["prompt_tokens"]
     bounded = _METRIC.get(rule["metric"], f"{rule['metric']} of each layer's relative attention error")
-    said = [
+    lines = [
         f"prompts: {about['prompts']}; {len(tokens)} of {min(tokens)} to {max(tokens)} tokens, the last {about['grid']['steps']} decoded",
         f"budget: {bounded} at most {rule['budget']:.3g}"
         + (f", the least that saves {rule['saving']:.0%} of KV reads" if rule["saving"] is not None else ""),
     ]
-    said += [
+    lines += [
         _sentence(label, results["all_layers"][half])
         for label, half in (("expected", "chosen"), ("on held-out prompts", "held_out"))
         if half in results["all_layers"]
     ]
     if "held_out" not in results["all_layers"]:
-        said.append("one prompt only: nothing was held out, so the figures flatter the choice")
-    write_yaml(about, said, results["config"], path)
-
-
-def write_yaml(about: dict, said: list[str], config: dict, path: Path) -> None:
-    """A file of MAC's keys, with what it comes from and `said` as comments; checked by the reader of such files."""
-    env = about["environment"]
-    lines = [
-        "MAC attention, calibrated.", f"model: {about['model']}", f"command: {about['command']}",
-        *([] if about["command"] == env["command"] else [f"measured by: {env['command']}"]),
-        f"on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}, {env['timestamp']}", *said,
-    ]  # fmt: skip
-    text = "".join(f"# {' '.join(line.split())}\n" for line in lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n" + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    resolve({"config": str(part)}, {})
-    part.replace(path)
+        lines.append("one prompt only: nothing was held out, so these figures are too favourable")
+    write_yaml(about, lines, results["config"], path)
 
 
 def _sentence(label: str, found: dict) -> str:
@@ -208,15 +228,7 @@ def _sentence(label: str, found: dict) -> str:
     )
 
 
-def save(results: dict, path: Path) -> None:
-    """As JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(results: dict) -> list[ShownTable]:
     """Title, head and rows of each table."""
     found = []
     titles = {"chosen": "Prompts that the choice was made by", "held_out": "Held-out prompts"}
@@ -260,71 +272,37 @@ def tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def summary(results: dict) -> list[str]:
-    """What a reader must know first, in sentences."""
+    """What a reader must know first, as sentences."""
     rule, tokens = results["about"]["rule"], results["about"]["prompt_tokens"]
     halves = results["all_layers"]
-    said = [
+    lines = [
         f"{len(tokens)} prompts, {results['about']['candidates']} candidates; {rule['metric']} of each layer at most {rule['budget']:.3g}"
     ]
-    said += [
+    lines += [
         _sentence({"chosen": "Where it was chosen", "held_out": "Held out"}[half], found)
         for half, found in halves.items()
     ]
     metric = rule["metric"]
     if "held_out" not in halves:
-        said.append("One prompt: nothing was held out, so these figures flatter the choice. Give more prompts.")
+        lines.append("One prompt: nothing was held out, so these figures are too favourable. Give more prompts.")
     else:
         over = [r for r in results["layers"]["held_out"] if r[metric] is not None and r[metric] > rule["budget"]]
         if over:
             worst = max(over, key=lambda r: r[metric])
-            said.append(
+            lines.append(
                 f"On held-out prompts {len(over)} of {len(results['layers']['held_out'])} layers exceed the budget; the worst, "
                 f"{worst['layer']}, has {metric} {worst[metric]:.3g}"
             )
-    return said
+    return lines
 
 
 def show(results: dict, console: Console) -> None:
     show_tables(console, tables(results), NOTE, summary(results))
 
 
-def show_tables(
-    console: Console, some: list[tuple[str, list[str], list[list[str]]]], note: str, said: list[str]
-) -> None:
-    for title, head, rows in some:
-        table = Table(title=title, title_justify="left")
-        for name in head:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-    console.print(note, style="dim")
-    for line in said:
-        console.print(line, markup=False)
-
-
 def markdown(results: dict) -> str:
     about = results["about"]
     return as_markdown(source(about, about["model"]), about["command"], tables(results), NOTE, summary(results))
-
-
-def as_markdown(
-    origin: str, command: str, some: list[tuple[str, list[str], list[list[str]]]], note: str, said: list[str]
-) -> str:
-    parts = ["# Calibration of MAC", origin, f"`{command}`", *said, note]
-    for title, head, rows in some:
-        lines = [head, ["---"] * len(head), *rows]
-        parts += [
-            f"## {title}",
-            "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines),
-        ]
-    return "\n\n".join(parts) + "\n"
-
-
-def source(about: dict, model: str) -> str:
-    """Where results are from. model: as it is to be called."""
-    env = about["environment"]
-    return f"{model} on {env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, commit {env['commit']}"
 
 
 def plot(results: dict, path: Path) -> None:

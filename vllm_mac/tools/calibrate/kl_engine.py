@@ -1,33 +1,33 @@
-"""The engine of `vllm-mac calibrate --metric kl`: `python -m vllm_mac.tools.calibrate.divergence SPEC FD`.
+"""The engine of `vllm-mac calibrate --metric kl`: `python -m vllm_mac.tools.calibrate.kl_engine SPEC FD` (see
+`engine_entry`).
 
-SPEC names a JSON file. Replies to all prompts with exact attention, then decodes these replies under
-teacher forcing again and again, with other thresholds each time: what the next-token distributions lose is
-the divergence. Each layer is tried by itself; the best choice by their sums is then run as a whole, and taken
-back until it is within the budget. Writes the result as JSON to a file that SPEC names, and tells its stages
-as JSON lines on the file descriptor FD.
+It replies to all prompts with exact attention. Then it decodes these replies under teacher forcing many times, each time
+with other thresholds, and measures the divergence of the next-token distributions. First each layer is tried alone. The
+best choice by the sums of their costs is then run as a whole, and made stricter until it is within the budget. The
+result is written as JSON to a file that SPEC names.
 """
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.config import VllmConfig
 
 from vllm_mac.metrics import KV_TOKENS, WorkerExtension
-from vllm_mac.tools.bench.engine import read_counters
 from vllm_mac.tools.calibrate import CalibrateError, knapsack
-from vllm_mac.tools.calibrate.engine import serve, served_layers
 from vllm_mac.tools.calibrate.grid import PAPER
 from vllm_mac.tools.calibrate.journal import Journal
 from vllm_mac.tools.calibrate.knapsack import Option
+from vllm_mac.tools.calibrate.simulation_engine import layers_with_mac
+from vllm_mac.tools.engine_entry import read_counters, serve
 from vllm_mac.tools.eval import forced
 from vllm_mac.tools.eval.statistics import best, kl
 
 HALVES = 2
-BEYOND = 4.0  # a layer that alone costs this many budgets is not tried with less strict thresholds
+BEYOND = 4.0  # a layer whose cost alone is this many budgets is not tried with looser thresholds
 EXACT = 1.0
-# The paper's setting, but for its shape: rings and bands are fixed when the engine starts.
+# The paper's setting without its shape: rings and bands are fixed when the engine starts.
 _PAPER_KEYS = {
     key: getattr(PAPER.setting, key) for key in ("reuse", "lag_weight", "max_chain", "distance", "mass_floor")
 }
@@ -39,20 +39,24 @@ class DivergenceWorker(WorkerExtension):
     vllm_config: VllmConfig  # the worker's
 
     def divergence_layers(self) -> dict:
-        """{"layers": [(name, index)], "exact": {reason: layers}, "rings": of each layer}."""
+        """{"layers": [(name, index)], "exact": {reason: layers}, "rings": rings of the layer with the fewest}."""
         from vllm.model_executor.models.utils import extract_layer_index
 
         from vllm_mac.layers import exact_reasons, mac_layers
 
         layers = mac_layers(self.vllm_config)
-        served = [x for x in layers if x.exact is None]
+        with_mac = [x for x in layers if x.exact is None]
+        names = [str(x.name) for x in with_mac]
+        # A layer that uses MAC has a store once the model is loaded.
+        rings = min((len(x.store.query) for x in with_mac), default=None)  # pyrefly: ignore[missing-attribute]
         return {
-            "layers": [(x.name, extract_layer_index(x.name)) for x in served], "exact": exact_reasons(layers),
-            "rings": min((len(x.store.query) for x in served), default=None),
-        }  # fmt: skip
+            "layers": [(name, extract_layer_index(name)) for name in names],
+            "exact": exact_reasons(layers),
+            "rings": rings,
+        }
 
     def divergence_keys(self, keys: dict[str, dict]) -> None:
-        """From now on the layers of these names decode with these keys. In eager mode a step reads them anew."""
+        """From now on the layers with these names decode with these keys. In eager mode every step reads the keys."""
         from vllm_mac.layers import mac_layers
 
         for layer in mac_layers(self.vllm_config):
@@ -61,8 +65,8 @@ class DivergenceWorker(WorkerExtension):
 
 
 class Run(NamedTuple):
-    """kl: mean over a text's tokens in nats, mean of texts, which so weigh alike. worst: largest of a token.
-    same: share of tokens with exact's likeliest. read: share of KV tokens read by each layer. tokens: decoded."""
+    """kl: the mean over texts of the mean over a text's tokens, in nats. worst: the largest KL of a token. same: share of
+    tokens whose likeliest next token is exact's. read: share of KV tokens read by each layer. tokens: tokens decoded."""
 
     kl: float
     worst: float
@@ -81,8 +85,8 @@ class Run(NamedTuple):
 class Trial:
     """Decodes the same texts under different thresholds.
 
-    rings: so many sequences at a time; one without a ring would decode exactly. keys: of all layers,
-    where `set` does not say otherwise. journal: of passes; those it has are not made again.
+    rings: how many sequences decode together; one without a ring would decode exactly. keys: the keys of all layers,
+    unless `set` gives others. journal: keeps the passes; a pass that it has is not run again.
     """
 
     def __init__(
@@ -96,13 +100,13 @@ class Trial:
         self.exact: list[dict[int, tuple[np.ndarray, np.ndarray]] | None] = [None] * HALVES
 
     def set(self, thresholds: dict[str, float], others: dict | None = None) -> None:
-        """For the runs from now on. Layers not named are exact. others: further keys of all layers."""
+        """Choose for the next runs. Layers that are not named are exact. others: further keys of all layers."""
         self.setting = thresholds, others
 
     def distributions(
         self, half: int, thresholds: dict[str, float], others: dict | None
     ) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[float]]:
-        """Of the texts of a half, and the share of KV tokens read by each layer meanwhile."""
+        """The distributions for the texts of a half, and the share of KV tokens that each layer read for them."""
         keys = {name: {**(others or self.keys), "threshold": thresholds.get(name, EXACT)} for name in self.layers}
         self.llm.collective_rpc("divergence_keys", args=(keys,))
         before, found = self._tokens(), {}
@@ -114,7 +118,7 @@ class Trial:
                 [forced.params(self.texts[i], self.v2, self.vocabulary) for i in now], use_tqdm=False,
             )  # fmt: skip
             for i, output in zip(now, outputs, strict=True):
-                # The first token's distribution is the prompt's, which is always read exactly.
+                # The first token's distribution comes from the prefill, which is always exact.
                 found[i] = tuple(x[1:] for x in forced.distributions(output.outputs[0], self.texts[i]))
         read = [
             (now[0] - then[0]) / max(sum(now) - sum(then), 1) for now, then in zip(self._tokens(), before, strict=True)
@@ -122,9 +126,9 @@ class Trial:
         return found, read
 
     def run(self, half: int) -> Run:
-        """With the thresholds that were set, against exact attention."""
-        told = [*self.setting, half]
-        if (known := self.journal.found(told)) is not None:
+        """Decode a half with the current setting and compare it with exact attention."""
+        made = [*self.setting, half]
+        if (known := self.journal.found(made)) is not None:
             return Run(*known)
         if (exact := self.exact[half]) is None:
             exact = self.exact[half] = self.distributions(half, {}, None)[0]
@@ -135,11 +139,11 @@ class Trial:
             float(np.mean([x.mean() for x in each])), float(max(x.max() for x in each)), float(np.concatenate(same).mean()), read,
             sum(map(len, each)),
         )  # fmt: skip
-        self.journal.put(told, list(run))
+        self.journal.put(made, list(run))
         return run
 
     def _tokens(self) -> list[tuple[int, int]]:
-        """KV tokens read and skipped so far by each layer."""
+        """KV tokens that each layer has read and skipped so far."""
         counts = {
             (dict(labels)["layer"], dict(labels)["kind"]): value
             for (name, labels), value in read_counters(self.llm).items()
@@ -148,37 +152,42 @@ class Trial:
         return [(counts[name, "read"], counts[name, "skipped"]) for name in self.layers]
 
 
-def main(spec: dict, tell) -> None:
+def main(spec: dict, send) -> None:
     journal = Journal(Path(spec["keep"]) if spec["keep"] else None, spec["about"])
-    tell(stage="starting the engine", advance=0)
+    send(stage="starting the engine", advance=0)
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = {"worker_extension_cls": "vllm_mac.tools.calibrate.divergence.DivergenceWorker", **spec["llm"]}
+    arguments: dict[str, Any] = {
+        "worker_extension_cls": "vllm_mac.tools.calibrate.kl_engine.DivergenceWorker",
+        **spec["llm"],
+    }
     config = EngineArgs(**arguments).create_engine_config()
     v2 = config.use_v2_model_runner
     llm = LLM(**arguments | forced.engine_arguments(v2, config.model_config.get_vocab_size()))
     answers = llm.collective_rpc("divergence_layers")
     exact = {reason: count for answer in answers for reason, count in answer["exact"].items()}
-    layers = served_layers(spec["llm"]["model"], answers, exact)
-    if journal.replies is None:
-        tell(stage="replying with exact attention", advance=0)
-        journal.keep_replies(_replies(llm, spec))
+    layers = layers_with_mac(spec["llm"]["model"], answers, exact)
+    replies = journal.replies
+    if replies is None:
+        send(stage="replying with exact attention", advance=0)
+        replies = _replies(llm, spec)
+        journal.keep_replies(replies)
     elif len(journal):
-        tell(stage=f"{len(journal)} passes were measured before", advance=0)
-    prompts, texts = _texts(spec, journal.replies)
+        send(stage=f"{len(journal)} passes were measured before", advance=0)
+    prompts, texts = _texts(spec, replies)
     mac = spec["llm"]["additional_config"]["mac"]
     rings = min(answer["rings"] for answer in answers if answer["rings"] is not None)
     trial = Trial(llm, list(layers), prompts, texts, v2, rings, {key: mac[key] for key in _PAPER_KEYS}, journal)
-    result = _calibrate(trial, spec, range(min(HALVES, len(texts))), tell)
+    result = _calibrate(trial, spec, range(min(HALVES, len(texts))), send)
     result |= {"layers": layers, "exact_layers": exact, "texts": [len(text) - 1 for text in texts]}
     Path(spec["out"]).write_text(json.dumps(result), encoding="utf-8")
-    tell(done=True)
+    send(done=True)
     llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
 
 
 def _replies(llm, spec: dict) -> list[list[int]]:
-    """Of each prompt, greedy; empty where none was asked for."""
+    """The greedy reply to each prompt; empty where none is wanted."""
     from vllm import SamplingParams
 
     wanted = [p for p in spec["prompts"] if p["reply"]]
@@ -190,9 +199,9 @@ def _replies(llm, spec: dict) -> list[list[int]]:
 
 
 def _texts(spec: dict, replies: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """What is read and what is decoded of each prompt: the reply, or where there is none the prompt's end.
+    """Of each prompt, the tokens to prefill and the text to decode: the reply, or without a reply the prompt's end.
 
-    One token before it is decoded too: so MAC gives the first distribution as well.
+    The token before the text is decoded too, so that the first distribution is also MAC's.
     """
     prompts, texts = [], []
     for p, text in zip(spec["prompts"], replies, strict=True):
@@ -202,28 +211,28 @@ def _texts(spec: dict, replies: list[list[int]]) -> tuple[list[list[int]], list[
     return prompts, texts
 
 
-def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
+def _calibrate(trial: Trial, spec: dict, halves: range, send) -> dict:
     thresholds, budget, share = sorted(spec["thresholds"], reverse=True), spec["budget"], spec["saving"]
-    # Passes that are sure; how many a search takes shows when it is made.
+    # The passes that are certain. A search adds its passes when it makes them.
     total = (len(trial.layers) + 1) * len(thresholds) + bool(spec["paper"])
 
-    def told(stage: str, advance: int = 1, further: int = 0) -> None:
+    def begin(stage: str, advance: int = 1, further: int = 0) -> None:
         nonlocal total
         total += further
-        tell(stage=stage, advance=advance, total=total)
+        send(stage=stage, advance=advance, total=total)
 
     options: list[list[Option]] = []
     for name in trial.layers:
         mine = [Option(None, 1.0, 0.0)]
         for i, threshold in enumerate(thresholds):
-            told(f"{name} alone, threshold {threshold:g}")
+            begin(f"{name} alone, threshold {threshold:g}")
             trial.set({name: threshold})
             run = trial.run(0)
             read = run.read[trial.layers.index(name)]
             if 1 - read >= spec["min_saving"]:
                 mine.append(Option(threshold, read, run.kl))
             if budget is not None and run.kl > BEYOND * budget:
-                told(f"{name}: looser thresholds cost more", len(thresholds) - i - 1)
+                begin(f"{name}: looser thresholds cost more", len(thresholds) - i - 1)
                 break
         options.append(mine)
     if all(len(mine) == 1 for mine in options):
@@ -231,7 +240,7 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
             f"no layer saves {spec['min_saving']:.0%} of its KV reads at any threshold; lower --thresholds, or use longer prompts"
         )
     exact, choices = tuple(mine[0] for mine in options), knapsack.path(options)
-    if choices[0] != exact:  # what seems to cost nothing is measured as a whole too
+    if choices[0] != exact:  # a choice that seems to cost nothing is measured as a whole too
         choices.insert(0, exact)
 
     tried: dict[tuple[int, int], Run] = {}
@@ -239,7 +248,7 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
     def run(i: int, half: int = 0) -> Run:
         if (i, half) not in tried:
             choice = choices[i]
-            told(f"the choice that reads {sum(o.read for o in choice) / len(choice):.1%}", further=1)
+            begin(f"the choice that reads {sum(o.read for o in choice) / len(choice):.1%}", further=1)
             trial.set(
                 {name: o.threshold for name, o in zip(trial.layers, choice, strict=True) if o.threshold is not None}
             )
@@ -262,12 +271,12 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
         curve.append(run(i, last).plain() | {"chosen": i == at})
     singles = []
     for threshold in thresholds:
-        told(f"all layers, threshold {threshold:g}")
+        begin(f"all layers, threshold {threshold:g}")
         trial.set(dict.fromkeys(trial.layers, threshold))
         singles.append({"threshold": threshold} | trial.run(last).plain())
     paper = None
     if spec["paper"]:
-        told("the paper's setting")
+        begin("the paper's setting")
         trial.set(dict.fromkeys(trial.layers, PAPER.threshold), _PAPER_KEYS)
         paper = trial.run(last).plain()
     return {
@@ -279,10 +288,10 @@ def _calibrate(trial: Trial, spec: dict, halves: range, tell) -> dict:
 
 
 def _within(choices, budget: float, run) -> int:
-    """The choice of fewest reads that was measured to be within the budget; 0, all exact, where none is."""
+    """Index of the choice with the fewest reads whose measured KL is within the budget; 0, all exact, where none is."""
     aim, low, high = budget, 0, len(choices)
     while high - low > 1:
-        # Where the sums say, and once that is known halfway.
+        # Try the choice at which the sums of costs reach the aim; once it is measured, halve the interval.
         at = knapsack.within(choices, aim)
         at = at if low < at < high else (low + high) // 2
         cost = run(at).kl
@@ -292,7 +301,7 @@ def _within(choices, budget: float, run) -> int:
 
 
 def _saving(choices, share: float, run) -> int:
-    """The first choice that was measured to save `share` of the reads. Raises CalibrateError where none does."""
+    """Index of the first choice that was measured to save `share` of the reads. Raises CalibrateError where none does."""
     if (most := 1 - run(len(choices) - 1).reads) < share:
         raise CalibrateError(
             f"--saving: received {share:g}; the thresholds save {most:.1%} of KV reads at most. Lower --thresholds"

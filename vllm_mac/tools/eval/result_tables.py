@@ -8,9 +8,9 @@ from rich.table import Table
 from vllm_mac.tools.eval import plots
 from vllm_mac.tools.eval.results import YARDSTICK, source
 from vllm_mac.tools.eval.statistics import KL_FLOOR
-from vllm_mac.tools.tables import Column, cell, folded
+from vllm_mac.tools.folded_table import Column, cell, folded
 
-SHOWN = 4  # of the tables, in the terminal
+SHOWN = 4  # tables in the terminal
 
 
 def _percent(row: dict, key: str) -> str:
@@ -28,7 +28,7 @@ def _scored(row: dict) -> str:
 
 
 def _prompts(row: dict) -> str:
-    """How many, and how many of them have a score where that is not all or none."""
+    """The number of prompts, and of those with a score where only some have one."""
     return (
         str(row["requests"]) if row["scored"] in (0, row["requests"]) else f"{row['requests']} ({row['scored']} scored)"
     )
@@ -70,29 +70,30 @@ LAYER: list[Column] = [
     *((f"error {q}", lambda r, q=q: _nats(r, f"error_{q}")) for q in ("p50", "p95", "p99")),
 ]
 NOTE = (
-    "Percent, except KL (nats), x yardstick and error. score: mean, 95 % interval (Wilson); no score where no reply is right or wrong. "
-    "from exact: points on the same prompts, 95 % interval (paired bootstrap). same answers: all greedy tokens are exact's. agreed: tokens before "
-    "the first that is not exact's, of all; agreed tokens: their number in the median answer. KL: of the next token from exact's, under "
-    "teacher forcing. x yardstick: KL mean in the yardstick's. heads hit, KV read: in decoding, of all heads and of what full attention reads."
+    "Percent, except KL (nats), x yardstick and error. score: mean, 95 % interval (Wilson); none for tasks without a right answer. "
+    "from exact: difference in points on the same prompts, 95 % interval (paired bootstrap). same answers: answers whose greedy tokens all equal "
+    "exact's. agreed: share of tokens before the first difference; agreed tokens: their number in the median answer. KL: of the next token from "
+    "exact's, under teacher forcing. x yardstick: KL mean over the yardstick's. heads hit: share of all heads in decoding. KV read: share of the "
+    "KV tokens that full attention reads in decoding."
 )
 
 
 def yardstick(results: dict) -> str:
-    """What the yardstick is and whether it is one."""
-    told, found = results["configuration"].get("yardstick"), results.get("yardstick")
-    if not told:
-        return "No yardstick (--yardstick): how much of a divergence mere rounding would cause is not known."
-    said = f"yardstick: {told['said']}, on the same prompts and forced texts."
+    """What the yardstick is, and whether it measures anything."""
+    chosen, found = results["configuration"].get("yardstick"), results.get("yardstick")
+    if not chosen:
+        return "No yardstick (--yardstick): the divergence that rounding alone would cause is not known."
+    what = f"yardstick: {chosen['said']}, on the same prompts and forced texts."
     if not found:
-        return f"{said} It gave no figures."
+        return f"{what} It has no results."
     if found["identical"] is None:
-        return f"{said} Without forced texts (--kl 0) no divergence is measured by it."
+        return f"{what} Without forced texts (--kl 0) it measures no divergence."
     if found["identical"]:
-        return f"{said} Its results are identical to exact's: it rounded nothing otherwise and is no measure."
+        return f"{what} Its results are identical to exact's: it rounds in the same way and measures nothing."
     row = next(row for row in results["totals"] if row["configuration"] == YARDSTICK)
     if row["kl_mean"] <= KL_FLOOR:
-        return f"{said} Its KL of {row['kl_mean']:.2g} is not above the {KL_FLOOR:g} nats that KL is known to: no multiples of it."
-    return said
+        return f"{what} Its KL of {row['kl_mean']:.2g} is not above {KL_FLOOR:g} nats, the precision of KL: no multiples of it."
+    return what
 
 
 def tables(results: dict) -> list[tuple[str, list[Column], list[dict]]]:
@@ -118,7 +119,7 @@ def tables(results: dict) -> list[tuple[str, list[Column], list[dict]]]:
 
 
 def show(results: dict, console: Console) -> None:
-    """The first tables, folded to fit 80 columns and more; the others are in results.md."""
+    """Print the first tables, folded to fit 80 columns or more; results.md has all."""
     console.print(source(results), markup=False)
     for title, columns, rows in tables(results)[:SHOWN]:
         if rows:
@@ -129,7 +130,7 @@ def show(results: dict, console: Console) -> None:
 
 
 def _table(title: str, columns: list[Column], rows: list[dict]) -> Table:
-    """Where rows have a place, it is a line above them instead of columns."""
+    """A table in which tasks and length are a line above their rows instead of columns."""
     if columns[: len(WHERE)] != WHERE:
         return folded(title, columns, rows)
     place = lambda row: " ".join(read(row) for _, read in WHERE).removesuffix(" -")
@@ -149,12 +150,12 @@ def markdown(results: dict) -> str:
             lines = [[name for name, _ in columns], ["---"] * len(columns)]
             lines += [[cell(read, row).replace("|", "\\|") for _, read in columns] for row in rows]
             parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    parts += [f"{name} gave no figures: {error.splitlines()[-1]}" for name, error in results["errors"].items()]
+    parts += [f"{name} has no results: {error.splitlines()[-1]}" for name, error in results["errors"].items()]
     return "\n\n".join(parts) + "\n"
 
 
 def write(results: dict, folder: Path) -> list[Path]:
-    """results.md and the plots that there is something to show in. Needs matplotlib."""
+    """Write results.md and every plot that has data. Returns the files. Needs matplotlib."""
     (folder / "results.md").write_text(markdown(results), encoding="utf-8")
     written = [folder / "results.md"]
     for name, draw in plots.ALL.items():

@@ -1,23 +1,21 @@
-"""One configuration of `vllm-mac eval`: `python -m vllm_mac.tools.eval.engine SPEC FD`.
+"""One configuration of `vllm-mac eval`: `python -m vllm_mac.tools.eval.answer_engine SPEC FD` (see `engine_entry`).
 
-SPEC names a JSON file. Answers what is not answered yet, then decodes the forced texts; what is
-finished is written to the configuration's folder at once. Tells its stages, then its result, as JSON
-lines on the file descriptor FD.
+It answers the requests that have no answer yet, then decodes the forced texts. Whatever is finished is written to the
+configuration's folder immediately:
 
-    samples.jsonl                  a line for each finished request, in the order they finished
-    counters/PHASE.SESSION.json    MAC's counters of one phase, as far as this process got
+    samples.jsonl                  a line for each finished request, in the order in which they finished
+    counters/PHASE.SESSION.json    MAC's counters of one phase, as far as this process has come
     forced.npz                     distributions under teacher forcing
 """
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vllm_mac.metrics import Sample, WorkerExtension, counters, head_errors
-from vllm_mac.tools.bench.engine import read_counters
+from vllm_mac.tools.engine_entry import read_counters, serve
 from vllm_mac.tools.eval import forced
 from vllm_mac.tools.eval.requests import Request, chosen, load, phases, score
 from vllm_mac.tools.eval.results import read_samples
@@ -27,8 +25,10 @@ INTERVAL = 3.0  # seconds between two messages
 
 
 class EvalWorker(WorkerExtension):
-    """MAC's counters, and how often each query head hit in audited steps (in tensor parallelism: each head's number
-    on its worker)."""
+    """MAC's counters, and the hits of each query head in audited steps.
+
+    In tensor parallelism a head's number is the one on its worker.
+    """
 
     def mac_counters(self) -> list[Sample]:
         hits = [
@@ -41,14 +41,15 @@ class EvalWorker(WorkerExtension):
         ]
 
 
-def main(spec: dict, tell) -> None:
-    tell(stage="starting the engine", advance=0)
+def main(spec: dict, send) -> None:
+    send(stage="starting the engine", advance=0)
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import RequestOutputKind
 
     folder, requests = Path(spec["folder"]), load(Path(spec["requests"]))
-    arguments, v2 = {"worker_extension_cls": "vllm_mac.tools.eval.engine.EvalWorker", **spec["llm"]}, False
+    arguments: dict[str, Any] = {"worker_extension_cls": "vllm_mac.tools.eval.answer_engine.EvalWorker", **spec["llm"]}
+    v2 = False
     if spec["kl"]:
         config = EngineArgs(**arguments).create_engine_config()
         v2 = config.use_v2_model_runner
@@ -59,29 +60,29 @@ def main(spec: dict, tell) -> None:
         for phase, some in phases(requests).items():
             some = [request for request in some if request.id not in done]
             count, advance = Counting(llm, folder / "counters", phase), 0
-            told = last = time.monotonic()
+            reported = last = time.monotonic()
             params = {
                 r.id: SamplingParams(temperature=0.0, max_tokens=r.max_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
                 for r in some
             }
             for i, (request, output) in enumerate(_finished(llm, some, params), 1):
-                # Since the one before: added up, what a phase took, however often it was stopped.
+                # Time since the request before. The sum is the time of a phase, even of one that was stopped.
                 seconds, last = time.monotonic() - last, time.monotonic()
                 sink.write(json.dumps(_row(request, output) | {"seconds": seconds}) + "\n")
                 sink.flush()
                 count.write()
                 advance += 1
-                if i == len(some) or time.monotonic() - told > INTERVAL:
-                    tell(stage=f"{phase}: {i} of {len(some)}", advance=advance)
-                    told, advance = time.monotonic(), 0
+                if i == len(some) or time.monotonic() - reported > INTERVAL:
+                    send(stage=f"{phase}: {i} of {len(some)}", advance=advance)
+                    reported, advance = time.monotonic(), 0
     if spec["kl"] and not (folder / "forced.npz").exists():
-        _force(llm, spec, folder, requests, v2, tell)
-    tell(done=True)
+        _force(llm, spec, folder, requests, v2, send)
+    send(done=True)
     llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
 
 
 class Counting:
-    """MAC's counters since a phase began, in a file that each finished request renews."""
+    """MAC's counters since a phase began, in a file that `write` renews."""
 
     def __init__(self, llm, folder: Path, phase: str):
         folder.mkdir(exist_ok=True)
@@ -99,8 +100,8 @@ class Counting:
         part.replace(self._path)
 
 
-def _finished(llm, requests: list[Request], params: dict) -> Iterator[tuple[Request, object]]:
-    """Run all requests by continuous batching; each with its output when it is finished."""
+def _finished(llm, requests: list[Request], params: dict) -> Iterator[tuple[Request, Any]]:
+    """Run all requests with continuous batching. Yields each request with its output when it is finished."""
     engine, waiting = llm.llm_engine, {request.id: request for request in requests}
     for request in requests:
         engine.add_request(request.id, {"prompt_token_ids": list(request.ids)}, params[request.id])
@@ -121,7 +122,7 @@ def _row(request: Request, output) -> dict:
     }  # fmt: skip
 
 
-def _force(llm, spec: dict, folder: Path, requests: list[Request], v2: bool, tell) -> None:
+def _force(llm, spec: dict, folder: Path, requests: list[Request], v2: bool, send) -> None:
     replies = {row["id"]: row["tokens"] for row in read_samples(Path(spec["exact"]))}
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     texts, inputs, params = {}, [], {}
@@ -129,17 +130,14 @@ def _force(llm, spec: dict, folder: Path, requests: list[Request], v2: bool, tel
         prompt, texts[request.id] = forced.split(list(request.ids), replies[request.id])
         inputs.append(Request(request.id, "", "", None, tuple(prompt), 0, ""))
         params[request.id] = forced.params(texts[request.id], v2, vocabulary)
-    # What lies in the prefix cache is not read again, and then MAC finds less to match.
+    # Tokens in the prefix cache are not prefilled again, and MAC would have fewer entries to match.
     llm.reset_prefix_cache()
     found = {}
     for i, (request, output) in enumerate(_finished(llm, inputs, params), 1):
         found[request.id] = forced.distributions(output.outputs[0], texts[request.id])
-        tell(stage=f"forced texts: {i} of {len(inputs)}", advance=1)
+        send(stage=f"forced texts: {i} of {len(inputs)}", advance=1)
     forced.save(folder / "forced.npz", found, vocabulary)
 
 
 if __name__ == "__main__":
-    channel = int(sys.argv[2])
-    specification = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    main(specification, lambda **message: os.write(channel, (json.dumps(message) + "\n").encode()))
-    os._exit(0)
+    serve(main)

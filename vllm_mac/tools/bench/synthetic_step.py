@@ -1,8 +1,8 @@
-"""A decode step made to order: queries, KV and rings in which the real match finds what was asked for.
+"""A synthetic decode step: queries, KV and rings in which the real match finds a given share of hits.
 
-Each head of each row and layer hits with the rate asked for, by itself, at random with a seed. To
-make it hit, one entry of its ring is planted near its query, at a random lag; all other entries
-are unrelated queries, far beyond the threshold. Nothing tells the match but the data.
+Each head of each row and layer hits independently, with the given rate and from a seed. For a hit, one entry of the
+head's ring is planted near its query, at a random lag. All other entries are unrelated queries, far beyond the
+threshold. The match sees the data and nothing else.
 
 Letters: `B` rows, `H` query heads, `K` KV heads, `D` head size, `W` window.
 """
@@ -21,12 +21,12 @@ from vllm_mac.rope import Rotary
 from vllm_mac.tools.bench import BenchError
 
 LAGS = ("geometric", "uniform", "constant")
-NEAR = 0.25  # how far off a planted query is, of what the threshold allows; others are off by sqrt(2) an element
+NEAR = 0.25  # distance of a planted query as a share of the threshold's limit; other queries are sqrt(2) an element off
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One decode step; `context` tokens are in each row's cache, the decoded one included."""
+    """One decode step. `context`: tokens in each row's cache, the decoded one included."""
 
     batch: int
     context: int
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:
-        # Page 0 belongs to nobody, as in vLLM. Token-major, vLLM's default layout.
+        # Page 0 belongs to no row, as in vLLM. The layout is vLLM's default, token-major.
         return 1 + self.batch * self.row_pages, self.page, self.kv_heads, 2 * self.head_size
 
     @property
@@ -59,7 +59,7 @@ class Shape:
 
 
 class Rope(nn.Module):
-    """What `Rotary` needs of vLLM's rotary embedding."""
+    """The part of vLLM's rotary embedding that `Rotary` needs."""
 
     def __init__(self, positions: int, head_size: int, dtype: torch.dtype, device):
         super().__init__()
@@ -71,8 +71,8 @@ class Rope(nn.Module):
 
 @dataclass(slots=True)
 class Layer:
-    """kv: `[blocks, K, page, 2 D]`. source: `[B, H]` int64 on the CPU, position planted near each
-    head's query, -1 for none. counts, audited: as the kernels add to; None where nothing is audited."""
+    """kv: `[blocks, K, page, 2 D]`. source: `[B, H]` int64 on the CPU, the position planted near each head's query, -1 for
+    none. counts, audited: what the kernels add to; audited is None where nothing is audited."""
 
     query: Tensor
     kv: Tensor
@@ -80,7 +80,7 @@ class Layer:
     out: Tensor
     counts: Tensor
     audited: Tensor | None
-    source: Tensor | None = None
+    source: Tensor
 
 
 @dataclass(slots=True)
@@ -100,15 +100,15 @@ class Step:
 
     @property
     def audited(self) -> bool:
-        """Of a share, the steps that are not audited are the ones to time; with `audit: 1` there are none."""
+        """Whether to time audited steps. With a share below 1, the steps that are not audited are timed."""
         return self.config.audit == 1
 
 
 def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: int) -> Step:
-    """Layers whose caches lie one after the other in `pool` (flat, filled), as often as they fit.
+    """Layers whose KV caches lie one after the other in `pool` (flat, filled).
 
-    Layers have their own queries and rings, so that one layer leaves nothing in the caches of the
-    chip for the next; KV repeats where the pool does not hold `layers` caches.
+    Each layer has its own queries and rings, so that no layer finds its data in the GPU's caches. KV caches repeat
+    where the pool holds fewer than `layers`.
     """
     device = pool.device
     draw = torch.Generator(device).manual_seed(seed)
@@ -122,27 +122,30 @@ def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: 
     for i in range(layers):
         query_dtype, out_dtype = ring_dtypes(config, shape.dtype)
         store = RingStore.allocate(rows, shape.heads, config.window, shape.head_size, query_dtype, device, out_dtype)
-        # Summaries weigh more than the keys that are read, as those of long prefixes do, so that no unrelated
-        # query is near enough; and not so much more that an error in what is read would not show.
+        # Summaries weigh more than the keys that are read, as with long prefixes, so that no unrelated query is near
+        # enough. They do not weigh so much that an error in the keys that are read would not show.
         store.out.normal_(0, 0.1, generator=draw)
         store.lse.normal_(math.log(config.band) + 2, 0.5, generator=draw)
         query = normal(rows, shape.heads, shape.head_size).to(shape.dtype)
         counts = torch.zeros(len(Count), dtype=torch.int64, device=device)
         audited = audit.histograms(shape.heads, device) if config.audit else None
-        made.append(Layer(query, caches[i % len(caches)], store, torch.full_like(query, math.nan), counts, audited))
-    # The slot that the step writes is the oldest position's: out of reach, or the second replay of
-    # a step would find its own query there.
+        source = torch.full((rows, shape.heads), -1)  # `plant` sets it
+        made.append(
+            Layer(query, caches[i % len(caches)], store, torch.full_like(query, math.nan), counts, audited, source)
+        )
+    # The step writes to the slot of the oldest position. That slot is out of reach, else the second replay of a step
+    # would find its own query there.
     first = ints(max(m - config.window + 1, 0))
     ring = torch.randperm(rows, generator=draw, device=device).to(torch.int32)
     if shape.context < config.min_context:
-        ring.fill_(-1)  # it would have none
+        ring.fill_(-1)  # such rows have no ring
     table = pages.view(rows, -1).to(torch.int32)
     rotary = Rotary(Rope(shape.context, shape.head_size, shape.dtype, device))
     return Step(shape, config, ints(m), ring, first, table, rotary, made)
 
 
 def draw_lags(size: tuple[int, ...], law: str, mean: int, most: int, draw: torch.Generator) -> Tensor:
-    """Lags of at least 1 with this mean before they are clipped to `most`."""
+    """Lags of at least 1, with this mean before they are clipped to `most`."""
     if law == "constant":
         lags = torch.full(size, mean)
     elif law == "uniform":
@@ -156,16 +159,16 @@ def draw_lags(size: tuple[int, ...], law: str, mean: int, most: int, draw: torch
 
 
 def plant(step: Step, rate: float, law: str, mean_lag: int, seed: int) -> None:
-    """Fill the rings of all layers so that heads hit with this rate."""
+    """Fill the rings of all layers so that heads hit with this rate. law, mean_lag: as in `draw_lags`."""
     shape, config = step.shape, step.config
     m = shape.context - 1
-    # Positions of pattern and lags come from the CPU, so that they are the same on every machine.
+    # Hits and lags are drawn on the CPU, so that they are the same on every machine.
     choose = torch.Generator().manual_seed(seed)
     noise = torch.Generator(step.ring.device).manual_seed(seed)
     size = (shape.batch, shape.heads)
     for layer in step.layers:
         store = layer.store
-        # By way of the outputs' dtype: PyTorch draws no float8.
+        # Drawn in the dtype of the outputs: PyTorch draws no float8.
         store.query.copy_(torch.empty_like(store.out).normal_(generator=noise))
         store.chain.zero_()
         hits = torch.rand(size, generator=choose) < rate
@@ -178,19 +181,19 @@ def plant(step: Step, rate: float, law: str, mean_lag: int, seed: int) -> None:
         off = NEAR * math.sqrt(2.0) * (1.0 - config.threshold)
         near = near + off * torch.randn(near.shape, generator=noise, device=near.device)
         store.query[step.ring[row].long(), head, slot] = narrow(near, store.query.dtype)
-        # Shorter sequences do not try to match.
+        # Shorter sequences try no match.
         layer.source = source if shape.context >= config.min_context else torch.full_like(source, -1)
 
 
 def check_planting(step: Step) -> None:
-    """Raise unless the method's own match, in PyTorch, finds exactly what was planted."""
+    """Raises BenchError unless the method's own match, in PyTorch, finds exactly the planted entries."""
     for i, layer in enumerate(step.layers):
         position = step.position.long()
         pre_query = step.rotary.undo(layer.query, position)
         rest = paged.band_and_sink(position, layer.query, layer.kv, step.block_table, step.config, step.scale)
         facts = position, pre_query, step.ring.long(), step.first.long()
         found = paged.match(*facts, layer.store, step.config, rest.lse)
-        wrong = int((found.cpu() != layer.source).sum())
+        wrong = int(torch.ne(found.cpu(), layer.source).sum())
         if wrong:
             raise BenchError(
                 f"{step.shape}: {wrong} of {found.numel()} heads of layer {i} match another entry than the planted one; "
@@ -200,11 +203,11 @@ def check_planting(step: Step) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Realised:
-    """What a planted step does, means over its layers.
+    """What a planted step does: means over its layers.
 
-    heads_matched, groups_hit: shares of heads with a match and of KV groups whose heads all have one.
-    lag: mean lag of matched heads; group_lag: mean over groups that hit of their largest lag (what
-    is read follows that); None without any. step_bytes: that one layer must move.
+    heads_matched, groups_hit: shares of heads with a match, and of KV groups whose heads all have one.
+    lag: mean lag of matched heads. group_lag: mean over groups that hit of their largest lag, which decides how much is
+    read. Both are None without a match. step_bytes: bytes that one layer must move.
     """
 
     heads_matched: float
@@ -235,21 +238,22 @@ def realised(step: Step) -> Realised:
     source = torch.stack([layer.source for layer in step.layers])
     grouped = source.view(*source.shape[:2], shape.kv_heads, -1)
     hit = (grouped >= 0).all(-1)
-    mean = lambda x: float(x.double().mean()) if x.numel() else None
+    mean = lambda x: float(x.double().mean())
+    mean_or_none = lambda x: mean(x) if x.numel() else None
     read = sum(expected_counts(step, layer)[Count.READ] for layer in step.layers) / len(step.layers)
     store = step.layers[0].store
     query, out = (part.dtype.itemsize * shape.head_size for part in (store.query, store.out))
     heads = shape.batch * shape.heads
     ringed = shape.context >= config.min_context
     searched = min(config.window, m) if ringed else 0
-    # The ring's queries; an entry of query, output, LSE and chain written, and on a hit one read.
+    # Read: the ring's queries, and on a hit an entry of query, output, LSE and chain. Written: such an entry.
     rings = heads * (searched * query + (ringed + float(hit.double().mean())) * (query + out + 8))
     rows = 2 * heads * shape.head_size * shape.dtype.itemsize
     return Realised(
         heads_matched=mean(source >= 0),
         groups_hit=mean(hit),
-        lag=mean(m - source[source >= 0]),
-        group_lag=mean(m - grouped.amin(-1)[hit]),
+        lag=mean_or_none(m - source[source >= 0]),
+        group_lag=mean_or_none(m - grouped.amin(-1)[hit]),
         step_bytes=read * 2 * shape.head_size * shape.dtype.itemsize + rings + rows,
     )
 
@@ -268,7 +272,7 @@ def exact_reference(step: Step, layer: Layer) -> Tensor:
 
 
 def reference(step: Step, layer: Layer) -> Tensor:
-    """The method on one layer, `[B, H, D]` float32. The layer's rings stay as they are."""
+    """The method on one layer, `[B, H, D]` float32. Does not change the layer's rings."""
     store = layer.store
     copy = RingStore(store.query.clone(), store.out.clone(), store.lse.clone(), store.chain.clone())
     position = step.position.long()
@@ -281,10 +285,10 @@ def reference(step: Step, layer: Layer) -> Tensor:
 
 
 def compare(name: str, step: Step, got: Tensor, wanted: Tensor) -> float:
-    """The largest relative error of a head's output. Raises where rounding does not explain it.
+    """The largest relative error of a head's output. Raises BenchError where rounding does not explain it.
 
-    Weights, the partial results of prefix and tail, and the output are each rounded to the dtype
-    at most once, to half its spacing: four times at most.
+    Weights, the partial results of prefix and tail, and the output are each rounded to the dtype at most once, by at
+    most half its spacing: four roundings.
     """
     bound = 4 * torch.finfo(step.shape.dtype).eps / 2
     error = (got.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)

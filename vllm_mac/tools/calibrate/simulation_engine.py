@@ -1,82 +1,73 @@
-"""The engine of `vllm-mac calibrate`: `python -m vllm_mac.tools.calibrate.engine SPEC FD`.
+"""The engine of `vllm-mac calibrate` by simulation: `python -m vllm_mac.tools.calibrate.simulation_engine SPEC FD` (see
+`engine_entry`).
 
-SPEC names a JSON file. Reads the prompts one at a time and has its workers simulate each layer; adds up
-what they count in two halves, the prompts with even and with odd numbers. Writes the sums to a file
-that SPEC names, and tells its stages and its result as JSON lines on the file descriptor FD.
+It prefills the prompts one at a time, and its workers simulate each layer. It adds up their counts in two halves: the
+prompts with even and with odd numbers. The sums are written to a file that SPEC names.
 """
 
-import json
 import os
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vllm_mac.tools.calibrate import CalibrateError
 from vllm_mac.tools.calibrate.measured import HALVES, Measured
+from vllm_mac.tools.engine_entry import serve
 
 INTERVAL = 3.0  # seconds between two messages within a prompt
 
 
-def main(spec: dict, tell) -> None:
-    tell(stage="starting the engine", advance=0)
-    # One process: layers and simulation are in reach, and nothing waits for a reply with a time limit.
+def main(spec: dict, send) -> None:
+    send(stage="starting the engine", advance=0)
+    # One process: no reply of a worker has a time limit.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
 
-    llm = LLM(**{"worker_extension_cls": "vllm_mac.tools.calibrate.capture.CalibrateWorker", **spec["llm"]})
+    arguments: dict[str, Any] = {
+        "worker_extension_cls": "vllm_mac.tools.calibrate.capture.CalibrateWorker",
+        **spec["llm"],
+    }
+    llm = LLM(**arguments)
     answers = llm.collective_rpc("calibrate_start", args=(spec["grid"], spec["paper"], spec["output"]))
-    layers = served_layers(spec["llm"]["model"], answers, answers[0]["exact"])
+    layers = layers_with_mac(spec["llm"]["model"], answers, answers[0]["exact"])
     sums: list[dict[str, dict]] = [{} for _ in range(HALVES)]
     used = []
     for number, prompt in enumerate(spec["prompts"]):
         where = f"prompt {number + 1} of {len(spec['prompts'])}"
         ids = prompt["ids"]
         if prompt["reply"]:
-            tell(stage=f"{where}: replying", advance=0)
+            send(stage=f"{where}: replying", advance=0)
             params = SamplingParams(temperature=0.0, max_tokens=prompt["reply"], detokenize=False)
             ids = ids + list(_generate(llm, ids, params))[:-1]  # the last one is never a query
-        tell(stage=f"{where}: reading {len(ids)} tokens", advance=0)
+        send(stage=f"{where}: prefill of {len(ids)} tokens", advance=0)
         llm.reset_prefix_cache()
         llm.collective_rpc("calibrate_prompt", args=(len(ids),))
         _generate(llm, ids, SamplingParams(temperature=0.0, max_tokens=1, detokenize=False))
-        told = time.monotonic()
+        reported = time.monotonic()
         for i, name in enumerate(layers):
-            if time.monotonic() - told > INTERVAL:
-                tell(stage=f"{where}: layer {i + 1} of {len(layers)}", advance=0)
-                told = time.monotonic()
+            if time.monotonic() - reported > INTERVAL:
+                send(stage=f"{where}: layer {i + 1} of {len(layers)}", advance=0)
+                reported = time.monotonic()
             counts = _together([counts for counts in llm.collective_rpc("calibrate_layer", args=(name,)) if counts])
             half = sums[number % HALVES]
             half[name] = _added(half[name], counts) if name in half else counts
         used.append(len(ids))
-        tell(stage=f"{where}: simulated", advance=1)
+        send(stage=f"{where}: simulated", advance=1)
     Measured.of(sums, layers, spec["grid"], spec["paper"], used).save(Path(spec["out"]))
-    tell(exact=answers[0]["exact"])
-    tell(done=True)
+    send(exact=answers[0]["exact"])
+    send(done=True)
     llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
 
 
-def served_layers(model: str, answers: list[dict], exact: dict[str, int]) -> dict[str, int]:
-    """Name and index of the layers of all workers. Raises CalibrateError, with why layers are exact, where there is none."""
+def layers_with_mac(model: str, answers: list[dict], exact: dict[str, int]) -> dict[str, int]:
+    """Name and index of the layers that use MAC on any worker. Raises CalibrateError with the reasons where there is none."""
     layers = dict(tuple(layer) for answer in answers for layer in answer["layers"])
     if not layers:
         reasons = ", ".join(f"{count} ({reason})" for reason, count in exact.items()) or "none is MAC's"
         raise CalibrateError(f"--model: MAC serves no attention layer of {model}; exact: {reasons}")
     return layers
-
-
-def serve(main: Callable) -> None:
-    """Run an engine's `main(spec, tell)` as the process that the command line describes."""
-    channel = int(sys.argv[2])
-    say = lambda **message: os.write(channel, (json.dumps(message) + "\n").encode())
-    try:
-        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), say)
-    except CalibrateError as error:
-        say(error=str(error))
-        say(done=True)
-    os._exit(0)
 
 
 def _generate(llm, ids: list[int], params) -> tuple[int, ...]:
@@ -85,7 +76,7 @@ def _generate(llm, ids: list[int], params) -> tuple[int, ...]:
 
 
 def _together(parts: list[dict]) -> dict:
-    """Counts of one layer whose heads are spread over workers."""
+    """The counts of one layer whose heads are divided among workers."""
     whole = parts[0]
     for part in parts[1:]:
         whole = _added(whole, part) | {"heads": np.concatenate((whole["heads"], part["heads"]), 1)}

@@ -1,22 +1,23 @@
-"""One backend of `vllm-mac bench decode`: `python -m vllm_mac.tools.bench.engine SPEC FD`.
+"""One backend of `vllm-mac bench decode`: `python -m vllm_mac.tools.bench.decode_engine SPEC FD` (see `engine_entry`).
 
-For each shape of requests it reads the prompts, then times decode steps in which every request gets
-one token. Tells its stages and a result for each shape as JSON lines on the file descriptor FD.
+For each shape of requests it prefills the prompts, then times decode steps in which every request gets one token. It
+sends a result for each shape.
 """
 
 import functools
 import itertools
-import json
 import logging
 import os
 import random
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from vllm_mac.metrics import WorkerExtension
+from vllm_mac.tools.engine_entry import read_counters, serve
+from vllm_mac.tools.tokenizer_files import has_tokenizer
 
-UNTIMED = 4  # steps after the counters were read, during which tokens have queued up
+UNTIMED = 4  # steps after reading the counters, for tokens queued up meanwhile
 WORDS = [
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school",
     "state", "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week",
@@ -31,7 +32,7 @@ WORDS = [
 
 
 class BenchWorker(WorkerExtension):
-    """MAC's counters and, for any backend, the host time that building a step's metadata takes."""
+    """MAC's counters and, for any backend, the host time to build a step's metadata."""
 
     def bench_time_builds(self) -> None:
         from vllm.v1.attention.backend import AttentionMetadataBuilder
@@ -47,7 +48,7 @@ class BenchWorker(WorkerExtension):
                     return build(*args, **kwargs)
                 finally:
                     depth[0] -= 1
-                    if not depth[0]:  # not within the build of a subclass
+                    if not depth[0]:  # a subclass calls the build of its base
                         self.bench_builds.append(1000 * (time.perf_counter() - begin))
 
             return wrapper
@@ -65,20 +66,21 @@ class BenchWorker(WorkerExtension):
         return taken
 
 
-def main(spec: dict, tell) -> None:
-    tell(stage="starting the engine")
+def main(spec: dict, send) -> None:
+    send(stage="starting the engine")
     from vllm import LLM
     from vllm.v1.engine.exceptions import EngineDeadError
 
     tokenizer = has_tokenizer(spec["llm"]["model"])
     if not tokenizer:
-        # vLLM tries the chat template all the same, and then warns of it with a traceback. (A filter: vLLM resets levels.)
+        # vLLM still tries the chat template, and warns with a traceback. A filter, because vLLM resets log levels.
         logging.getLogger("vllm.renderers.base").addFilter(
             lambda record: "Chat template warmup" not in record.getMessage()
         )
-    extension = "vllm_mac.tools.bench.engine.BenchWorker"
+    extension = "vllm_mac.tools.bench.decode_engine.BenchWorker"
     begin = time.perf_counter()
-    llm = LLM(**{"skip_tokenizer_init": not tokenizer, "worker_extension_cls": extension, **spec["llm"]})
+    arguments: dict[str, Any] = {"skip_tokenizer_init": not tokenizer, "worker_extension_cls": extension, **spec["llm"]}
+    llm = LLM(**arguments)
     facts = {
         "start_s": time.perf_counter() - begin,
         "in_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0",
@@ -88,25 +90,25 @@ def main(spec: dict, tell) -> None:
     for i, (batch, context) in enumerate(spec["shapes"]):
 
         def stage(what: str, of=f"batch {batch}, {context} tokens") -> None:
-            tell(stage=f"{of}: {what}")
+            send(stage=f"{of}: {what}")
 
         sent: list[str] = []
         try:
             result = facts | _shape(spec, llm, tokenizer, batch, context, facts["max_model_len"], sent, stage)
         except EngineDeadError:
-            raise  # the log says why
+            raise  # the log has the reason
         except Exception as error:
             llm.llm_engine.abort_request(sent)
             result = {"error": f"{type(error).__name__}: {error}"}
-        tell(shape=i, result=result)
-    tell(done=True)
+        send(shape=i, result=result)
+    send(done=True)
     llm.llm_engine.engine_core.shutdown()  # at exit it would take many seconds
 
 
 def _shape(
     spec: dict, llm, tokenizer: bool, batch: int, context: int, max_model_len: int, sent: list[str], stage
 ) -> dict:
-    """What one shape took. sent: gets the names of its requests."""
+    """The times of one shape. sent: the names of its requests are added to it."""
     if max_model_len < context + 1 + UNTIMED + spec["tokens"]:
         raise ValueError(
             f"--max-model-len: {max_model_len} has no room for {context} prompt tokens and "
@@ -118,7 +120,7 @@ def _shape(
     ttft = []
     for i in range(spec["prefills"]):
         _empty_prefix_cache(llm)
-        stage(f"reading the prompts, {i + 1} of {spec['prefills']}")
+        stage(f"prefill, {i + 1} of {spec['prefills']}")
         if i + 1 < spec["prefills"]:
             ttft += _prefill(llm, f"prefill{i}", texts, 1, sent)
     first, measured = _measure(llm, texts, spec["tokens"], max_model_len, sent, stage)
@@ -130,23 +132,16 @@ def _shape(
 
 
 def _empty_prefix_cache(llm, patience: float = 30.0) -> None:
-    """Raises RuntimeError where blocks stay in use: then prompts would not be read as a whole."""
+    """Raises RuntimeError where blocks stay in use: then a prefill would skip the cached part of a prompt."""
     deadline = time.monotonic() + patience
-    while not llm.reset_prefix_cache():  # the engine may not have ended yet what was aborted
+    while not llm.reset_prefix_cache():  # the engine may still be ending aborted requests
         if time.monotonic() > deadline:
             raise RuntimeError(f"the prefix cache could not be emptied within {patience:g} s")
         time.sleep(0.1)
 
 
-def has_tokenizer(model: str) -> bool:
-    """Whether a model's folder has a tokenizer; true for a name, which only the hub knows."""
-    folder = Path(model)
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
-    return not folder.is_dir() or any((folder / name).exists() for name in names)
-
-
 def prompts(spec: dict, llm, tokenizer: bool, count: int, size: int) -> tuple[list[list[int]], str]:
-    """`count` different prompts of `size` tokens, and what they are."""
+    """`count` different prompts of `size` tokens, and a description of them."""
     seed = spec["seed"]
     draw = random.Random(seed)
     if spec["prompt"] == "ids" or (spec["prompt"] == "words" and not tokenizer):
@@ -183,7 +178,7 @@ def _params(max_tokens: int):
 
 
 def _prefill(llm, name: str, batch: list[list[int]], tokens: int, sent: list[str]) -> list[float]:
-    """Generate a few tokens; seconds to the first token of each request, all sent at once."""
+    """Send all requests at once and generate a few tokens. Returns seconds to the first token of each request."""
     engine, first = llm.llm_engine, {}
     sent += [f"{name}-{i}" for i in range(len(batch))]
     begin = time.perf_counter()
@@ -198,7 +193,7 @@ def _prefill(llm, name: str, batch: list[list[int]], tokens: int, sent: list[str
 def _measure(
     llm, batch: list[list[int]], tokens: int, max_model_len: int, sent: list[str], stage
 ) -> tuple[list[float], dict]:
-    """Read the prompts and go on decoding: seconds to each first token, and what the steps took."""
+    """Prefill, then decode. Returns seconds to the first token of each request, and the times of the steps."""
     engine, first, cached = llm.llm_engine, {}, {}
     names = [f"run-{i}" for i in range(len(batch))]
     sent += names
@@ -218,11 +213,11 @@ def _measure(
     while len(stamps) <= tokens and engine.has_unfinished_requests():
         outputs = engine.step()
         now = time.perf_counter()
-        served = sum(bool(output.outputs[0].token_ids) for output in outputs)
-        most = max(most, served)
-        if served < len(batch):
-            if served:
-                stamps.clear()  # only consecutive steps of the whole batch are timed
+        advanced = sum(bool(output.outputs[0].token_ids) for output in outputs)
+        most = max(most, advanced)
+        if advanced < len(batch):
+            if advanced:
+                stamps.clear()  # only consecutive steps of the whole batch count
             continue
         skipped += 1
         if skipped > UNTIMED:
@@ -242,18 +237,8 @@ def _measure(
     return list(first.values()), result | _reuse(before, after)
 
 
-def read_counters(llm) -> dict[tuple, int]:
-    """MAC's counters of all workers, added up."""
-    total: dict[tuple, int] = {}
-    for samples in llm.collective_rpc("mac_counters"):
-        for name, labels, value in samples:
-            key = name, tuple(sorted(labels.items()))
-            total[key] = total.get(key, 0) + value
-    return total
-
-
 def _reuse(before: dict[tuple, int], after: dict[tuple, int]) -> dict:
-    """Hit rate and share of KV read between two readings; nothing where no layer is MAC's."""
+    """Hit rate and share of KV read between two readings of the counters; empty where no layer is MAC's."""
     from vllm_mac.metrics import summarise
 
     if not after:
@@ -265,7 +250,4 @@ def _reuse(before: dict[tuple, int], after: dict[tuple, int]) -> dict:
 
 
 if __name__ == "__main__":
-    channel = int(sys.argv[2])
-    # vLLM imports this module by its name for the extension; under `-m` it is also `__main__`.
-    main(json.loads(sys.argv[1]), lambda **message: os.write(channel, (json.dumps(message) + "\n").encode()))
-    os._exit(0)
+    serve(main)
