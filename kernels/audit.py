@@ -5,7 +5,11 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vllm_mac.kernels.workspace import Workspace
+from vllm_mac.state import LayerState, Rows
 
 
 @triton.jit
@@ -52,28 +56,25 @@ def _tally_kernel(
     tl.atomic_add(p_counts + (H + 1) * (E + 1) + bucket, one, mask=m_g, sem="relaxed")
 
 
-def tally(position, ring, hit, source, chain, out, exact, edges, counts, pdl=False):
+def tally(layer: LayerState, rows: Rows, work: Workspace, out: Tensor, exact: Tensor, edges: Tensor) -> None:
     """Add the heads of one audited step to a layer's histograms, after the step was recorded.
 
     Args:
-        position, ring: `[B]` int32 or int64, as decoded; position -1: the row is padding or not
-            audited.
-        hit: `[B, K]` int32 contiguous, nonzero where a group hit; only these count.
-        source: `[B, H]` int32 contiguous, position matched by each head.
-        chain: `[R, H, W]` int32, of the layer's rings.
+        layer: the rings' chains are read, `audited` is added to.
+        rows: position and ring are read, int32 or int64; position -1: the row is padding or not audited.
+        work: as the step left it: hit and source are read. Only groups that hit count.
         out: `[B, H, D]`, any float dtype, last dimension contiguous: what was delivered.
         exact: `[B, H, D]`, any float dtype, contiguous: exact attention of the groups that hit.
         edges: `[2, E]` float32, as `audit.edges` makes them.
-        counts: `[H + 2, E + 1]` int64, added to: as `audit.histograms` makes them.
-        pdl: launch before the predecessor ends; the kernel waits before it reads.
     """
-    rows, heads, d = out.shape
-    kv_heads, group, buckets = hit.shape[1], heads // hit.shape[1], edges.shape[1]
-    _tally_kernel[(kv_heads, rows)](
-        position, ring, hit, source, chain, out, exact, edges, counts,
+    count, heads, d = out.shape
+    kv_heads, buckets = work.hit.shape[1], edges.shape[1]
+    group = heads // kv_heads
+    _tally_kernel[(kv_heads, count)](
+        rows.position, rows.ring, work.hit, work.source, layer.store.chain, out, exact, edges, layer.audited,
         out.stride(0), out.stride(1),
-        K=kv_heads, G=group, D=d, W=chain.shape[2], E=buckets,
+        K=kv_heads, G=group, D=d, W=layer.store.window, E=buckets,
         BG=triton.next_power_of_2(group), BD=triton.next_power_of_2(d),
-        BE=triton.next_power_of_2(buckets), PDL=pdl, num_warps=2,
-        **({"launch_pdl": True} if pdl else {}),
+        BE=triton.next_power_of_2(buckets), PDL=work.pdl, num_warps=2,
+        **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip

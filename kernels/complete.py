@@ -6,10 +6,13 @@ oracle.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.merge import complete_miss
 from vllm_mac.kernels.partial import LN_2, unfinish
+from vllm_mac.kernels.workspace import Workspace
+from vllm_mac.state import LayerState, Rows
 
 
 @triton.jit
@@ -49,47 +52,38 @@ def _complete_kernel(
 
 
 def complete_misses(
-    query,
-    position,
-    ring,
-    store,
-    prefix_out,
-    prefix_lse,
-    work,
-    out,
-    cos_sin=None,
-    is_neox=True,
-):
+    layer: LayerState, rows: Rows, query: Tensor, prefix_out: Tensor, prefix_lse: Tensor, work: Workspace, out: Tensor
+) -> None:
     """Finish the KV groups that `decode_hits` left open; to be called after it, in the same step.
 
-    For a miss engine that does not do so itself (`exact.TritonExact` does).
+    For a miss engine that only computes the prefix, as FlashInfer's does.
 
     `S = (rest of the prefix) (+) prefix`, `out = S (+) band (+) sink`, where all but `prefix` was
     left in `work`. Writes `S` into the row's ring where it has one. Groups that hit and padded
     rows (position -1) are left alone.
 
     Args:
+        layer: store and rotary are used.
+        rows: position and ring are read, int32 or int64.
         query: `[B, H, D]` bf16, fp16 or fp32, after RoPE; last dimension contiguous.
-        position, ring: `[B]` int32 or int64, as for `decode_hits`.
-        store: the layer's rings (`ring.RingStore`).
         prefix_out: `[B, H, D]` contiguous, any float dtype: attention over `[lo, m+1-band)`,
             where `lo` is `sink` rounded up to a whole page.
         prefix_lse: `[B, H]` float32 contiguous, **base 2**, as FlashInfer gives it; `-inf` where the
             interval is empty (`prefix_out` is then ignored).
         work: the `Workspace` that `decode_hits` used, with `whole` false.
         out: `[B, H, D]` in query's dtype, last dimension contiguous; written for missed groups.
-        cos_sin, is_neox: as for `decode_hits`.
     """
-    rows, heads, d = query.shape
+    count, heads, d = query.shape
     kv_heads = work.hit.shape[1]
     group = heads // kv_heads
-    _complete_kernel[(kv_heads, rows)](
-        query, cos_sin, position, ring, work.hit, prefix_out, prefix_lse,
+    store, cos_sin = layer.store, layer.rotary.cos_sin
+    _complete_kernel[(kv_heads, count)](
+        query, cos_sin, rows.position, rows.ring, work.hit, prefix_out, prefix_lse,
         work.part_out, work.part_lse, out,
         store.query, store.out, store.lse, store.chain,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
-        K=kv_heads, G=group, D=d, W=store.query.shape[2],
-        ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
+        K=kv_heads, G=group, D=d, W=store.window,
+        ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=layer.rotary.is_neox,
         BG=triton.next_power_of_2(group), BD=triton.next_power_of_2(d), PDL=work.pdl,
         num_warps=2, **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Exact attention over the prefixes of the missed (row, KV head) groups, in one launch.
 
-One of two miss engines; `flashinfer_exact.FlashInferExact` is the other. Both attend alike, and the
-oracle of both is `paged.attend` over `[lo, m+1-band)`. This one can also complete the groups
-(`merge.complete_miss`), so that no other launch need follow.
+`TritonExact` is one of the two miss engines (`decoder.MissEngine`); `flashinfer_exact.FlashInferExact` is the other.
+The oracle of `attend` is, for both, `paged.attend` over `[prefix_start, m+1-band)`. This engine also completes the
+groups in its kernel (`merge.complete_miss`), so that no other launch follows.
 
 The tokens of all missed groups are one list of units of `BN` tokens, cut into as many equal shares as there are
 programs: whatever the number of misses and the lengths of their prefixes, every program reads the same number of
@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac.kernels.hit import Workspace
 from vllm_mac.kernels.launch import REGISTER_LIMITS, launch, power_of_two
 from vllm_mac.kernels.partial import LOG2_E
 from vllm_mac.kernels.split_kv import attend_share, complete, merge_shares, write
+from vllm_mac.kernels.workspace import Workspace
+from vllm_mac.state import Geometry, LayerState, Rows
 
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -152,67 +153,6 @@ def prefix_kernel(
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixProblem:
-    """What is the same in every layer and every step, for both miss engines.
-
-    max_rows: most rows of a batch. max_blocks: most KV pages of one row. dtype: of queries and
-    KV. scale: multiplies the scores. The prefix of position `m` is `[first, m+1-band)`, where
-    `first` is `sink` rounded up to a whole page, so that it can begin at a page.
-    """
-
-    max_rows: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    page_size: int
-    max_blocks: int
-    dtype: torch.dtype
-    band: int
-    sink: int
-    scale: float
-
-    def __post_init__(self):
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads: {self.heads}, choose a multiple of kv_heads ({self.kv_heads})")
-        if self.dtype not in _DOT_TYPES:
-            raise ValueError(f"dtype: {self.dtype}, choose one of {list(_DOT_TYPES)}")
-
-    @property
-    def group(self) -> int:
-        return self.heads // self.kv_heads
-
-    @property
-    def first(self) -> int:
-        return -(-self.sink // self.page_size) * self.page_size
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What `TritonExact.run` needs to complete the groups that `hit.decode_hits` left open.
-
-    ring: `[B]`, as for `decode_hits`. work: the `hit.Workspace` that it used, with `whole` true. store:
-    the layer's rings (`ring.RingStore`). cos_sin, is_neox: as for `decode_hits`.
-    """
-
-    ring: Tensor
-    work: Workspace
-    store: object
-    cos_sin: Tensor | None = None
-    is_neox: bool = True
-
-    def pointers(self) -> dict:
-        store, work = self.store, self.work
-        return dict(
-            p_ring=self.ring, p_cos_sin=self.cos_sin, p_part_out=work.part_out, p_part_lse=work.part_lse,
-            p_ring_query=store.query, p_ring_out=store.out, p_ring_lse=store.lse, p_ring_chain=store.chain,
-        )  # fmt: skip
-
-    def constants(self) -> dict:
-        rotary = 0 if self.cos_sin is None else self.cos_sin.shape[-1]
-        return dict(W=self.store.query.shape[2], ROTARY=rotary, NEOX=self.is_neox)
-
-
-@dataclass(frozen=True, slots=True)
 class Tuning:
     """How the work is split: tokens of a block, warps of a program, stages of its pipeline,
     programs on an SM."""
@@ -258,21 +198,16 @@ class Tuning:
 class TritonExact:
     """Exact prefix attention of missed groups by `prefix_kernel`. One object serves all layers.
 
-    Buffers are allocated here; `run` allocates nothing and waits for nothing, so it may be
+    Buffers are allocated here. `attend` and `finish` allocate nothing and wait for nothing, so both may be
     captured in a CUDA graph. Calls that share an object must not overlap.
     """
 
-    def __init__(
-        self,
-        problem: PrefixProblem,
-        device,
-        programs: int | None = None,
-        tuning: Tuning | None = None,
-        of_hits: bool = False,
-    ):
-        """programs: how many share the work; by default as many as the device holds at once.
-        of_hits: attend for the groups that hit instead of those that missed."""
-        self.problem, self.of_hits = problem, of_hits
+    whole_rows, all_triton, plans_on_host = True, True, False
+    OF_HITS = False
+
+    def __init__(self, geometry: Geometry, device, programs: int | None = None, tuning: Tuning | None = None):
+        """programs: how many share the work; by default as many as the device holds at once."""
+        self.geometry = geometry
         limits, sms, self.pdl = {}, 4, False
         if torch.device(device).type == "cuda":
             properties = torch.cuda.get_device_properties(device)
@@ -280,17 +215,17 @@ class TritonExact:
             limits = {"shared": properties.shared_memory_per_block_optin}
             # Programmatic dependent launch, as in `hit` and `complete`.
             self.pdl = properties.major >= 9
-        self.tuning = tuning or Tuning.default(problem.head_size, problem.dtype, problem.group, **limits)
+        self.tuning = tuning or Tuning.default(geometry.head_size, geometry.dtype, geometry.group, **limits)
         self.programs = programs = programs or sms * self.tuning.per_sm
         # Triton's interpreter multiplies the bits of bf16 numbers; GPUs take KV's own type.
-        self._dot = tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[problem.dtype]
+        self._dot = tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[geometry.dtype]
         # Merging in blocks of about the square root of the programs makes two short steps of it;
         # the kernel merges at most twice this many at once.
         self._block = 2
         while self._block * (2 * self._block - 2) < programs:
             self._block *= 2
-        slots = 2 * programs * problem.group
-        self._part_out = torch.empty(slots, problem.head_size, dtype=torch.float32, device=device)
+        slots = 2 * programs * geometry.group
+        self._part_out = torch.empty(slots, geometry.head_size, dtype=torch.float32, device=device)
         self._part_lse = torch.empty(slots, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(4 * programs, dtype=torch.int32, device=device)
         self._options = self.tuning.options()
@@ -300,57 +235,76 @@ class TritonExact:
         """By name, what a launch must find as the one before left it: the counters of arrival, all 0."""
         return {"misses_arrived": self._arrived}
 
-    def begin_step(self, block_table: Tensor, position: Tensor, kv: Tensor) -> None:
-        """Once a step, before the layers. This engine has nothing to prepare."""
+    def begin_step(self, rows: Rows, kv: Tensor) -> None:
+        """Nothing is prepared."""
 
-    def run(
-        self,
-        query: Tensor,
-        kv: Tensor,
-        block_table: Tensor,
-        position: Tensor,
-        hit: Tensor,
-        out: Tensor,
-        lse: Tensor | None,
-        completion: Completion | None = None,
-    ) -> None:
-        """Attention of missed groups over `[first, m+1-band)`; `(0, -inf)` everywhere else.
+    def attend(self, rows: Rows, query: Tensor, kv: Tensor, hit: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Attention of missed groups over `[prefix_start, m+1-band)`; `(0, -inf)` everywhere else.
 
-        query: `[B, H, D]` after RoPE. kv: `[blocks, K, page, 2 D]`, any strides but the last,
-        which is 1. block_table: `[B, *]` int32. position: `[B]` int32, `m`, or -1 for a padded
-        row. hit: `[B, K]` int32, contiguous, nonzero where nothing is to be read, or with `of_hits`
-        where something is. Writes out `[B, H, D]` (any float dtype) and lse `[B, H]` float32,
-        **base 2**.
+        rows: position and block_table are read. query: `[B, H, D]` after RoPE. kv: `[blocks, K, page, 2 D]`, any
+        strides but the last, which is 1. hit: `[B, K]` int32, contiguous, nonzero where a group hit.
+        Writes out `[B, H, D]` (any float dtype) and lse `[B, H]` float32, **base 2**.
 
-        With a completion, out is the layer's output in query's dtype, written for missed groups only
-        (as `complete.complete_misses` does, which is then not to be called), and lse is not written.
+        Raises ValueError where there are more rows than `max_rows`.
         """
-        rows = len(query)
-        if rows > self.problem.max_rows:
-            raise ValueError(f"query: {rows} rows, choose at most max_rows ({self.problem.max_rows})")
-        p, t = self.problem, self.tuning
-        groups = rows * p.kv_heads
-        heads, width = power_of_two(p.group), power_of_two(p.head_size)
+        self._launch(rows, query, kv, hit, dict(p_out=out, p_lse2=lse), {})
+
+    def finish(self, layer: LayerState, rows: Rows, query: Tensor, kv: Tensor, work: Workspace, out: Tensor) -> None:
+        """Compute, complete and record the groups that `decode_hits` left open. See `decoder.MissEngine.finish`."""
+        store, cos_sin = layer.store, layer.rotary.cos_sin
+        pointers = dict(
+            p_out=out, p_lse2=None, p_ring=rows.ring, p_cos_sin=cos_sin,
+            p_part_out=work.part_out, p_part_lse=work.part_lse,
+            p_ring_query=store.query, p_ring_out=store.out, p_ring_lse=store.lse, p_ring_chain=store.chain,
+        )  # fmt: skip
+        rotary = 0 if cos_sin is None else cos_sin.shape[-1]
+        constants = dict(W=store.window, ROTARY=rotary, NEOX=layer.rotary.is_neox, SINK=self.geometry.sink)
+        self._launch(rows, query, kv, work.hit, pointers, constants)
+
+    def _launch(self, rows: Rows, query: Tensor, kv: Tensor, hit: Tensor, results: dict, completion: dict) -> None:
+        """results: the pointers that `attend` and `finish` differ in. completion: constants that `finish` adds."""
+        g, t, count = self.geometry, self.tuning, len(query)
+        if count > g.max_rows:
+            raise ValueError(f"query: {count} rows, choose at most max_rows ({g.max_rows})")
+        groups = count * g.kv_heads
+        heads, width = power_of_two(g.group), power_of_two(g.head_size)
+        out, lse = results["p_out"], results["p_lse2"]
         s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
         pointers = dict(
-            p_query=query, p_kv=kv, p_table=block_table, p_position=position, p_hit=hit, p_out=out, p_lse2=lse,
-            **({} if completion is None else completion.pointers()),
+            p_query=query, p_kv=kv, p_table=rows.block_table, p_position=rows.position, p_hit=hit, **results,
         )  # fmt: skip
         sizes = dict(
-            first_token=p.first, band=p.band, s_query_row=s_query[0], s_query_head=s_query[1],
+            first_token=g.prefix_start, band=g.band, s_query_row=s_query[0], s_query_head=s_query[1],
             s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_out_row=s_out[0], s_out_head=s_out[1],
             s_lse_row=0 if lse is None else lse.stride(0),
         )  # fmt: skip
         others = dict(
             p_split_out=self._part_out, p_split_lse2=self._part_lse, p_arrived=self._arrived,
-            groups=groups, s_table_row=block_table.stride(0), log2_scale=p.scale * LOG2_E.value,
+            groups=groups, s_table_row=rows.block_table.stride(0), log2_scale=g.scale * LOG2_E.value,
         )  # fmt: skip
         constants = dict(
-            K=p.kv_heads, G=p.group, D=p.head_size, PAGE=p.page_size,
+            K=g.kv_heads, G=g.group, D=g.head_size, PAGE=g.page_size,
             BN=t.block, BQ=max(16, heads), BG=heads, BD=width, BBK=max(16, power_of_two(groups)),
             MERGE=self._block, UNROLL=max(1, min(8, 4096 // (heads * width))),
-            DOT=self._dot, PDL=self.pdl, OF_HITS=self.of_hits,
-            **({} if completion is None else {**completion.constants(), "SINK": p.sink}),
-            **({"launch_pdl": True} if self.pdl else {}),
+            DOT=self._dot, PDL=self.pdl, OF_HITS=self.OF_HITS,
+            **completion, **({"launch_pdl": True} if self.pdl else {}),
         )  # fmt: skip
         launch(prefix_kernel, (self.programs,), pointers, sizes, others, constants, self._options, self._found)
+
+
+class ExactHits(TritonExact):
+    """Exact attention of the groups that hit, for audits: the other groups are those that `TritonExact` computes.
+
+    With `band` and `sink` 0 in the geometry, attention is over all tokens of a row.
+    """
+
+    OF_HITS = True
+
+    def __init__(self, geometry: Geometry, device):
+        super().__init__(geometry, device)
+        self._lse = torch.empty(geometry.max_rows, geometry.heads, dtype=torch.float32, device=device)
+
+    def finish(self, layer: LayerState, rows: Rows, query: Tensor, kv: Tensor, work: Workspace, out: Tensor) -> None:
+        """Write the exact attention of groups that hit to out `[B, H, D]`, any float dtype, and 0 for the others."""
+        count = len(query)
+        self.attend(rows, query, kv, work.hit[:count], out, self._lse[:count])

@@ -8,20 +8,20 @@ step is one launch, and the last part of one group overlaps the first parts of t
 `paged.decode` is the oracle.
 """
 
-from dataclasses import dataclass, field
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from vllm_mac import counters
+from vllm_mac import counters, limits
 from vllm_mac.counters import Count
 from vllm_mac.kernels.amend import add_bands, amend, attend_band
 from vllm_mac.kernels.launch import REGISTER_LIMITS, launch, power_of_two
 from vllm_mac.kernels.match import choose, scan
 from vllm_mac.kernels.merge import complete_hit, leave_miss
 from vllm_mac.kernels.partial import LOG2_E
+from vllm_mac.kernels.workspace import Workspace
+from vllm_mac.state import LayerState, Rows
 
 OPTED_OUT = tl.constexpr(counters.OPTED_OUT)
 # Device code reads no enumeration.
@@ -218,126 +218,39 @@ OPTIONS = {wanted: [{"maxnreg": limit} for limit in REGISTER_LIMITS if limit >= 
 OPTIONS[None] = [{"maxnreg": None}]
 
 
-@dataclass(slots=True)
-class Workspace:
-    """What one step leaves for its later kernels, and buffers of the hit kernel. Layers may share one.
-
-    source: `[B, H]` int32, position matched by each head or -1. hit: `[B, K]` int32, 1 where all
-    heads of the group matched. Rows whose position is -1 are not written.
-    part_out: `[B, H, 2, D]` float32, part_lse: `[B, H, 2]` float32 natural log, of missed groups
-    only: attention over `[sink, lo)`, `lo` being `sink` rounded up to a whole page, and over band
-    and sink together. Not written for a row without a ring where `whole` is true and there is no sink.
-    whole: whether the miss engine also reads the band of a row without a ring, as
-    `exact.TritonExact` does when it completes groups. The hit kernel then leaves only the sink of such a row.
-    key, key_lse, band_acc, band_sum: what the programs of a group find, see `hit_kernel`; key_lse natural log.
-    arrived: `[B, K]` int32, programs of a group that have finished; all 0 between steps.
-    slots: programs that the device runs at once. pdl: launch the kernels before their predecessors
-    end (programmatic dependent launch); they wait before they read. tune: overrides `_tune`.
-    options: how each variant of the kernel is launched, see `launch.launch`.
-    """
-
-    source: torch.Tensor
-    hit: torch.Tensor
-    part_out: torch.Tensor
-    part_lse: torch.Tensor
-    key: torch.Tensor
-    key_lse: torch.Tensor
-    band_acc: torch.Tensor
-    band_sum: torch.Tensor
-    arrived: torch.Tensor
-    whole: bool = False
-    slots: int = 396
-    pdl: bool = False
-    tune: dict | None = None
-    options: dict = field(default_factory=dict)
-
-    MAX_SPLITS = 16
-    MAX_BANDS = 8
-
-    @classmethod
-    def allocate(cls, rows: int, heads: int, kv_heads: int, head_size: int, device, whole: bool = False) -> "Workspace":
-        """For batches of at most `rows` rows, padding included."""
-        on = torch.device(device)
-
-        def empty(*shape, dtype=torch.float32):
-            return torch.empty(shape, dtype=dtype, device=on)
-
-        gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
-        return cls(
-            source=empty(rows, heads, dtype=torch.int32),
-            hit=empty(rows, kv_heads, dtype=torch.int32),
-            part_out=empty(rows, heads, 2, head_size),
-            part_lse=empty(rows, heads, 2),
-            key=empty(rows, heads, cls.MAX_SPLITS, dtype=torch.int64),
-            key_lse=empty(rows, heads, cls.MAX_SPLITS),
-            band_acc=empty(rows, heads, cls.MAX_BANDS, head_size),
-            band_sum=empty(rows, heads, cls.MAX_BANDS, 2),
-            arrived=torch.zeros(rows, kv_heads, dtype=torch.int32, device=on),
-            whole=whole,
-            slots=3 * gpu.multi_processor_count if gpu else 4,
-            pdl=gpu is not None and gpu.major >= 9,
-        )
-
-
-def decode_hits(
-    query,
-    position,
-    ring,
-    first,
-    slack,
-    block_table,
-    kv,
-    store,
-    config,
-    scale,
-    work,
-    out,
-    counters,
-    cos_sin=None,
-    is_neox=True,
-    paused=None,
-):
+def decode_hits(layer: LayerState, rows: Rows, query: Tensor, kv: Tensor, work: Workspace, out: Tensor) -> None:
     """Match all heads; decode and record the KV groups that hit; prepare those that missed.
 
     Args:
+        layer: all of it is used. `store` is contiguous; `counts` is added to. The threshold is not compiled in:
+            layers may differ in it.
+        rows: position, ring and first are int32 or int64.
         query: `[B, H, D]` bf16, fp16 or fp32, after RoPE; last dimension contiguous.
-        position: `[B]` int32 or int64, position decoded; its KV is in the cache. -1: padding.
-        ring, first: `[B]` int32 or int64, as `RingTable.assign` gives them; ring -1: none;
-            `counters.OPTED_OUT`: none, and counted as such.
-        slack: `[B]` float32, the most that `(1 - threshold)^2` may be in each row, 1 where the layer's own counts.
-        block_table: `[B, *]` int32, last dimension contiguous.
         kv: `[blocks, K, PAGE, 2 D]` in query's dtype, any strides but 1 in the last dimension.
-        store: the layer's rings (`ring.RingStore`), contiguous.
-        config: window, band, sink, threshold, distance, min_context, lag_weight, reuse, max_chain,
-            mass_floor. The threshold is not compiled in: layers may differ in it.
-        scale: factor of the scores.
-        work: allocated for `B` rows or more. Its `hit` and `source` are written, and
-            `part_out` and `part_lse` of missed groups, for what completes them.
+        work: allocated for `B` rows or more. Its `hit` and `source` are written, and `part_out` and `part_lse` of
+            missed groups, for the miss engine.
         out: `[B, H, D]` in query's dtype, last dimension contiguous; written for groups that hit.
-        counters: `[len(Count)]` int64, added to: see `counters.Count`.
-        cos_sin: `[positions, rotary_dim]`, `[cos | sin]`, or None for a layer without RoPE.
-        is_neox: whether RoPE pairs `j` with `j + rotary_dim/2`, else `2j` with `2j + 1`.
-        paused: `[1]` int32, nonzero while the layer is to be exact; None where it never is.
     """
-    rows, heads, d = query.shape
+    count, heads, d = query.shape
     kv_heads, page = kv.shape[1], kv.shape[2]
-    group, window = heads // kv_heads, store.query.shape[2]
-    tune = work.tune or _tune(rows, heads, kv_heads, work.slots, d, window, store.query.dtype.itemsize)
+    store, config, cos_sin = layer.store, layer.config, layer.rotary.cos_sin
+    group, window = heads // kv_heads, store.window
+    tune = work.tune or _tune(count, heads, kv_heads, work.slots, d, window, store.query.dtype.itemsize)
     splits = max(1, min(tune["splits"], work.MAX_SPLITS, -(-window // 16)))
     bn = tune["bn"]
     tail = -(-(config.band + config.sink) // bn)
     bands = max(1, min(tune["bands"], work.MAX_BANDS, tail))
     span = -(-window // splits)
     relative = config.distance == "relative"
-    # The limit of a summary without mass is so much looser, see `reference.relief`.
-    relief = 1.0 if config.mass_floor is None else (1.0 + 1.0 / config.mass_floor) ** 2
-    loosest = 2.0 * (1 if relative else d) * relief  # at threshold 0
+    # Of the query's own squared norm, where the kernel measures by that.
+    loosest = limits.loosest(1 if relative else d, config)
+    relief = limits.relief(0.0, config)
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
     pointers = dict(
-        p_query=query, p_cos_sin=cos_sin, p_position=position, p_ring=ring, p_first=first, p_slack=slack,
-        p_table=block_table, p_kv=kv,
+        p_query=query, p_cos_sin=cos_sin, p_position=rows.position, p_ring=rows.ring, p_first=rows.first,
+        p_slack=rows.slack, p_table=rows.block_table, p_kv=kv,
         p_ring_query=store.query, p_ring_out=store.out, p_ring_lse=store.lse, p_ring_chain=store.chain,
-        p_out=out, p_counters=counters, p_paused=paused,
+        p_out=out, p_counters=layer.counts, p_paused=layer.paused,
     )  # fmt: skip
     sizes = dict(
         s_query_row=s_query[0], s_query_head=s_query[1],
@@ -346,8 +259,8 @@ def decode_hits(
     others = dict(
         p_source=work.source, p_hit=work.hit, p_key=work.key, p_key_lse=work.key_lse,
         p_band_acc=work.band_acc, p_band_sum=work.band_sum, p_part_out=work.part_out, p_part_lse=work.part_lse,
-        p_arrived=work.arrived, s_table_row=block_table.stride(0),
-        log2_scale=scale * LOG2_E.value, bound=loosest * (1.0 - config.threshold) ** 2, loosest=loosest,
+        p_arrived=work.arrived, s_table_row=rows.block_table.stride(0),
+        log2_scale=work.scale * LOG2_E.value, bound=loosest * limits.tightness(config.threshold), loosest=loosest,
         strict=1.0 / relief, lag_weight=config.lag_weight / relief, mass_floor=config.mass_floor or 0.0,
     )  # fmt: skip
     constants = dict(
@@ -356,7 +269,7 @@ def decode_hits(
         MAX_CHAIN=config.max_chain or 0,
         LAGGED=config.lag_weight > 0, RELATIVE=relative, ANCHORED=config.reuse == "anchored",
         WEIGHED=config.mass_floor is not None,
-        ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
+        ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=layer.rotary.is_neox,
         NS=splits, BW=min(tune["bw"], power_of_two(span)), SPAN=span,
         HALVES=tune["halves"], SCAN_STAGES=tune["scan_stages"],
         NB=bands, BN=bn, CHUNK=-(-tail // bands) * bn, BT=tune["bt"],
@@ -366,7 +279,7 @@ def decode_hits(
         BAND_STAGES=tune["stages"], NEAR_STAGES=tune["near_stages"],
         PDL=work.pdl, num_warps=tune["warps"], **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
-    grid = (bands + group * splits, kv_heads, rows)
+    grid = (bands + group * splits, kv_heads, count)
     launch(hit_kernel, grid, pointers, sizes, others, constants, OPTIONS[tune["registers"]], work.options)
 
 

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vllm_mac.state import Geometry, Rows
+
 # Chunk sizes are compared as: tokens of the busiest slot plus this much for each tile started.
 TILE_COST = 128
 MIN_CHUNK = 128
@@ -182,46 +184,39 @@ class Plan:
 
 
 def write_pages(
-    block_table: Tensor, position: Tensor, indices: Tensor, indptr: Tensor, last_page_len: Tensor,
-    kv_heads: int, page_size: int, first_page: int, band: int, max_blocks: int,
+    rows: Rows, geometry: Geometry, indices: Tensor, indptr: Tensor, last_page_len: Tensor,
     block_pages: int, head_pages: int,
 ) -> None:  # fmt: skip
-    """Page table of the virtual requests of the prefixes `[first_page * page_size, m+1-band)`.
+    """Page table of the virtual requests of the prefixes `[prefix_start, m+1-band)`.
 
-    block_table: `[B, *]` int32; position: `[B]`, -1 for a padded row. Writes indices int32
-    (compact; room for `B * K * max_blocks`), indptr `[B * K + 1]` and last_page_len `[B * K]`.
+    rows: position and block_table are read. Writes indices int32 (compact; room for `B * K * max_blocks`),
+    indptr `[B * K + 1]` and last_page_len `[B * K]`.
     The virtual page of KV head `k` in page `p` is `p * block_pages + k * head_pages`.
     """
-    rows, chunk = position.shape[0], 1024
-    _pages_kernel[(rows, triton.cdiv(max_blocks, chunk))](
-        block_table, position, indices, indptr, last_page_len,
-        rows, first_page, band, block_table.stride(0), block_pages, head_pages,
-        K=kv_heads, PAGE=page_size, BB=max(16, triton.next_power_of_2(rows)),
-        BK=triton.next_power_of_2(kv_heads), BP=chunk, num_warps=4,
+    g, table = geometry, rows.block_table
+    count, chunk = rows.position.shape[0], 1024
+    most = min(g.max_blocks, table.shape[1])
+    _pages_kernel[(count, triton.cdiv(most, chunk))](
+        table, rows.position, indices, indptr, last_page_len,
+        count, g.prefix_start // g.page_size, g.band, table.stride(0), block_pages, head_pages,
+        K=g.kv_heads, PAGE=g.page_size, BB=max(16, triton.next_power_of_2(count)),
+        BK=triton.next_power_of_2(g.kv_heads), BP=chunk, num_warps=4,
     )  # fmt: skip
 
 
-def write_plan(
-    position: Tensor,
-    hit: Tensor,
-    plan: Plan,
-    first_token: int,
-    band: int,
-    slots: int,
-    pdl: bool = False,
-) -> None:
+def write_plan(rows: Rows, geometry: Geometry, hit: Tensor, plan: Plan, slots: int, pdl: bool = False) -> None:
     """List the tiles of the missed requests, sized so that they fill the device evenly.
 
-    position: `[B]`; hit: `[B, K]` int32, contiguous. slots: tiles the device runs at once.
+    rows: position is read. hit: `[B, K]` int32, contiguous. slots: tiles the device runs at once.
     """
-    rows, kv_heads = hit.shape
+    count, kv_heads = hit.shape
     tiles = capacity(hit.numel(), slots)
-    width = max(16, triton.next_power_of_2(rows))
+    width = max(16, triton.next_power_of_2(count))
     block = min(max(8192 // width, 16), 128)
     _plan_kernel[(triton.cdiv(tiles, block),)](
-        position, hit, plan.request_indices, plan.kv_tile_indices, plan.valid, plan.indptr,
+        rows.position, hit, plan.request_indices, plan.kv_tile_indices, plan.valid, plan.indptr,
         plan.chunk_size, plan.total_rows,
-        rows, first_token, band, tiles, slots, _waves(hit.numel(), slots),
+        count, geometry.prefix_start, geometry.band, tiles, slots, _waves(hit.numel(), slots),
         K=kv_heads, BB=width, BK=triton.next_power_of_2(kv_heads), TILES=block,
         TILE_COST=TILE_COST, MIN_CHUNK=MIN_CHUNK, STEP=CHUNK_STEP, PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}),

@@ -8,9 +8,11 @@ the entries. The recording of `paged.prefill` is the oracle.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from vllm_mac.kernels.entry import INTERPRETED, unrotate, write_entry
 from vllm_mac.kernels.partial import LN_2, LOG2_E
+from vllm_mac.state import LayerState, Seeds
 
 
 @triton.jit(
@@ -97,45 +99,38 @@ def _record_kernel(
 
 
 def record_prefill(
-    query, token, row, position, ring, block_table, kv, store, config, scale, prefix_out, prefix_lse,
-    cos_sin=None, is_neox=True,
-):  # fmt: skip
-    """Write the ring entries of `T` tokens of prefill rows. One launch.
+    layer: LayerState, seeds: Seeds, query: Tensor, kv: Tensor, prefix_out: Tensor, prefix_lse: Tensor, scale: float
+) -> None:
+    """Write the ring entries of `T` tokens of rows that are prefilled. One launch.
 
     `S_p = A(q_p, [sink, lo)) (+) prefix`, both cut at `p+1-band`, where `lo` is `sink` rounded up
-    to a whole page. At most `window` tokens of a row may be given, each position once.
+    to a whole page.
 
     Args:
-        query: `[N, H, D]` bf16, fp16 or fp32, after RoPE; last dimension contiguous.
-        token: `[T]` int32, index in the batch of each token to record.
-        row: `[T]` int32, its row; -1: nothing is recorded.
-        position: `[T]` int32, its position `p`.
-        ring: `[B]` int32, each row's ring as `assign` gives it; -1: nothing is recorded.
-        block_table: `[B, *]` int32, last dimension contiguous.
+        layer: store, rotary, and band and sink of config are used. The store is written at slot `p % window`.
+        seeds: the tokens to record, `T` of them.
+        query: `[N, H, D]` bf16, fp16 or fp32, after RoPE, of all tokens of the batch; last dimension contiguous.
         kv: `[blocks, K, PAGE, 2 D]`, any strides but 1 in the last dimension.
-        store: the layer's rings (`ring.RingStore`), contiguous; written at slot `p % window`.
-        config: window, band, sink.
-        scale: factor of the scores.
         prefix_out: `[T, H, D]` contiguous, any float dtype: attention over `[lo, p+1-band)`.
         prefix_lse: `[T, H]` float32 contiguous, **base 2**. Neither is read where `p+1-band <= lo`;
             where the LSE is `-inf`, the output is not.
-        cos_sin: `[positions, rotary_dim]`, `[cos | sin]`, or None for a layer without RoPE.
-        is_neox: whether RoPE pairs `j` with `j + rotary_dim/2`, else `2j` with `2j + 1`.
+        scale: factor of the scores.
     """
     tokens, heads, d = prefix_out.shape
     if tokens == 0:
         return
     kv_heads, page = kv.shape[1], kv.shape[2]
     group = heads // kv_heads
+    store, config, cos_sin = layer.store, layer.config, layer.rotary.cos_sin
     # `tl.dot` takes 16 rows or more; those past the group's heads are masked.
     m, dp = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(d))
     _record_kernel[(tokens, kv_heads)](
-        query, cos_sin, token, row, position, ring, block_table, kv, prefix_out, prefix_lse,
+        query, cos_sin, seeds.token, seeds.row, seeds.position, seeds.ring, seeds.block_table, kv, prefix_out, prefix_lse,
         store.query, store.out, store.lse, store.chain,
-        query.stride(0), query.stride(1), block_table.stride(0),
+        query.stride(0), query.stride(1), seeds.block_table.stride(0),
         kv.stride(0), kv.stride(1), kv.stride(2), scale * LOG2_E.value,
-        K=kv_heads, G=group, D=d, W=store.query.shape[2], PAGE=page,
+        K=kv_heads, G=group, D=d, W=store.window, PAGE=page,
         BAND=config.band, SINK=config.sink,
-        ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=is_neox,
+        ROTARY=0 if cos_sin is None else cos_sin.shape[-1], NEOX=layer.rotary.is_neox,
         BQ=m, BD=dp, BN=16, num_warps=4 if m * dp <= 2048 else 8,
     )  # fmt: skip

@@ -24,10 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from vllm_mac import warmup
-from vllm_mac.fused import rotation
 from vllm_mac.kernels import complete, launch
 from vllm_mac.kernels.exact import TritonExact, Tuning
-from vllm_mac.kernels.hit import Workspace
+from vllm_mac.kernels.workspace import Workspace
 
 # Most shared memory of a program, and multiprocessors, by the CUDA C++ Programming Guide: A100, L4, H200, B200.
 GPUS = {80: (163 << 10, 108), 89: (99 << 10, 58), 90: (227 << 10, 132), 100: (227 << 10, 148)}
@@ -124,9 +123,9 @@ def main(arch: int) -> None:
     )
     Tuning.default = classmethod(lambda cls, *args: default(cls, *args, shared))
 
-    def init_for(self, problem, device, **more):
-        tuning = Tuning.default(problem.head_size, problem.dtype, problem.group)
-        init(self, problem, device, programs=sms * tuning.per_sm, tuning=tuning, **more)
+    def init_for(self, geometry, device):
+        tuning = Tuning.default(geometry.head_size, geometry.dtype, geometry.group)
+        init(self, geometry, device, programs=sms * tuning.per_sm, tuning=tuning)
         self.pdl = pdl
 
     TritonExact.__init__ = init_for
@@ -137,10 +136,8 @@ def main(arch: int) -> None:
         # What goes before and after FlashInfer, which is not asked to plan without a GPU.
         fill_plans(2, shape["kv_heads"], sms, pdl, columns=37, block_pages=8, head_pages=1)
         query = torch.empty(2, shape["heads"], shape["d"], dtype=shape["dtype"])
-        complete.complete_misses(
-            query, decoder.position, decoder.ring, layers[0].store, query, decoder._work.part_lse, decoder._work, query,
-            **rotation(layers[0].rotary),
-        )  # fmt: skip
+        rows = decoder.rows(torch.zeros(2, 1, dtype=torch.int32))
+        complete.complete_misses(layers[0], rows, query, query, decoder._work.part_lse, decoder._work, query)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from rounding import decode_error
 from spans import Span, Texts
 
 from vllm_mac import paged, requests
-from vllm_mac.reference import relief
-from vllm_mac.ring import RingStore
+from vllm_mac.limits import limit, relief
+from vllm_mac.state import Chunk, RingStore, Rows
 
 FLOAT32 = 2.0**-24
 
@@ -71,7 +71,7 @@ def shadow(llm):
         return build(builder, common, fast_build, capture)
 
     def watched(impl, layer, query, key, value, kv_cache, metadata, output, **scales):
-        if metadata is None or impl.mac.store is None:
+        if metadata is None or not impl.mac.served:
             return forward(impl, layer, query, key, value, kv_cache, metadata, output, **scales)
         step = Step(watch, impl, query, kv_cache, metadata, facts, texts)
         step.before()
@@ -107,18 +107,19 @@ class Step:
             pieces = [facts["inputs"][b:e].tolist() for b, e in zip(self.begin, self.begin[1:])]
             facts["tokens"] = [texts.of(name, start, piece) for name, start, piece in zip(names, self.start, pieces)]
         if self.mac.name not in watch.stores:
-            rings, heads, window, d = self.mac.store.query.shape
-            store = RingStore.allocate(rings, heads, window, d, self.mac.store.query.dtype, self.device)
+            theirs = self.mac.state.store.query
+            rings, heads, window, d = theirs.shape
+            store = RingStore.allocate(rings, heads, window, d, theirs.dtype, self.device)
             store.out.fill_(torch.nan), store.lse.fill_(torch.nan)
             watch.stores[self.mac.name] = store
         self.store = watch.stores[self.mac.name]
         held = facts["rings"]
         self.ring = [-1 if skips else int(ring) for ring, skips in zip(held.ring[:rows], held.skips)]
-        decoder = metadata.decoder
-        told = decoder.ring[: self.decodes].tolist()
-        if metadata.seeds is not None:
-            told += metadata.seeds.ring[self.decodes : rows].tolist()
-        assert told == self.ring[: len(told)], "the device has other rings than the host"
+        step = metadata.step
+        given = step.rows.ring[: self.decodes].tolist()
+        if step.seeding is not None:
+            given += step.seeding.seeds.ring[self.decodes : rows].tolist()
+        assert given == self.ring[: len(given)], "the device has other rings than the host"
         self.first = [None] * rows
         for row, ring in enumerate(self.ring):
             assert (ring >= 0) == (self.length[row] >= self.mac.config.min_context), "a ring too many or too few"
@@ -138,7 +139,7 @@ class Step:
                 continue
             slot = torch.arange(max(first, m - window, 0), m, device=self.device) % window
             for name in ("query", "out", "lse", "chain"):
-                ours, engine = getattr(self.store, name)[ring], getattr(self.mac.store, name)[ring]
+                ours, engine = getattr(self.store, name)[ring], getattr(self.mac.state.store, name)[ring]
                 assert torch.equal(ours[:, slot], engine[:, slot]), f"{name} of another request's ring"
 
     def after(self, output) -> None:
@@ -172,9 +173,10 @@ class Step:
         query = self.query[:n]
         pre = mac.rotary.undo(query, position)
         distance = self._distances(pre, position, ring)
-        want = paged.decode(position, query, pre, self.kv, self.table[:n], ring, first, self.store, config, self.scale)
-        found = self.metadata.decoder._work.source[:n].long()
-        hit = self.metadata.decoder._work.hit[:n].bool()
+        held = Rows(position, ring, first, torch.ones(n), self.table[:n])
+        want = paged.decode(held, query, pre, self.kv, self.store, config, self.scale)
+        work = self.metadata.step.decoder._work
+        found, hit = work.source[:n].long(), work.hit[:n].bool()
         same = (found == want.source).view(n, mac.num_kv_heads, -1).all(-1)
         rest = paged.band_and_sink(position, query, self.kv, self.table[:n], config, self.scale)
         self._ties(found, want.source, distance, pre, rest.lse)
@@ -197,7 +199,7 @@ class Step:
         """Where the choices differ, rounding must be what decides between them, or against the limit."""
         config, d = self.mac.config, pre.shape[-1]
         differ = (found != wanted).nonzero().tolist()
-        limit = 2 * d * (1 - config.threshold) ** 2
+        bound = limit(d, config)
         for row, head in differ:
             picked = [p for p in (int(found[row, head]), int(wanted[row, head])) if p >= 0]
             scores, rounded = [], 0.0
@@ -205,21 +207,21 @@ class Step:
                 at = float(distance[row, head, p % config.window])
                 size = float(pre[row, head].norm()) + at**0.5
                 lag = self.start[row] - p
-                scores.append(at + config.lag_weight * lag / config.window * limit)
+                scores.append(at + config.lag_weight * lag / config.window * bound)
             if len(picked) == 1:  # one side took it and the other did not
                 lse = float(self.store.lse[self.ring[row], head, picked[0] % config.window])
                 mass = float(torch.sigmoid(torch.tensor(lse) - rest_lse[row, head].cpu()))
-                scores = [at, limit * relief(mass, config)]
+                scores = [at, bound * relief(mass, config)]
                 # The limit follows an LSE's error at most twofold; for that error see `_entries`.
                 _, _, sigma = self._bounds(row)
                 rounded = scores[1] * 4 * FLOAT32 * (self.length[row] + (d + 8) * sigma + 32)
             # d differences of numbers that are rounded by themselves, squared and added up.
-            assert abs(scores[0] - scores[1]) <= 8 * d * FLOAT32 * (size**2 + limit) + rounded, (scores, limit)
+            assert abs(scores[0] - scores[1]) <= 8 * d * FLOAT32 * (size**2 + bound) + rounded, (scores, bound)
         self.watch.ties += len(differ)
 
     def _entries(self, row, slot, heads, rounding, rest, sigma) -> None:
         """Judge what the engine recorded at `slot`, of the given heads, and take it over."""
-        store, ours, theirs = self.mac.store, self.ring[row], self.ring[row]
+        store, ours, theirs = self.mac.state.store, self.ring[row], self.ring[row]
         part = lambda s, name, ring: getattr(s, name)[ring][:, slot]
         unit = torch.finfo(store.query.dtype).eps / 2
         mine, its = part(self.store, "query", ours)[heads].float(), part(store, "query", theirs)[heads].float()
@@ -243,9 +245,8 @@ class Step:
         b, e, ring = self.begin[row], self.begin[row + 1], self.ring[row]
         position = torch.arange(self.start[row], self.length[row])
         pre = mac.rotary.undo(self.query[b:e], position)
-        want = paged.prefill(
-            self.start[row], self.query[b:e], pre, self.kv, self.table[row], ring, self.store, mac.config, self.scale
-        )
+        chunk = Chunk(self.start[row], ring, self.table[row])
+        want = paged.prefill(chunk, self.query[b:e], pre, self.kv, self.store, mac.config, self.scale)
         rounding, rest, sigma = self._bounds(row)
         self.watch.judge("prefill", (output[b:e].float().view_as(want) - want).abs(), 5 * rounding + rest)
         if ring >= 0:

@@ -17,7 +17,7 @@ import torch
 from engine import worker
 from spans import Span, Texts
 
-from vllm_mac import cpu, paged, reference, requests, steps
+from vllm_mac import cpu, kv_group, paged, reference, requests
 from vllm_mac.ring import narrow
 
 
@@ -47,18 +47,18 @@ def shadow(llm):
             return made
 
         runner.prepare_inputs = prepare_inputs
-    forward, step = cpu.MacCPUImpl.forward, steps.Group.step
+    forward, step = cpu.MacCPUImpl.forward, kv_group.Group.step
 
-    def watched_step(group, common):
+    def watched_step(group, common, block_table):
         if prepare is None:
             batch.names, batch.inputs = list(runner.input_batch.req_ids), runner.input_ids.gpu
         batch.prompts, batch.rings = common.is_prefilling.tolist(), requests.row_rings(common)
         batch.tokens = None
-        return step(group, common)
+        return step(group, common, block_table)
 
     def watched(impl, layer, query, key, value, kv_cache, metadata, output, **scales):
         result = forward(impl, layer, query, key, value, kv_cache, metadata, output, **scales)
-        if metadata is not None and impl.mac.store is not None:
+        if metadata is not None and impl.mac.served:
             begin, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
             if batch.tokens is None:
                 spans = zip(batch.names, begin, begin[1:], lengths)
@@ -67,11 +67,11 @@ def shadow(llm):
                 _check(watch, impl, query, kv_cache, metadata, output, batch, row, begin[row : row + 2], lengths[row])
         return result
 
-    cpu.MacCPUImpl.forward, steps.Group.step = watched, watched_step
+    cpu.MacCPUImpl.forward, kv_group.Group.step = watched, watched_step
     try:
         yield watch
     finally:
-        cpu.MacCPUImpl.forward, steps.Group.step = forward, step
+        cpu.MacCPUImpl.forward, kv_group.Group.step = forward, step
         if prepare is not None:
             del runner.prepare_inputs
 
@@ -84,7 +84,7 @@ def _check(watch, impl, query, kv_cache, metadata, output, batch, row, ends, len
     pre = impl.mac.rotary.undo(query[b:e], torch.arange(start, length))
     run = _decode if e - b == 1 and not batch.prompts[row] else _prefill
     wanted = run(watch, impl, start, query[b:e].float(), pre, key, value, groups)
-    _round(groups, impl.mac.store.query.dtype)
+    _round(groups, impl.mac.state.store.query.dtype)
     span.end(length, batch.tokens[row])
     error = (output[b:e].float() - wanted).abs().amax() / wanted.abs().amax()
     watch.worst = max(watch.worst, float(error))

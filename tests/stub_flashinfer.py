@@ -15,7 +15,13 @@ import types
 from unittest.mock import MagicMock
 
 # Modules that must not be left behind with mocks in them, nor found as they were without.
-TOUCHED = ("flashinfer", "vllm.utils.flashinfer", "vllm.v1.attention.backends.flashinfer", "vllm_mac.cuda")
+TOUCHED = (
+    "flashinfer",
+    "vllm.utils.flashinfer",
+    "vllm.v1.attention.backends.flashinfer",
+    "vllm_mac.cuda",
+    "vllm_mac.seeding",
+)
 
 
 class _Mock(types.ModuleType):
@@ -49,7 +55,7 @@ def gpu_backend() -> types.ModuleType:
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     try:
-        return importlib.import_module("vllm_mac.cuda")
+        return importlib.import_module("vllm_mac.cuda", "vllm_mac.seeding")
     finally:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if _touched(name)]:

@@ -16,9 +16,8 @@ from tiny_models import write
 
 from vllm_mac import audit, metrics, reference
 from vllm_mac.audit import BUCKETS, COUNT_EDGES, ERROR_EDGES, Audit, Budget, Schedule, quantile
-from vllm_mac.fused import Decoder
 from vllm_mac.kernels import audit as kernels
-from vllm_mac.kernels.exact import PrefixProblem
+from vllm_mac.state import LayerState, RingStore, Rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -75,7 +74,7 @@ def test_quantile_interpolates_in_the_logarithm():
 
 
 def made_up(group=3, kv_heads=2, d=48, dtype=torch.float32, rows=7, window=16, seed=0):
-    """Arguments of `tally` without the last, of a step of `rows` rows: hits, misses, padding."""
+    """Arguments of `tally`, and what they hold, of a step of `rows` rows: hits, misses, padding."""
     g = torch.Generator().manual_seed(seed)
     heads, ints = group * kv_heads, lambda *size: torch.randint(0, 1 << 20, size, generator=g).int()
     exact = torch.randn(rows, heads, d, generator=g)
@@ -91,7 +90,15 @@ def made_up(group=3, kv_heads=2, d=48, dtype=torch.float32, rows=7, window=16, s
     source = position[:, None] - 1 - ints(rows, heads) % window
     ring = torch.randperm(rows + 2, generator=g)[:rows].int()
     chain = ints(rows + 2, heads, window) % 900
-    return [x.to(DEVICE) for x in (position, ring, hit, source, chain, out, exact, audit.edges("cpu"))]
+    found = [x.to(DEVICE) for x in (position, ring, hit, source, chain, out, exact, audit.edges("cpu"))]
+    return arguments(heads, *found), found
+
+
+def arguments(heads, position, ring, hit, source, chain, out, exact, edges):
+    store = RingStore(chain, None, None, chain)  # of which only chain, and the shape of query, are read
+    layer = LayerState(store, None, None, None, audited=audit.histograms(heads, DEVICE))
+    step = SimpleNamespace(hit=hit, source=source, pdl=False)
+    return layer, Rows(position, ring, None, None, None), step, out, exact, edges
 
 
 @pytest.mark.parametrize("tally", [audit.tally, kernels.tally])
@@ -100,8 +107,8 @@ def made_up(group=3, kv_heads=2, d=48, dtype=torch.float32, rows=7, window=16, s
     [(1, 1, 32, torch.float32), (3, 2, 48, torch.float32), (4, 2, 64, torch.bfloat16), (7, 1, 128, torch.float16), (16, 1, 96, torch.float32)],
 )  # fmt: skip
 def test_tally_counts_what_the_definition_says(tally, group, kv_heads, d, dtype):
-    arguments = made_up(max(group, 3) if kv_heads == 1 else group, kv_heads, d, dtype)
-    position, ring, hit, source, chain, out, exact, _ = [x.cpu() for x in arguments]
+    given, found = made_up(max(group, 3) if kv_heads == 1 else group, kv_heads, d, dtype)
+    position, ring, hit, source, chain, out, exact, _ = [x.cpu() for x in found]
     heads, window = source.shape[1], chain.shape[2]
     errors, lags, chains = [[] for _ in range(heads)], [], []
     for b, m in enumerate(position.tolist()):
@@ -113,10 +120,9 @@ def test_tally_counts_what_the_definition_says(tally, group, kv_heads, d, dtype)
             errors[h].append(0.0 if distance == 0 else distance / max(float(true.norm()), 1e-300))
             lags.append(m - int(source[b, h]))
             chains.append(int(chain[ring[b], h, m % window]))
-    counts = audit.histograms(heads, DEVICE)
     for times in (1, 2):
-        tally(*arguments, counts)
-        got = counts.cpu()
+        tally(*given)
+        got = given[0].audited.cpu()
         # No error lies so near an edge that float32 would put it on the other side.
         assert got[:-2].tolist() == [[times * n for n in histogram(ERROR_EDGES, one)] for one in errors]
         assert got[-2].tolist() == [times * n for n in histogram(COUNT_EDGES, lags)]
@@ -127,11 +133,13 @@ def test_tally_counts_what_the_definition_says(tally, group, kv_heads, d, dtype)
 
 def test_tally_of_nothing_counts_nothing():
     for tally in (audit.tally, kernels.tally):
-        position, ring, hit, *rest = made_up()
-        counts = audit.histograms(6, DEVICE)
-        tally(torch.full_like(position, -1), ring, hit, *rest, counts)
-        tally(position, ring, torch.zeros_like(hit), *rest, counts)
-        assert not counts.any()
+        _, (position, ring, hit, *rest) = made_up()
+        for given in (
+            arguments(6, torch.full_like(position, -1), ring, hit, *rest),
+            arguments(6, position, ring, torch.zeros_like(hit), *rest),
+        ):
+            tally(*given)
+            assert not given[0].audited.any()
 
 
 # Schedule
@@ -219,20 +227,23 @@ def said():
     logger.setLevel(level)
 
 
-def test_each_layer_has_its_own_budget_and_says_so_once(said):
-    def layer(name):
-        paused = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        return SimpleNamespace(name=name, audited=audit.histograms(4, DEVICE), paused=paused)
+def audited(share, budget):
+    """The state of a layer of which a share of steps is audited."""
+    paused = None if budget is None else torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    settings = SimpleNamespace(audit=share, error_budget=budget)
+    return LayerState(None, settings, None, None, audited=audit.histograms(4, DEVICE), paused=paused)
 
-    layers = [layer("bad"), layer("good")]
-    watch, paused = Audit(SimpleNamespace(audit=0.5, error_budget=0.1), layers), []
-    count, bucket = 0, {x.name: bisect_left(ERROR_EDGES, e) for x, e in zip(layers, (0.3, 0.05))}
+
+def test_each_layer_has_its_own_budget_and_says_so_once(said):
+    layers = {name: audited(0.5, 0.1) for name in ("bad", "good")}
+    watch, paused = Audit(layers), []
+    count, bucket = 0, {name: bisect_left(ERROR_EDGES, e) for name, e in zip(layers, (0.3, 0.05))}
     for _ in range(2 * audit.EVERY + audit.RETRY + 3 * audit.EVERY):
-        audited = watch.begin_step()
-        count += audited
-        paused.append([int(x.paused) for x in layers])
-        for x in layers:
-            x.audited[:-2, bucket[x.name]] += int(audited and not x.paused)
+        chosen = watch.begin_step()
+        count += chosen
+        paused.append([int(x.paused) for x in layers.values()])
+        for name, x in layers.items():
+            x.audited[:-2, bucket[name]] += int(chosen and not x.paused)
     steps = len(paused)
     assert count == steps / 2
     assert not any(good for _, good in paused)
@@ -248,13 +259,13 @@ def test_each_layer_has_its_own_budget_and_says_so_once(said):
 
 
 def test_no_budget_no_verdict(said):
-    layer = SimpleNamespace(name="any", audited=audit.histograms(4, DEVICE), paused=None)
-    watch = Audit(SimpleNamespace(audit=1.0, error_budget=None), [layer])
+    layer = audited(1.0, None)
+    watch = Audit({"any": layer})
     layer.audited[:, -1] = 10**6
     assert all(watch.begin_step() for _ in range(3 * audit.EVERY)) and not said
 
 
-# The fused decoder
+# The decoder of GPUs
 
 
 class Stepper:
@@ -264,25 +275,16 @@ class Stepper:
         self.settings = config(audit=0.5, miss_engine="triton", **changes)
         self.batch = batch = Batch(case, self.settings, DEVICE)
         self.off = dtype_error
-        rows, heads = len(case.lengths), case.kv_heads * case.group
-        problem = PrefixProblem(
-            max_rows=rows + 2, heads=heads, kv_heads=case.kv_heads, head_size=case.d, page_size=case.page,
-            max_blocks=batch.table.shape[1], dtype=case.dtype, band=self.settings.band, sink=self.settings.sink,
-            scale=batch.scale,
-        )  # fmt: skip
-        self.decoder = Decoder(problem, self.settings, torch.device(DEVICE))
+        self.decoder = batch.decoder(max_rows=len(case.lengths) + 2)
         self.decoder._auditor._out.fill_(torch.nan)
-        for name in ("position", "ring", "first"):
-            getattr(self.decoder, name)[:rows].copy_(getattr(batch, name))
         self.names = ("query", "out", "lse", "chain")
         self.before = [getattr(batch.store, name).clone() for name in self.names]
-        self.counts = audit.histograms(heads, DEVICE)
-        module = SimpleNamespace(cos_sin_cache=batch.cos_sin, is_neox_style=case.neox)
-        self.rotary = SimpleNamespace(module=module)
+        self.counts = audit.histograms(case.kv_heads * case.group, DEVICE)
+        self.rows = self.decoder.rows(batch.table)
 
     def decode(self) -> None:
         b = self.batch
-        self.decoder.decode(b.query, b.kv, b.table, b.store, self.settings, self.rotary, b.counters, b.out, self.counts)
+        self.decoder.decode(b.layer(audited=self.counts), self.rows, b.query, b.kv, b.out)
 
     def step(self, audited: bool, run=None):
         """One step, by `decode` or by `run`: output and histograms."""
@@ -290,7 +292,7 @@ class Stepper:
             getattr(self.batch.store, name).copy_(saved)
         self.batch.out.fill_(torch.nan)
         self.counts.zero_()
-        self.decoder.begin_step(self.batch.table, self.batch.kv, audited)
+        self.decoder.begin_step(self.rows, self.batch.kv, audited)
         (run or self.decode)()
         return self.batch.out.cpu().clone(), self.counts.cpu().clone()
 
@@ -406,17 +408,23 @@ def model(tmp_path_factory):
 @pytest.fixture
 def decoded(monkeypatch):
     """Of every layer and step of an engine: its name, whether the step is audited, its output."""
-    from vllm_mac import cpu
+    from vllm_mac import cpu, cpu_decoder
 
-    seen, decode = [], cpu.MacCPUImpl._decode
+    seen, name = [], []
+    decode, forward = cpu_decoder.decode, cpu.MacCPUImpl.forward
 
-    def watched(impl, query, kv_cache, blocks, step):
-        out = decode(impl, query, kv_cache, blocks, step)
-        assert step.audited.all() or not step.audited.any()  # no request asked for audits of its own
-        seen.append((impl.mac.name, bool(step.audited[0]), out.clone()))
+    def watched(layer, rows, audited, query, kv, scale):
+        out = decode(layer, rows, audited, query, kv, scale)
+        assert audited.all() or not audited.any()  # no request asked for audits of its own
+        seen.append((name[0], bool(audited[0]), out.clone()))
         return out
 
-    monkeypatch.setattr(cpu.MacCPUImpl, "_decode", watched)
+    def named(impl, *rest, **more):
+        name[:] = [impl.mac.name]
+        return forward(impl, *rest, **more)
+
+    monkeypatch.setattr(cpu_decoder, "decode", watched)
+    monkeypatch.setattr(cpu.MacCPUImpl, "forward", named)
     return seen
 
 

@@ -179,10 +179,8 @@ def test_counters_and_bytes_are_those_of_the_method(changes):
     layer = step.layers[0]
     position, shape = step.position.long(), step.shape
     with torch.device(DEVICE):
-        done = paged.decode(
-            position, layer.query, step.rotary.undo(layer.query, position), layer.kv, step.block_table, step.ring.long(),
-            step.first.long(), layer.store, step.config, step.scale,
-        )  # fmt: skip
+        pre = step.rotary.undo(layer.query, position)
+        done = paged.decode(step.rows(), layer.query, pre, layer.kv, layer.store, step.config, step.scale)
     hit, miss, short, no_ring, over, request, read, skipped = data.expected_counts(step, layer)
     assert hit == int(done.hit.sum()) * 2 and read == int(done.read.sum())
     assert hit + miss + short == shape.batch * shape.heads and no_ring == over == request == 0
@@ -208,10 +206,8 @@ def test_replays_find_what_the_first_step_found():
     layer, position = step.layers[0], step.position.long()
     with torch.device(DEVICE):
         for _ in range(2):
-            paged.decode(
-                position, layer.query, step.rotary.undo(layer.query, position), layer.kv, step.block_table,
-                step.ring.long(), step.first.long(), layer.store, step.config, step.scale,
-            )  # fmt: skip
+            pre = step.rotary.undo(layer.query, position)
+            paged.decode(step.rows(), layer.query, pre, layer.kv, layer.store, step.config, step.scale)
     data.check_planting(step)
 
 

@@ -31,9 +31,9 @@ def test_a_draft_model_is_exact_and_leaves_the_other_served(tmp_path, said, runn
         served, drafting = found[:2], found[2:]
         # V1 chooses the draft's backend anew, and does not choose MAC.
         assert [layer.name.startswith("draft_model.") for layer in drafting] == [True] * (2 if runner == "v2" else 0)
-        assert [(layer.exact, layer.store is not None) for layer in served] == [(None, True)] * 2
-        assert [(layer.exact, layer.store is not None) for layer in drafting] == [("draft", False)] * len(drafting)
-        assert all(len(layer.store.query) == 3 for layer in served)
+        assert [(layer.exact, layer.state is not None) for layer in served] == [(None, True)] * 2
+        assert [(layer.exact, layer.state is not None) for layer in drafting] == [("draft", False)] * len(drafting)
+        assert all(layer.state.store.rings == 3 for layer in served)
         assert len([line for line in said if line.startswith("MAC serves 2 of 2 attention layers; 3 rings, ")]) == 1
         of_drafts = ["MAC leaves 2 attention layers of a draft model exact"] if drafting else []
         assert [line for line in said if "draft model" in line] == of_drafts
@@ -45,9 +45,9 @@ def test_a_draft_model_is_exact_and_leaves_the_other_served(tmp_path, said, runn
         exact = metrics.summarise(samples).exact
         assert set(exact) <= {"short_context", "no_ring", "draft"} and bool(exact.get("draft")) == (runner == "v2")
 
-        before, lines = [(layer.store, layer.rotary, layer.counts) for layer in served], len(said)
+        before, lines = [(layer.state, layer.rotary, layer.counts) for layer in served], len(said)
         llm.collective_rpc("reload_weights")
-        after = [(layer.store, layer.rotary, layer.counts) for layer in served]
+        after = [(layer.state, layer.rotary, layer.counts) for layer in served]
         assert all(x is y for one, other in zip(before, after, strict=True) for x, y in zip(one, other, strict=True))
         assert len(said) == lines
         again = harness.run_schedule(llm, events)

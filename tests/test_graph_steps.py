@@ -20,12 +20,12 @@ from rounding import decode_error, largest_score
 from vllm_mac import paged
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import Count
-from vllm_mac.fused import Decoder, rotation
+from vllm_mac.decoder import Decoder
 from vllm_mac.kernels.assign import FRESH, PREFILLING, assign
-from vllm_mac.kernels.exact import PrefixProblem
 from vllm_mac.kernels.record import record_prefill
-from vllm_mac.ring import RingStore, RingTable
+from vllm_mac.ring import RingTable
 from vllm_mac.rope import Rotary
+from vllm_mac.state import Chunk, Geometry, LayerState, RingStore, Rows, Seeds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -124,10 +124,8 @@ class Run(Engine):
         self.device_table = RingTable(s.rows, s.window, DEVICE)
         self.plan, self.heads, self.scale = Plan(s), s.group * s.kv_heads, s.d**-0.5
         columns = s.pool
-        problem = PrefixProblem(
-            s.rows, self.heads, s.kv_heads, s.d, s.page, columns, s.dtype, s.band, s.sink, self.scale
-        )
-        self.decoder = Decoder(problem, self.config, torch.device(DEVICE))
+        geometry = Geometry(s.rows, self.heads, s.kv_heads, s.d, s.page, columns, s.dtype, s.band, s.sink, self.scale)
+        self.decoder = Decoder(geometry, self.config, torch.device(DEVICE))
         nan = lambda *shape, dtype=s.dtype: torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
         # Token-major, as vLLM lays it out.
         self.kv = [nan(s.pool, s.page, s.kv_heads, 2 * s.d).transpose(1, 2) for _ in range(LAYERS)]
@@ -141,6 +139,10 @@ class Run(Engine):
         self.query, self.out = nan(LAYERS, s.rows, self.heads, s.d), nan(LAYERS, s.rows, self.heads, s.d)
         self.blocks = torch.zeros(s.rows, columns, dtype=torch.int32, device=DEVICE)
         self.counts = torch.zeros(LAYERS, len(Count), dtype=torch.int64, device=DEVICE)
+        self.layers = [
+            LayerState(store, self.config, self.plan.device_rotary, counts)
+            for store, counts in zip(self.store, self.counts, strict=True)
+        ]
         self.mixed = [torch.zeros_like(self.decoder.position) for _ in range(3)]
         self.taken: list[int] = []
         take = self.pool.take
@@ -150,21 +152,20 @@ class Run(Engine):
         self.graphs = {size: self._capture(size) for size in s.graphs}
         assert not self.counts.any(), "padding was counted"
 
-    def _decode(self, rows: int) -> None:
-        for i in range(LAYERS):
-            self.decoder.decode(
-                self.query[i, :rows], self.kv[i], self.blocks[:rows], self.store[i], self.config,
-                self.plan.device_rotary, self.counts[i], self.out[i, :rows],
-            )  # fmt: skip
+    def _decode(self, rows: Rows) -> None:
+        n = len(rows.position)
+        for i, layer in enumerate(self.layers):
+            self.decoder.decode(layer, rows, self.query[i, :n], self.kv[i], self.out[i, :n])
 
     def _capture(self, size: int):
         self.decoder.position.fill_(-1), self.decoder.ring.fill_(-1)
-        self.decoder.begin_step(self.blocks[:size], self.kv[0])
-        self._decode(size)  # compiles
+        rows = self.decoder.rows(self.blocks[:size])
+        self.decoder.begin_step(rows, self.kv[0])
+        self._decode(rows)  # compiles
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._decode(size)
+            self._decode(rows)
         return graph
 
     # --- what is freed is poisoned
@@ -273,13 +274,13 @@ class Run(Engine):
             for row in range(decodes, len(plan)):
                 request, _ = plan[row]
                 pre, query, _ = (x[i] for x in facts[row])
-                paged.prefill(request.computed, query, pre, kv, table[row], int(ring[row]), store, config, self.scale)
+                chunk = Chunk(request.computed, int(ring[row]), table[row])
+                paged.prefill(chunk, query, pre, kv, store, config, self.scale)
             if decodes:
                 position = torch.tensor([r.computed for r, _ in plan[:decodes]])
                 pre, query = (torch.cat([x[j][i] for x in facts[:decodes]]) for j in (0, 1))
-                results.append(paged.decode(
-                    position, query, pre, kv, table[:decodes], ring[:decodes], first[:decodes], store, config, self.scale,
-                ))  # fmt: skip
+                held = Rows(position, ring[:decodes], first[:decodes], torch.ones(decodes), table[:decodes])
+                results.append(paged.decode(held, query, pre, kv, store, config, self.scale))
         return results
 
     def _device(self, plan, facts, decodes) -> None:
@@ -291,8 +292,8 @@ class Run(Engine):
         self.query[:, :decodes] = torch.cat([query for _, query, _ in facts[:decodes]], 1).to(DEVICE)
         # Steps that also prefill are not replayed.
         size = min((s for s in self.graphs if s >= decodes), default=None) if decodes == len(plan) else None
-        rows = size or decodes
-        self.decoder.begin_step(self.blocks[:rows], self.kv[0])
+        rows = self.decoder.rows(self.blocks[: size or decodes])
+        self.decoder.begin_step(rows, self.kv[0])
         if size:
             self.graphs[size].replay()
             self.replays += 1
@@ -306,22 +307,20 @@ class Run(Engine):
         begin = max(request.computed, stop - s.window)
         position = torch.arange(begin, stop)
         table = torch.tensor(request.blocks)
-        first = self.decoder.problem.first
+        first = self.decoder.geometry.prefix_start
         end = position + 1 - s.band
         token = torch.arange(stop)
         ints = lambda x: torch.as_tensor(x).int().to(DEVICE)
         n = stop - begin
+        seeds = Seeds(ints(torch.arange(n)), ints([row] * n), ints(position), self.rings, self.blocks)
         for i in range(LAYERS):
             key, value = paged.gather(self.plain_kv[i], table, token)
             query = facts[1][i][-n:]
             grouped = query.float().view(n, s.kv_heads, s.group, s.d).permute(1, 2, 0, 3).flatten(1, 2)
             part = paged.attend(grouped, key, value, token, torch.tensor(first), end.repeat(s.group), self.scale)
             by_head = lambda x: x.unflatten(1, (s.group, n)).movedim(2, 0).flatten(1, 2).contiguous().to(DEVICE)
-            record_prefill(
-                query.to(DEVICE), ints(torch.arange(n)), ints([row] * n), ints(position), self.rings, self.blocks,
-                self.kv[i], self.store[i], self.config, self.scale, by_head(part.out).to(s.dtype),
-                by_head(part.lse) / torch.tensor(2.0).log().item(), **rotation(self.plan.device_rotary),
-            )  # fmt: skip
+            prefix = by_head(part.out).to(s.dtype), by_head(part.lse) / torch.tensor(2.0).log().item()
+            record_prefill(self.layers[i], seeds, query.to(DEVICE), self.kv[i], *prefix, self.scale)
 
     def _compare(self, plan, expected, decodes) -> None:
         if not decodes:
@@ -409,4 +408,4 @@ def test_a_thousand_replays(engine, steps, sink, dtype, ring_dtype, chunk):
         steps=steps, rows=8, prompt=(100, 300), pool=80, chunk=chunk, window=64, band=32, min_context=128, page=16, d=64,
         dtype=dtype, ring_dtype=ring_dtype, sink=sink, graphs=(1, 2, 4, 8), engine=engine,
     ))  # fmt: skip
-    assert engine == "triton" or run.decoder._exact.device_planned
+    assert engine == "triton" or run.decoder._misses.device_planned

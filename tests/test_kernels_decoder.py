@@ -5,9 +5,6 @@ import torch
 from support.hit_batches import FP32, Batch, Case, close, config, observed, two_stages
 
 from vllm_mac.counters import Count
-from vllm_mac.fused import Decoder
-from vllm_mac.kernels.exact import PrefixProblem
-from vllm_mac.rope import Rotary
 
 
 def test_a_decoder_takes_each_layer_s_own_threshold(device):
@@ -15,20 +12,15 @@ def test_a_decoder_takes_each_layer_s_own_threshold(device):
     lengths = (200, 190)
     fresh = dict.fromkeys(range(2), 31)  # without the entry whose slot the first step overwrites
     batch = Batch(Case(lengths, "all", rotary=0, fresh=fresh), config(miss_engine="triton", audit=0.0), device)
-    problem = PrefixProblem(
-        max_rows=2, heads=8, kv_heads=2, head_size=64, page_size=16, max_blocks=13, dtype=FP32,
-        band=24, sink=0, scale=batch.scale,
-    )  # fmt: skip
-    decoder = Decoder(problem, batch.config, torch.device(device))
-    for name in ("position", "ring", "first"):
-        getattr(decoder, name).copy_(getattr(batch, name))
+    decoder = batch.decoder()
+    rows = decoder.rows(batch.table)
     for threshold, hits in ((1.0, 0), (0.45, 16)):
         own = batch.config = config(threshold=threshold)
         steps, _ = batch.oracle()
         rough, _ = batch.oracle(FP32)
         batch.counters.zero_()
-        decoder.begin_step(batch.table, batch.kv)
-        decoder.decode(batch.query, batch.kv, batch.table, batch.store, own, Rotary(None), batch.counters, batch.out)
+        decoder.begin_step(rows, batch.kv)
+        decoder.decode(batch.layer(config=own), rows, batch.query, batch.kv, batch.out)
         assert batch.counters[Count.HIT] == hits
         for (i, k), step in steps.items():
             heads = slice(4 * k, 4 * k + 4)
@@ -43,21 +35,14 @@ def test_rows_without_a_ring_are_read_in_one_go(sink, group, device):
     case = Case(lengths, "mixed", rotary=0, group=group, ringless=(0, 1, 2, 4, 6), dtype=FP32)
     batch = Batch(case, config(miss_engine="triton", audit=0.0, sink=sink), device)
     heads = 2 * group
-    problem = PrefixProblem(
-        max_rows=len(lengths), heads=heads, kv_heads=2, head_size=64, page_size=16, max_blocks=13, dtype=FP32,
-        band=24, sink=sink, scale=batch.scale,
-    )  # fmt: skip
-    decoder = Decoder(problem, batch.config, torch.device(device))
-    for name in ("position", "ring", "first"):
-        getattr(decoder, name).copy_(getattr(batch, name))
+    decoder = batch.decoder()
+    rows = decoder.rows(batch.table)
     steps, _ = batch.oracle()
     rough, _ = batch.oracle(FP32)
     for name in ("part_out", "part_lse", "band_acc", "band_sum"):
         getattr(decoder._work, name).fill_(torch.nan)
-    decoder.begin_step(batch.table, batch.kv)
-    decoder.decode(
-        batch.query, batch.kv, batch.table, batch.store, batch.config, Rotary(None), batch.counters, batch.out
-    )
+    decoder.begin_step(rows, batch.kv)
+    decoder.decode(batch.layer(), rows, batch.query, batch.kv, batch.out)
     without = [i for i, n in enumerate(lengths) if i in case.ringless and n]
     if not sink:  # else the hit path left it
         assert decoder._work.part_lse[without].isnan().all()
@@ -77,6 +62,6 @@ def test_a_group_in_many_parts_is_completed_once(device):
     """Its parts are merged in two stages, and only then is it complete; see `two_stages` of `hit_batches`."""
     fresh = {1: 31}  # without the entry whose slot the first step overwrites
     batch = Batch(Case(lengths=(0, 720), pattern="none", kv_heads=1, fresh=fresh), config(), device)
-    batch._engine = two_stages(batch.engine().problem, device)
+    batch._engine = two_stages(batch.engine().geometry, device)
     for _ in range(2):
         assert observed(batch.check()) == "none"

@@ -16,8 +16,9 @@ from support.hit_batches import two_stages
 
 from vllm_mac import paged
 from vllm_mac.kernels import exact
-from vllm_mac.kernels.exact import PrefixProblem, TritonExact, Tuning
+from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.plan import Plan, capacity, write_pages, write_plan
+from vllm_mac.state import Geometry, Rows
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -39,6 +40,11 @@ class Case:
     band: int = 32
     sink: int = 0
     seed: int = 0
+
+
+def held(position: torch.Tensor, table: torch.Tensor | None) -> Rows:
+    """Rows of which only these are read."""
+    return Rows(position, None, None, None, table)
 
 
 class Batch:
@@ -71,7 +77,7 @@ class Batch:
         self.hit = hit.int().to(DEVICE)
         self.case = case
 
-    def problem(self, **changes) -> PrefixProblem:
+    def geometry(self, **changes) -> Geometry:
         c = self.case
         keys = {
             "max_rows": len(c.lengths), "heads": c.group * c.kv_heads, "kv_heads": c.kv_heads,
@@ -79,9 +85,16 @@ class Batch:
             "dtype": c.dtype, "band": c.band, "sink": c.sink,
             "scale": c.d**-0.5,
         }  # fmt: skip
-        return PrefixProblem(**keys | changes)
+        return Geometry(**keys | changes)
+
+    def rows(self) -> Rows:
+        return held(self.position, self.table)
 
     def inputs(self):
+        """What `attend` takes, without the outputs."""
+        return self.rows(), self.query, self.kv, self.hit
+
+    def tensors(self):
         return self.query, self.kv, self.table, self.position, self.hit
 
     def poisoned(self, dtype):
@@ -90,12 +103,12 @@ class Batch:
 
     def expected(self):
         """`(out, lse, rounded, rounded_lse)`: in float64, and as eager code in the case's dtype."""
-        p, c = self.problem(), self.case
+        p, c = self.geometry(), self.case
         out = torch.zeros(self.query.shape, dtype=torch.float64)
         lse = torch.full(self.query.shape[:2], -math.inf, dtype=torch.float64)
         rounded, rounded_lse = out.clone(), lse.clone()
         for row, n in enumerate(c.lengths):
-            token = torch.arange(p.first, max(n - p.band, p.first))
+            token = torch.arange(p.prefix_start, max(n - p.band, p.prefix_start))
             if not len(token):
                 continue
             key, value = paged.gather(self.kv.cpu(), self.table[row].cpu(), token)  # [K, T, D]
@@ -134,13 +147,13 @@ class Batch:
         assert (lse - want_lse)[some].abs().max() <= bound
 
 
-def engine(name: str, problem: PrefixProblem, programs: int | None = None):
+def engine(name: str, geometry: Geometry, programs: int | None = None):
     if name == "triton":
-        return TritonExact(problem, DEVICE, programs=programs if INTERPRETED else None)
+        return TritonExact(geometry, DEVICE, programs=programs if INTERPRETED else None)
     pytest.importorskip("flashinfer", reason="FlashInfer's engine")
     from vllm_mac.flashinfer_exact import FlashInferExact
 
-    made = FlashInferExact(problem, DEVICE)
+    made = FlashInferExact(geometry, DEVICE)
     assert made.device_planned
     return made
 
@@ -150,8 +163,8 @@ ENGINES = ["triton", pytest.param("flashinfer", marks=pytest.mark.gpu)]
 
 def run(made, batch: Batch):
     out, lse = batch.poisoned(batch.case.dtype)
-    made.begin_step(batch.table, batch.position, batch.kv)
-    made.run(*batch.inputs(), out=out, lse=lse)
+    made.begin_step(batch.rows(), batch.kv)
+    made.attend(*batch.inputs(), out=out, lse=lse)
     batch.check(out, lse, rounded_weights=not isinstance(made, TritonExact))
 
 
@@ -171,28 +184,28 @@ SMALL = [
 @pytest.mark.parametrize("name", ENGINES)
 def test_agrees_with_the_oracle(name, case):
     batch = Batch(case)
-    run(engine(name, batch.problem(), programs=5), batch)
+    run(engine(name, batch.geometry(), programs=5), batch)
 
 
 @pytest.mark.parametrize("d", [96, 256])
 @pytest.mark.parametrize("dtype", [FP16, FP32])
 def test_triton_takes_more_head_sizes_and_dtypes(d, dtype):
     batch = Batch(Case(d=d, dtype=dtype, lengths=(100, 260), head_major=d == 96))
-    run(engine("triton", batch.problem(), programs=5), batch)
+    run(engine("triton", batch.geometry(), programs=5), batch)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 8, 40])
 def test_any_number_of_programs_shares_the_work(programs):
     """One program, pieces that begin and end inside groups, and more programs than blocks."""
     batch = Batch(Case(lengths=(130, 0, 2300), missed="all", group=16, kv_heads=1))
-    made = TritonExact(batch.problem(), DEVICE, programs=programs)
+    made = TritonExact(batch.geometry(), DEVICE, programs=programs)
     for _ in range(2):  # the second finds the counters that the first left
         run(made, batch)
 
 
 def test_many_pieces_are_merged_in_two_stages():
     batch = Batch(Case(lengths=(0, 700), missed="all", group=4, kv_heads=1))
-    made = two_stages(batch.problem(), DEVICE)
+    made = two_stages(batch.geometry(), DEVICE)
     for _ in range(2):  # the second finds the counters that the first left
         made._part_lse.fill_(math.nan), made._part_out.fill_(math.nan)
         run(made, batch)
@@ -215,7 +228,7 @@ def test_lengths_groups_and_layouts(name, missed, head_major, group):
         page=64 if group == 8 else 16,
     )  # fmt: skip
     batch = Batch(case)
-    run(engine(name, batch.problem()), batch)
+    run(engine(name, batch.geometry()), batch)
 
 
 @pytest.mark.gpu
@@ -224,7 +237,7 @@ def test_lengths_groups_and_layouts(name, missed, head_major, group):
 @pytest.mark.parametrize("name", ["triton", "flashinfer"])
 def test_head_sizes_and_long_rows(name, d, dtype):
     batch = Batch(Case(lengths=(40_000, 700, 20_001), d=d, dtype=dtype, band=256, sink=4, kv_heads=4))
-    run(engine(name, batch.problem()), batch)
+    run(engine(name, batch.geometry()), batch)
 
 
 @pytest.mark.gpu
@@ -241,17 +254,17 @@ def test_a_batch_that_changes_under_a_captured_graph(name):
     ]
     batches = [Batch(case, **shape) for case in cases]
     live = Batch(cases[0], **shape)
-    made = engine(name, live.problem(max_rows=9))
+    made = engine(name, live.geometry(max_rows=9))
     out, lse = live.poisoned(BF16)
     run(made, live)  # compiles outside the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made.run(*live.inputs(), out=out, lse=lse)
+        made.attend(*live.inputs(), out=out, lse=lse)
     for batch in batches:
-        for mine, other in zip(live.inputs(), batch.inputs(), strict=True):
+        for mine, other in zip(live.tensors(), batch.tensors(), strict=True):
             mine.copy_(other)
         out.fill_(math.nan), lse.fill_(math.nan)
-        made.begin_step(live.table, live.position, live.kv)
+        made.begin_step(live.rows(), live.kv)
         graph.replay()
         batch.check(out, lse, rounded_weights=name == "flashinfer")
 
@@ -267,7 +280,7 @@ def test_flashinfer_falls_back_to_its_public_path(caplog, monkeypatch):
     monkeypatch.setattr(FlashInferExact, "_check", broken)
     batch = Batch(SMALL[0])
     with caplog.at_level(logging.WARNING):
-        made = FlashInferExact(batch.problem(), DEVICE)
+        made = FlashInferExact(batch.geometry(), DEVICE)
     assert not made.device_planned and len(caplog.records) == 1
     run(made, batch)
 
@@ -275,11 +288,11 @@ def test_flashinfer_falls_back_to_its_public_path(caplog, monkeypatch):
 def test_unknown_inputs_are_refused():
     batch = Batch(Case())
     with pytest.raises(ValueError, match="max_rows"):
-        engine("triton", batch.problem(max_rows=1), programs=2).run(*batch.inputs(), *batch.poisoned(BF16))
+        engine("triton", batch.geometry(max_rows=1), programs=2).attend(*batch.inputs(), *batch.poisoned(BF16))
     with pytest.raises(ValueError, match="kv_heads"):
-        batch.problem(kv_heads=3)
+        batch.geometry(kv_heads=3)
     with pytest.raises(ValueError, match="dtype"):
-        batch.problem(dtype=torch.float8_e4m3fn)
+        batch.geometry(dtype=torch.float8_e4m3fn)
 
 
 WAYS = [(4, 5, None), (4, 5, 255), (4, 4, 255), (8, 4, 255)]  # warps, stages, most registers
@@ -309,11 +322,11 @@ def test_it_is_launched_so_that_registers_are_enough(spills, tried, taken, monke
 
     monkeypatch.setattr(exact, "prefix_kernel", Kernel())
     batch = Batch(Case())
-    made = TritonExact(batch.problem(), DEVICE, programs=2, tuning=Tuning(16, 4, 5, 1))
+    made = TritonExact(batch.geometry(), DEVICE, programs=2, tuning=Tuning(16, 4, 5, 1))
     for _ in range(2):
-        made.run(*batch.inputs(), *batch.poisoned(BF16))
+        made.attend(*batch.inputs(), *batch.poisoned(BF16))
     assert asked == WAYS[:tried] and launched == [WAYS[taken]] * 2
-    made.run(*batch.inputs(), *batch.poisoned(FP32))
+    made.attend(*batch.inputs(), *batch.poisoned(FP32))
     assert asked == 2 * WAYS[:tried], "another variant"
 
 
@@ -331,6 +344,7 @@ PLANS = {
 def test_plan_lists_the_missed_tiles_and_nothing_else(name, slots):
     rows, kv_heads, lengths, share = PLANS[name]
     band, first, groups = 256, 16, rows * kv_heads
+    geometry = Geometry(rows, kv_heads, kv_heads, 64, 16, 1, BF16, band, first, 1.0)
     draw = torch.Generator().manual_seed(1)
     hit = (torch.rand(rows, kv_heads, generator=draw) >= share).int()
     position = torch.tensor(lengths, dtype=torch.int32) - 1
@@ -344,7 +358,7 @@ def test_plan_lists_the_missed_tiles_and_nothing_else(name, slots):
         plan.valid,
     ):
         poisoned.fill_(-77)
-    write_plan(position.to(DEVICE), hit.to(DEVICE), plan, first, band, slots)
+    write_plan(held(position.to(DEVICE), None), geometry, hit.to(DEVICE), plan, slots)
 
     chunk = int(plan.chunk_size)
     tokens = ((position + 1 - band - first).clamp(min=0)[:, None] * (hit == 0)).flatten()
@@ -370,20 +384,8 @@ def test_pages_of_virtual_requests():
         return torch.full((n,), -77, dtype=torch.int32, device=DEVICE)
 
     indices, indptr, last = ints(groups * 20), ints(groups + 1), ints(groups)
-    write_pages(
-        table.to(DEVICE),
-        position.to(DEVICE),
-        indices,
-        indptr,
-        last,
-        kv_heads,
-        page,
-        first_page,
-        band,
-        20,
-        48,
-        2,
-    )
+    geometry = Geometry(5, kv_heads, kv_heads, 64, page, 20, BF16, band, first_page * page, 1.0)
+    write_pages(held(position.to(DEVICE), table.to(DEVICE)), geometry, indices, indptr, last, 48, 2)
     at = 0
     for row, m in enumerate(position.tolist()):
         tokens = max(m + 1 - band - first_page * page, 0)

@@ -18,7 +18,9 @@ from ring_model import play, random_engine, random_schedule
 from vllm_mac import paged
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
 from vllm_mac.kernels.record import record_prefill
-from vllm_mac.ring import RingStore, RingTable
+from vllm_mac.ring import RingTable
+from vllm_mac.rope import Rotary
+from vllm_mac.state import Chunk, LayerState, RingStore, Seeds
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -197,7 +199,7 @@ def check(case: Case) -> Counter:
         mine = query[begins[i] : begins[i + 1]]
         p = torch.arange(start, stop)
         pre = mine.double() if cos_sin is None else unrotate(mine, cos_sin, p, case.neox)
-        paged.prefill(start, mine, pre.float(), kv, table[i], int(ring[i]), want, config, scale)
+        paged.prefill(Chunk(start, int(ring[i]), table[i]), mine, pre.float(), kv, want, config, scale)
         last = p[-window:]
         token += (begins[i] + last - start).tolist()
         row += [i] * len(last)
@@ -232,11 +234,13 @@ def check(case: Case) -> Counter:
 
     laid = seen_kv if case.head_major else seen_kv.transpose(1, 2).contiguous().transpose(1, 2)
     store = RingStore(**{name: getattr(store, name).to(DEVICE) for name in names})
-    record_prefill(
-        seen_query.to(DEVICE)[..., :d], ints(token), ints(row), ints(position), ints(ring), ints(table),
-        laid.to(DEVICE), store, config, scale, prefix_out.to(DEVICE), prefix_lse.to(DEVICE),
-        None if cos_sin is None else seen_cos_sin.to(DEVICE), case.neox,
-    )  # fmt: skip
+    module = None
+    if cos_sin is not None:
+        module = SimpleNamespace(cos_sin_cache=seen_cos_sin.to(DEVICE), is_neox_style=case.neox)
+    layer = LayerState(store, config, Rotary(module), None)
+    seeds = Seeds(*map(ints, (token, row, position, ring, table)))
+    prefix = prefix_out.to(DEVICE), prefix_lse.to(DEVICE)
+    record_prefill(layer, seeds, seen_query.to(DEVICE)[..., :d], laid.to(DEVICE), *prefix, scale)
 
     # A float32 score errs by at most d roundings of |q| |k| scale, in the kernel and in the oracle.
     unit = torch.finfo(FP32).eps
@@ -325,8 +329,8 @@ def test_record_nothing():
     none = torch.empty(0, dtype=torch.int32)
     kv, store = torch.empty(2, 2, 16, 128), RingStore.allocate(1, 4, 8, 64, FP32, "cpu")
     config = SimpleNamespace(window=8, band=4, sink=0)
-    table = torch.zeros(1, 1, dtype=torch.int32)
-    record_prefill(torch.empty(0, 4, 64), none, none, none, none, table, kv, store, config, 1.0, *prefix)
+    seeds = Seeds(none, none, none, none, torch.zeros(1, 1, dtype=torch.int32))
+    record_prefill(LayerState(store, config, Rotary(None), None), seeds, torch.empty(0, 4, 64), kv, *prefix, 1.0)
 
 
 @pytest.mark.gpu

@@ -42,10 +42,7 @@ def load(monkeypatch):
         made = []
         for i in range(len(after), len(after) + count):
             window = 8 if i in exact else None
-            layer = MacLayer(
-                vllm_config, 2, 1, 32, 1.0,
-                sliding_window=window, logits_soft_cap=None, alibi_slopes=None, sinks=None, kv_sharing=None,
-            )  # fmt: skip
+            layer = MacLayer(vllm_config, 2, 1, 32, 1.0, window)
             layer.bind(holders and holders[i], NAME.format(i))
             made.append(layer)
             attention = torch.nn.Module()
@@ -103,7 +100,7 @@ def test_include_and_exclude_that_match_no_layer_are_warned_of(load, warnings):
 
 
 def state(made: list[MacLayer]) -> list[tuple]:
-    return [(x.exact, x.config, x.rotary, x.store, x.counts) for x in made]
+    return [(x.exact, x.config, x.rotary, x.state, x.counts) for x in made]
 
 
 def same(now: list[tuple], then: list[tuple]) -> bool:
@@ -115,13 +112,13 @@ def test_a_draft_model_leaves_the_model_it_drafts_for_as_it_was(load, warnings, 
     mac = {"ring_memory_gib": 2.5 * size / 2**30, "max_sequences": 8, "layers": {"threshold": {0: 0.5}}, "audit": 1.0}
     target = load(2, mac, exact=[1])
     before, lines = state(target), len(said)
-    assert [x.exact for x in target] == [None, "sliding_window"] and len(target[0].store.query) == 2
+    assert [x.exact for x in target] == [None, "sliding_window"] and target[0].state.store.rings == 2
     warnings.clear()
     # The second layer of the draft would have a reason of its own.
     drafts = [load(2, {}, after=target, exact=[3])]
     drafts.append(load(1, {}, after=[*target, *drafts[0]]))  # and there may be several models
     assert [[x.exact for x in draft] for draft in drafts] == [["draft", "draft"], ["draft"]]
-    assert not any(x.store is not None or x.counts is not None for draft in drafts for x in draft)
+    assert not any(x.state is not None or x.counts is not None for draft in drafts for x in draft)
     assert same(state(target), before)
     assert not warnings and said[lines:] == [f"MAC leaves {n} attention layers of a draft model exact" for n in (2, 1)]
 
@@ -151,7 +148,7 @@ def test_what_outlasts_sleep_is_a_buffer_of_the_layer(load, mac, kept):
     context = served.vllm_config.compilation_config.static_forward_context
     buffers = dict(context[served.name].named_buffers())
     assert buffers.keys() == {f"mac_{name}" for name in kept}
-    assert all(buffers[f"mac_{name}"] is getattr(served, name) for name in kept)
+    assert all(buffers[f"mac_{name}"] is getattr(served.state, name) for name in kept)
     assert not context[served.name].state_dict()  # no checkpoint has them
     assert not dict(context[windowed.name].named_buffers())
 
@@ -173,19 +170,19 @@ def test_rotation_by_several_positions_needs_text_alone(load, warnings, monkeypa
         ]
         made = load(2, {}, holders=[SimpleNamespace(rotary_emb=module) for module in modules], media=media)
     assert [layer.exact for layer in made] == (["mrope", None] if media else [None, None])
-    assert made[1].rotary.module is modules[1] and (made[0].store is None) == media
+    assert made[1].rotary.module is modules[1] and (made[0].state is None) == media
     said = f"MAC leaves {NAME.format(0)} exact: MRotaryEmbedding rotates by positions that attention is not told"
     assert [text.startswith(said) and "--language-model-only" in text for text in warnings] == [True] * media
 
 
 def test_float8_rings(load):
     mac = {"ring_dtype": "float8_e4m3fn", "max_sequences": 3}
-    store = load(1, mac, dtype=torch.bfloat16)[0].store
+    store = load(1, mac, dtype=torch.bfloat16)[0].state.store
     assert (store.query.dtype, store.out.dtype) == (torch.float8_e4m3fn, torch.bfloat16)
     # 2 heads, 8 entries: 32 elements of 1 and of 2 bytes, LSE and chain.
     size = 2 * 8 * (32 * 3 + 8)
     layer = load(1, mac | {"ring_memory_gib": 2.5 * size / 2**30}, dtype=torch.bfloat16)[0]
-    assert len(layer.store.query) == 2
+    assert layer.state.store.rings == 2
 
 
 @pytest.mark.parametrize("capability, known", [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])

@@ -25,6 +25,7 @@ from tiny_models import write
 from vllm_mac import counter_files, exporter, log_line, metrics, publisher, totals
 from vllm_mac.counter_files import CounterFile
 from vllm_mac.counters import Count
+from vllm_mac.state import RingStore
 
 NAMES = {Count.HIT: 3, Count.MISS: 2, Count.SHORT_CONTEXT: 1, Count.READ: 40, Count.SKIPPED: 60}
 
@@ -44,7 +45,7 @@ def names(folders) -> list[str]:
 
 
 class Group:
-    """Of `steps.Group` what is published."""
+    """Of `kv_group.Group` what is published."""
 
     def __init__(self, decoded, context, windowed):
         self.decoded, self.context, self.windowed = decoded, context, windowed
@@ -58,21 +59,18 @@ def worker(rank=0, engine=0, served=2, audited=False, heads=8, prefix="model.lay
     )
     every, counts, histograms = totals.allocate(len(Count), [heads] * served, audited, "cpu")
     group = Group(5, 500, {64: 300})
-    store = SimpleNamespace(
-        query=torch.empty(rings, heads, 32, 16), out=torch.empty(rings, heads, 32, 16),
-        lse=torch.empty(rings, heads, 32), chain=torch.empty(rings, heads, 32, dtype=torch.int32),
-    )  # fmt: skip
+    state = SimpleNamespace(store=RingStore.allocate(rings, heads, 32, 16, torch.float32, "cpu"))
     common = dict(vllm_config=config, num_heads=heads, num_kv_heads=2, group=group, publisher=None)
     layers = [
         SimpleNamespace(
-            **common, name=f"{prefix}.{i}", served=True, store=store, exact=None, sliding_window=None, totals=every,
+            **common, name=f"{prefix}.{i}", served=True, state=state, exact=None, sliding_window=None, totals=every,
             counts=counts[i], audited=histograms[i] if audited else None,
         )
         for i in range(served)
     ]  # fmt: skip
     layers.append(
         SimpleNamespace(
-            **common, name=f"{prefix}.{served}", served=False, store=None, exact="sliding_window", sliding_window=64,
+            **common, name=f"{prefix}.{served}", served=False, state=None, exact="sliding_window", sliding_window=64,
             totals=None, counts=None, audited=None,
         )
     )  # fmt: skip

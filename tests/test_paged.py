@@ -20,7 +20,8 @@ from rounding import BFLOAT16, FLOAT32, decode_error, largest_score
 from vllm_mac import paged, reference
 from vllm_mac.config import MacConfig
 from vllm_mac.reference import Entry, Partial
-from vllm_mac.ring import RingStore, ring_dtypes
+from vllm_mac.ring import ring_dtypes
+from vllm_mac.state import Chunk, RingStore, Rows
 
 ROUNDOFF = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: 2.0**-11}
 NAN, FP8 = float("nan"), torch.float8_e4m3fn
@@ -77,6 +78,10 @@ def paged_cache(case: Case, blocks: int) -> torch.Tensor:
         return torch.full((blocks, k, b, 2 * d), NAN, dtype=case.kv)
     # A view into something larger, as hybrid models have it.
     return torch.full((blocks, 2, k, b, 2 * d + 8), NAN, dtype=case.kv)[:, 1, ..., : 2 * d]
+
+
+def held_rows(position, ring, first, slack=(1.0,), table=None) -> Rows:
+    return Rows(*map(torch.tensor, (position, ring, first, slack)), table)
 
 
 class Batch:
@@ -143,7 +148,8 @@ class Batch:
             self.write(b, s, e)
             q, pre = self.query[b, s:e], self.pre[b, s:e]
             given_pre = pre if self.ring[b] >= 0 else None
-            out = paged.prefill(s, q, given_pre, self.kv, self.table[b], self.ring[b], self.store, self.c, self.scale)
+            part = Chunk(s, self.ring[b], self.table[b])
+            out = paged.prefill(part, q, given_pre, self.kv, self.store, self.c, self.scale)
             assert out.shape == q.shape and out.dtype == torch.float32
             for k, (qk, prek) in enumerate(zip(self.groups(q), self.groups(pre))):
                 key, value = self.key[b, k], self.value[b, k]
@@ -171,11 +177,8 @@ class Batch:
             self.write(b, p, p + 1)
         q = torch.stack([self.query[b, p] for b, p in zip(rows, m)])
         pre = torch.stack([self.pre[b, p] for b, p in zip(rows, m)])
-        at = torch.tensor
-        got = paged.decode(
-            at(m), q, pre, self.kv, self.table[rows], at([self.ring[b] for b in rows]),
-            at([self.first[b] for b in rows]), self.store, self.c, self.scale, at([self.slack[b] for b in rows]),
-        )  # fmt: skip
+        held = held_rows(m, *([x[b] for b in rows] for x in (self.ring, self.first, self.slack)), self.table[rows])
+        got = paged.decode(held, q, pre, self.kv, self.store, self.c, self.scale)
         assert got.out.shape == q.shape and got.hit.dtype == torch.bool
         for i, (b, p) in enumerate(zip(rows, m)):
             for k in range(self.case.kv_heads):
@@ -183,9 +186,9 @@ class Batch:
                 if self.ring[b] < 0:  # exact: nothing to match
                     rings = [{} for _ in rings]
                 qk, prek = self.groups(q[i])[k], self.groups(pre[i])[k]
-                want = reference.decode(
-                    p, qk, prek, self.key[b, k], self.value[b, k], rings, self.c, self.scale, self.slack[b]
-                )
+                threshold = max(self.c.threshold, 1 - self.slack[b] ** 0.5)
+                own = self.c.model_copy(update={"threshold": threshold})
+                want = reference.decode(p, qk, prek, self.key[b, k], self.value[b, k], rings, own, self.scale)
                 heads = slice(k * self.case.group, (k + 1) * self.case.group)
                 assert bool(got.hit[i, k]) == want.hit, (b, p)
                 assert got.source[i, heads].tolist() == want.source, (b, p)
@@ -328,10 +331,8 @@ def store_of(queries: torch.Tensor, dtype=torch.float32) -> RingStore:
 def test_match_reads_from_first_on(first, found):
     config = MacConfig(window=8, band=4, min_context=16)
     store = store_of(torch.zeros(1, 1, 8, 4))
-    source = paged.match(
-        torch.tensor([20]), torch.zeros(1, 1, 4), torch.tensor([0]), torch.tensor([first]), store, config,
-        torch.tensor([[60.0]]),
-    )  # fmt: skip
+    rows = held_rows([20], [0], [first])
+    source = paged.match(rows, torch.zeros(1, 1, 4), store, config, torch.tensor([[60.0]]))
     assert source.tolist() == [[found]]
 
 
@@ -340,15 +341,15 @@ def test_match_at_the_limit(threshold, query, found):
     """2 d (1 - 0.5)^2 = 2 at d = 4, and (1, 1, 0, 0) is just that far from 0."""
     config = MacConfig(window=8, band=4, min_context=16, threshold=threshold, mass_floor=None)
     pre_query = torch.tensor([[[query, query, 0.0, 0.0]]])
-    args = torch.tensor([20]), pre_query, torch.tensor([0]), torch.tensor([0]), store_of(torch.zeros(1, 1, 8, 4))
+    args = held_rows([20], [0], [0]), pre_query, store_of(torch.zeros(1, 1, 8, 4))
     assert paged.match(*args, config, torch.tensor([[50.0]])).tolist() == [[found]]
     # With a floor, a summary that has all the mass has the same limit.
     weighed = config.model_copy(update={"mass_floor": 0.25})
     assert paged.match(*args, weighed, torch.tensor([[-torch.inf]])).tolist() == [[found]]
     # So has a request that asks for this threshold where the layer has a looser one, or for a looser one here.
     for own, asked in ((threshold, 0.9 * threshold), (0.5 * threshold, threshold)):
-        own, slack = config.model_copy(update={"threshold": own}), torch.tensor([(1 - asked) ** 2])
-        assert paged.match(*args, own, torch.tensor([[50.0]]), slack).tolist() == [[found]]
+        own, rows = config.model_copy(update={"threshold": own}), held_rows([20], [0], [0], [(1 - asked) ** 2])
+        assert paged.match(rows, *args[1:], own, torch.tensor([[50.0]])).tolist() == [[found]]
 
 
 @pytest.mark.parametrize("scale", [0.125, 1.0, 8.0])
@@ -357,7 +358,7 @@ def test_match_at_the_relative_limit(scale, other, found):
     """2 |q|^2 (1 - 0.5)^2 = 2 for (1, 1, 1, 1), and (0, 0, 1, 1) is just that far; so at any scale."""
     config = MacConfig(window=8, band=4, min_context=16, threshold=0.5, distance="relative", mass_floor=None)
     store = store_of(torch.tensor([other, other, 1.0, 1.0]).expand(1, 1, 8, 4) * scale)
-    args = torch.tensor([20]), torch.full((1, 1, 4), scale), torch.tensor([0]), torch.tensor([0]), store
+    args = held_rows([20], [0], [0]), torch.full((1, 1, 4), scale), store
     assert paged.match(*args, config, torch.tensor([[50.0]])).tolist() == [[found]]
     # With a floor, a summary that has all the mass has the same limit.
     weighed = config.model_copy(update={"mass_floor": 0.25})
@@ -370,13 +371,11 @@ def test_float8_rings_hold_no_more_than_their_largest_and_no_nan():
     store = RingStore.allocate(1, 1, 8, 4, FP8, "cpu", torch.float32)
     store.query.fill_(NAN)
     query = torch.tensor([[[1e5, -500.0, 460.0, 448.0]]])
-    args = query, query, torch.randn(2, 1, 16, 8), torch.arange(2)[None], torch.tensor([0])
-    paged.decode(torch.tensor([20]), *args, torch.tensor([20]), store, config, 1.0)
+    rows = held_rows([20], [0], [20], table=torch.arange(2)[None])
+    paged.decode(rows, query, query, torch.randn(2, 1, 16, 8), store, config, 1.0)
     assert store.query[0, 0, 20 % 8].float().tolist() == [448.0, -448.0, 448.0, 448.0]
     assert store.out.dtype == torch.float32
-    got = paged.match(
-        torch.tensor([21]), query.clamp(-448, 448), args[-1], torch.tensor([20]), store, config, torch.zeros(1, 1)
-    )
+    got = paged.match(held_rows([21], [0], [20]), query.clamp(-448, 448), store, config, torch.zeros(1, 1))
     assert got.tolist() == [[20]]
 
 
@@ -384,16 +383,8 @@ def test_match_takes_the_later_of_equals_across_the_wrap():
     config = MacConfig(window=8, band=4, min_context=16)
     queries = torch.ones(1, 1, 8, 4)
     queries[..., [13 % 8, 17 % 8], :] = 0.0  # slot of 13 lies behind that of 17
-    args = (
-        torch.tensor([20]),
-        torch.zeros(1, 1, 4),
-        torch.tensor([0]),
-        torch.tensor([0]),
-        store_of(queries),
-        config,
-        torch.zeros(1, 1),
-    )
-    assert paged.match(*args).tolist() == [[17]]
+    args = torch.zeros(1, 1, 4), store_of(queries), config, torch.zeros(1, 1)
+    assert paged.match(held_rows([20], [0], [0]), *args).tolist() == [[17]]
 
 
 def test_rows_without_a_ring_read_and_write_none():
@@ -402,12 +393,12 @@ def test_rows_without_a_ring_read_and_write_none():
     before = [part.clone() for part in (store.query, store.out, store.lse, store.chain)]
     kv = torch.randn(4, 1, 16, 16)
     query = torch.zeros(1, 1, 8)
-    args = torch.tensor([40]), query, query, kv, torch.arange(4)[None], torch.tensor([-1]), torch.tensor([0])
-    got = paged.decode(*args, store, config, 1.0)
+    rows = held_rows([40], [-1], [0], table=torch.arange(4)[None])
+    got = paged.decode(rows, query, query, kv, store, config, 1.0)
     assert not got.hit.any() and got.source.tolist() == [[-1]] and got.read.tolist() == [[41]]
     mean = kv.reshape(-1, 16)[:41, 8:].mean(0)  # all scores are 0
     assert (got.out[0, 0] - mean).abs().max() <= decode_error(41, 8, 0.0, 0) * kv.abs().max()
-    paged.prefill(38, query, None, kv, torch.arange(4), -1, store, config, 1.0)
+    paged.prefill(Chunk(38, -1, torch.arange(4)), query, None, kv, store, config, 1.0)
     for part, old in zip((store.query, store.out, store.lse, store.chain), before):
         assert torch.equal(part, old)
 

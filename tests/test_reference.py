@@ -10,19 +10,19 @@ from rounding import BFLOAT16, Error, attend_error, largest_score, merge_error
 
 from vllm_mac import paged
 from vllm_mac.config import MacConfig
+from vllm_mac.limits import limit
 from vllm_mac.reference import (
     Entry,
     Partial,
     attend,
     decode,
-    limit,
     match,
     merge,
     record,
     seed,
     split,
 )
-from vllm_mac.ring import RingStore
+from vllm_mac.state import Chunk, RingStore, Rows
 
 U64 = torch.finfo(torch.float64).eps / 2
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -168,8 +168,8 @@ def test_a_request_s_threshold_counts_where_it_is_stricter():
         assert limit(8, config(threshold=own), slack) == limit(8, config(threshold=0.75))
         assert torch.equal(limit(8, config(threshold=own), torch.tensor([slack, 0.0])), torch.tensor([1.0, 0.0]))
     ring, rest = ring_of({18: 0.0}), torch.tensor(0.0)
-    assert match(20, torch.zeros(2), ring, config(threshold=0.0), rest, 0.01) == 18
-    assert match(20, torch.zeros(2), ring, config(threshold=0.0), rest, 0.0) == -1
+    assert match(20, torch.zeros(2), ring, config(threshold=0.9), rest) == 18
+    assert match(20, torch.zeros(2), ring, config(threshold=1.0), rest) == -1
 
 
 def test_the_limit_itself_is_no_match():
@@ -495,9 +495,10 @@ def through_paged(dtype: torch.dtype, max_chain: int | None = None):
             both = torch.cat((key, value), -1)
             kv.view(-1, 2 * D)[: len(both)] = both
             q = query.expand(2, 1, D)
-            paged.prefill(PROMPT - 2, q, q, kv, blocks[0], 0, store, c, D**-0.5)
+            paged.prefill(Chunk(PROMPT - 2, 0, blocks[0]), q, q, kv, store, c, D**-0.5)
         q = query[None, None]
-        got = paged.decode(torch.tensor([m]), q, q, kv, blocks, ring, first, store, c, D**-0.5)
+        rows = Rows(torch.tensor([m]), ring, first, torch.ones(1), blocks)
+        got = paged.decode(rows, q, q, kv, store, c, D**-0.5)
         seen.append(int(store.chain[0, 0, m % 2]))
         assert bool(got.hit) == (seen[-1] > 0)
         return got.out[0, 0]

@@ -15,7 +15,8 @@ from ring_model import Engine, assign, play, random_engine, random_schedule
 
 from vllm_mac.config import MacConfig
 from vllm_mac.owners import Arrival, Growth, RingOwners
-from vllm_mac.ring import RingStore, RingTable, narrow, ring_bytes, ring_dtypes
+from vllm_mac.ring import RingTable, narrow, ring_bytes, ring_dtypes
+from vllm_mac.state import RingStore
 
 prompts = st.tuples(st.integers(0, 3), st.integers(1, 9))  # one of few contents, and a length
 events = st.one_of(

@@ -9,8 +9,8 @@ import torch
 from stub_flashinfer import gpu_backend
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_mac.config import MacConfig
 from vllm_mac.counters import OPTED_OUT
+from vllm_mac.state import Geometry
 
 pytestmark = pytest.mark.cpu
 PAGE, WINDOW, BAND = 16, 32, 16
@@ -19,13 +19,19 @@ PAGE, WINDOW, BAND = 16, 32, 16
 @pytest.fixture
 def builder(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    made = object.__new__(gpu_backend().MacCUDAMetadataBuilder)
-    vars(made).update(
-        config=MacConfig(window=WINDOW, band=BAND, min_context=64), page_size=PAGE, device=torch.device("cpu"),
-        decoder=SimpleNamespace(problem=SimpleNamespace(first=0)), _seed_wrapper=MagicMock(), _rows=[None, "rings", None],
-        num_qo_heads=8, num_kv_heads=2, head_dim=64, sm_scale=1.0, q_data_type_prefill=None, kv_cache_dtype=None,
-    )  # fmt: skip
-    return made
+    return object.__new__(gpu_backend().MacCUDAMetadataBuilder)
+
+
+@pytest.fixture
+def seeds(builder):
+    """`plan(common, decodes, rings)`, and the mock of FlashInfer's wrapper that it plans with."""
+    geometry = Geometry(8, 8, 2, 64, PAGE, 20, torch.bfloat16, BAND, 0, 1.0)
+    planner = gpu_backend().SeedPlanner(geometry, WINDOW, (None, None), MagicMock())
+    planner._wrapper = MagicMock()
+    return SimpleNamespace(
+        plan=lambda common, decodes, rings: planner.plan(common, decodes, rings, torch.from_numpy(rings).int()),
+        wrapper=planner._wrapper,
+    )
 
 
 def batch(counts: list[int], lengths: list[int], believed: list[int]) -> CommonAttentionMetadata:
@@ -40,37 +46,37 @@ def batch(counts: list[int], lengths: list[int], believed: list[int]) -> CommonA
     )  # fmt: skip
 
 
-def test_chunks_with_a_ring_are_recorded_at_the_device_s_positions(builder):
+def test_chunks_with_a_ring_are_recorded_at_the_device_s_positions(seeds):
     """A decoding row, a chunk longer than the window, one without a ring, one that verifies speculated tokens."""
     common = batch([1, 40, 9, 4], [90, 100, 70, 150], [90, 102, 70, 153])
-    seeds = builder._seeds(common, 1, np.array([0, 3, -1, -1]))
-    assert set(seeds.row.tolist()) == {1} and seeds.ring == "rings"
-    assert seeds.token.tolist() == list(range(1 + 40 - WINDOW, 1 + 40))
-    assert seeds.position.tolist() == list(range(100 - WINDOW, 100))
-    assert all(x.dtype == torch.int32 for x in (seeds.token, seeds.row, seeds.position))
-    queries, pages, *_ = builder._seed_wrapper.plan.call_args.args
+    found = seeds.plan(common, 1, np.array([0, 3, -1, -1])).seeds
+    assert set(found.row.tolist()) == {1} and found.ring.tolist() == [0, 3, -1, -1]
+    assert found.token.tolist() == list(range(1 + 40 - WINDOW, 1 + 40))
+    assert found.position.tolist() == list(range(100 - WINDOW, 100))
+    assert all(x.dtype == torch.int32 for x in (found.token, found.row, found.position))
+    queries, pages, *_ = seeds.wrapper.plan.call_args.args
     # Rows that record nothing bring no query, and as little of a cache as FlashInfer takes.
     assert queries.tolist() == [0, WINDOW, WINDOW, WINDOW] and pages.diff().tolist()[1:] == [1, 1]
 
 
-def test_nothing_is_attended_to_where_nothing_is_recorded(builder):
+def test_nothing_is_attended_to_where_nothing_is_recorded(seeds):
     common = batch([1, 9, 4, 8], [90, 70, 150, 80], [90, 70, 153, 80])
-    assert builder._seeds(common, 1, np.array([0, -1, -1, OPTED_OUT])) is None
-    builder._seed_wrapper.plan.assert_not_called()
+    assert seeds.plan(common, 1, np.array([0, -1, -1, OPTED_OUT])) is None
+    seeds.wrapper.plan.assert_not_called()
 
 
 def test_what_rows_ask_for_is_copied_only_when_it_changes(builder):
     """Also where the batch grows and shrinks; the buffers are those that graphs read."""
     slack, spared = torch.ones(6), torch.full((6,), -1, dtype=torch.int32)
-    told = {"slack": slack.clone().numpy(), "spared": spared.clone().numpy()}
-    vars(builder).update(decoder=SimpleNamespace(slack=slack, spared=spared), _told=told)
+    written = {"slack": slack.clone().numpy(), "spared": spared.clone().numpy()}
+    vars(builder).update(decoder=SimpleNamespace(slack=slack, spared=spared), _written=written)
     copied, rows = [], lambda *values: np.array(values, dtype=np.float32)
     copy = torch.Tensor.copy_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", lambda to, x, **more: copied.append(x.tolist()) or copy(to, x))
         for values in (rows(1, 1), rows(1, 1, 1, 1), rows(1, 0.25, 1), rows(1), rows(1, 0.25), rows(1, 0.25, 1, 1)):
-            builder._tell("slack", values)
+            builder._write("slack", values)
             assert slack[: len(values)].tolist() == values.tolist()
-        builder._tell("slack", rows(1, 1, 0.5))
-        builder._tell("spared", np.array([-1, -1], dtype=np.int32))
+        builder._write("slack", rows(1, 1, 0.5))
+        builder._write("spared", np.array([-1, -1], dtype=np.int32))
     assert copied == [[1, 0.25, 1], [1, 1, 0.5]] and slack.tolist() == [1, 1, 0.5, 1, 1, 1]

@@ -116,10 +116,7 @@ def test_a_gpu_s_decoder_is_kept_with_its_first_layer(monkeypatch):
         attention = torch.nn.Module()
         attention.get_kv_cache_spec = lambda _: object.__new__(FullAttentionSpec)
         attention.impl = object.__new__(cuda.MacCUDAImpl)
-        attention.impl.mac = cuda.MacLayer(
-            vllm_config, 4, 2, 64, 0.125,
-            sliding_window=None, logits_soft_cap=None, alibi_slopes=None, sinks=None, kv_sharing=None,
-        )  # fmt: skip
+        attention.impl.mac = cuda.MacLayer(vllm_config, 4, 2, 64, 0.125)
         attention.layer_name = f"model.layers.{i}.attn"
         attention.impl.mac.bind(torch.nn.Module(), attention.layer_name)
         vllm_config.compilation_config.static_forward_context[attention.layer_name] = attention
@@ -131,7 +128,7 @@ def test_a_gpu_s_decoder_is_kept_with_its_first_layer(monkeypatch):
     decoder = first.decoder
     assert decoder is not None and second.decoder is None
     buffers = {id(buffer) for buffer in model.buffers()}
-    kept = [decoder._work.arrived, decoder._exact._arrived, decoder._auditor._whole._arrived, decoder._auditor._edges]
+    kept = [decoder._work.arrived, decoder._misses._arrived, decoder._auditor._exact._arrived, decoder._auditor._edges]
     kept += [decoder.slack, decoder.spared]
     assert buffers == {id(x) for x in (*kept, first.counts, first.audited, second.counts, second.audited)}
     asleep = worker(monkeypatch, model, [first, second])
@@ -142,7 +139,7 @@ def test_a_gpu_s_decoder_is_kept_with_its_first_layer(monkeypatch):
     assert first.counts.tolist() == list(range(len(first.counts))) and not second.audited.any()
     assert not any(counter.any() for counter in kept[:3]) and torch.equal(kept[3], edges)
     assert decoder.slack.tolist()[:2] == [0.25, 1.0] and decoder.spared.tolist()[:2] == [-1, 0]
-    assert bool(first.store.query.isnan().all())  # rings are not kept
+    assert bool(first.state.store.query.isnan().all())  # rings are not kept
 
 
 @pytest.mark.cpu
@@ -165,13 +162,13 @@ def test_an_engine_that_slept_decodes_and_counts_as_one_that_did_not(tmp_path, m
 
         caches = [x.kv_cache for x in own.vllm_config.compilation_config.static_forward_context.values()]
         # The table that says what rings hold is made in the first step, outside the pools that sleep.
-        loaded = [(layer.store, layer.counts, layer.audited, layer.paused) for layer in layers]
+        loaded = [layer.state for layer in layers]
         asleep = worker(monkeypatch, own.model_runner.model, [loaded, caches])
         monkeypatch.setattr(own, "sleep", asleep.sleep)
         monkeypatch.setattr(own, "wake_up", asleep.wake_up)
         before = counted()
         slept = harness.run_schedule(llm, [*events, harness.Sleep(8, 2)], logprobs=2)
-        assert bool(torch.isnan(layers[0].store.query).any())  # rings were discarded, and not all written since
+        assert bool(torch.isnan(layers[0].state.store.query).any())  # rings were discarded, and not all written since
         again = [now - then for now, then in zip(counted(), before, strict=True)]
         assert slept.tokens == run.tokens and slept.logprobs == run.logprobs
         assert all(torch.equal(x, y) for x, y in zip(again, once, strict=True))

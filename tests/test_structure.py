@@ -1,4 +1,4 @@
-"""The shape of the project: which room may import which, how long files get, what lies on top."""
+"""The shape of the project: which module may import which, how long files and argument lists get, what lies on top."""
 
 import ast
 from pathlib import Path
@@ -9,19 +9,25 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vllm_mac"
 LONGEST = 450
 
-# Imports point one way, downwards: tools -> backend rooms -> engine rooms -> config.
-CONFIG, ENGINE, BACKEND, TOOLS = range(4)
-ROOMS = {
+# Imports point one way, downwards. Modules of one level may import each other.
+CONFIG, VALUES, METHOD, KERNELS, DECODERS, WORKER, PLATFORMS, TOOLS = range(8)
+LEVELS = {
     CONFIG: {"__init__", "config"},
-    ENGINE: {
-        "audit", "counter_files", "counters", "flashinfer_exact", "fused", "kernels", "owners", "paged", "reference", "ring",
-        "rope", "totals",
+    VALUES: {"counters", "limits", "rope", "state"},
+    METHOD: {"audit", "counter_files", "owners", "paged", "reference", "ring", "totals"},
+    KERNELS: {"kernels"},
+    DECODERS: {"cpu_decoder", "decoder", "flashinfer_exact", "warmup"},
+    WORKER: {
+        "capabilities", "exporter", "kv_group", "layers", "log_line", "metrics", "per_request", "plugin", "publisher",
+        "requests", "series", "startup",
     },
-    BACKEND: {
-        "backend", "capabilities", "cpu", "cuda", "exporter", "layers", "log_line", "metrics", "per_request", "plugin",
-        "publisher", "requests", "series", "startup", "steps", "support", "warmup",
-    },
+    PLATFORMS: {"backend", "cpu", "cuda", "mixins", "seeding"},
     TOOLS: {"tools"},
+}  # fmt: skip
+MOST_PARAMETERS = 8
+# Their parameters are vLLM's, whose methods they override.
+OVERRIDES = {
+    "cpu.MacCPUImpl.forward", "cuda.MacCUDAImpl.forward", "mixins.MacImpl.__init__", "mixins.MacSupport.supports_combination",
 }  # fmt: skip
 
 
@@ -39,8 +45,8 @@ MODULES = modules()
 
 
 def level(module: str) -> int:
-    """A new room has to be put on a level of `ROOMS` first."""
-    (found,) = (level for level, rooms in ROOMS.items() if module.split(".")[0] in rooms)
+    """A new module has to be put on a level of `LEVELS` first."""
+    (found,) = (level for level, names in LEVELS.items() if module.split(".")[0] in names)
     return found
 
 
@@ -70,10 +76,10 @@ def top(path: Path, name: str) -> set[str]:
     return {i.split(".")[0] for i in imports(path, name)}
 
 
-def test_the_rooms_are_there():
+def test_the_modules_are_there():
     """The checks below look at something."""
-    assert {name.split(".")[0] for name in MODULES} == set().union(*ROOMS.values())
-    assert {"config", "reference", "paged", "ring", "rope", "backend", "kernels"} <= MODULES.keys()
+    assert {name.split(".")[0] for name in MODULES} == set().union(*LEVELS.values())
+    assert {"config", "reference", "paged", "ring", "rope", "state", "backend", "kernels"} <= MODULES.keys()
     assert "reference" in own(MODULES["paged"], "paged") and "vllm" in top(MODULES["layers"], "layers")
     assert "ring" in own(MODULES["layers"], "layers")
 
@@ -84,8 +90,8 @@ def test_imports_point_downwards(name):
     assert not above, f"{name} imports {sorted(above)}, which lie above it"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if level(name) <= ENGINE])
-def test_engine_rooms_do_not_know_vllm(name):
+@pytest.mark.parametrize("name", [name for name in MODULES if level(name) <= DECODERS])
+def test_decoders_and_what_they_use_do_not_know_vllm(name):
     assert "vllm" not in top(MODULES[name], name)
 
 
@@ -93,8 +99,13 @@ def test_config_knows_neither_torch_nor_vllm():
     assert not {"torch", "vllm", "triton"} & top(MODULES["config"], "config")
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if level(name) == VALUES])
+def test_values_know_neither_triton_nor_vllm(name):
+    assert not {"vllm", "triton"} & top(MODULES[name], name)
+
+
 @pytest.mark.parametrize(
-    "room, stranger",
+    "module, strangers",
     [
         ("ring", {"reference", "paged", "rope", "kernels", "owners"}),
         ("owners", {"ring", "reference", "paged", "rope", "kernels"}),
@@ -104,18 +115,38 @@ def test_config_knows_neither_torch_nor_vllm():
         ("reference", {"ring", "paged", "rope", "kernels"}),
     ],
 )
-def test_rooms_that_must_not_know_each_other(room, stranger):
-    for name in [name for name in MODULES if name.split(".")[0] == room]:
-        assert not {i.split(".")[0] for i in own(MODULES[name], name)} & stranger, name
+def test_modules_that_must_not_know_each_other(module, strangers):
+    for name in [name for name in MODULES if name.split(".")[0] == module]:
+        assert not {i.split(".")[0] for i in own(MODULES[name], name)} & strangers, name
 
 
-def test_the_engine_on_cpus_needs_no_triton():
-    reached, left = set(), ["paged", "rope", "audit"]
+def test_decoding_on_cpus_needs_no_triton():
+    reached, left = set(), ["cpu_decoder"]
     while left:
         reached.add(name := left.pop())
         assert "triton" not in top(MODULES[name], name), name
         left += own(MODULES[name], name) - reached
-    assert {"config", "reference", "ring", "audit"} <= reached
+    assert {"config", "reference", "ring", "rope", "audit"} <= reached
+
+
+def functions(node: ast.AST, name: str):
+    """Every public function below `node` but kernels, with its dotted name, and how many parameters a call gives."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from functions(child, f"{name}.{child.name}")
+        elif isinstance(child, ast.FunctionDef):
+            compiled = any("triton.jit" in ast.unparse(decorator) for decorator in child.decorator_list)
+            if not compiled and (not child.name.startswith("_") or child.name == "__init__"):
+                given = [x.arg for x in (*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs)]
+                yield f"{name}.{child.name}", len(given) - (given[:1] in (["self"], ["cls"]))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if level(name) < TOOLS])
+def test_parameters_are_few(name):
+    found = dict(functions(ast.parse(MODULES[name].read_text(encoding="utf-8")), name))
+    many = {function: n for function, n in found.items() if n > MOST_PARAMETERS and function not in OVERRIDES}
+    assert not many, f"{many}: bundle what belongs together into a value of `state`"
+    assert OVERRIDES & found.keys() == {function for function in OVERRIDES if function.split(".")[0] == name}
 
 
 @pytest.mark.parametrize("name", MODULES)

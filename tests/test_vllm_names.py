@@ -323,7 +323,7 @@ CHANGES = [
     ("v1/attention/backend.py", " is_prefilling: ", " is_filling: ", "`is_prefilling`"),
     ("v1/attention/backends/cpu_attn.py", "_attn_type(cls, ", "_attn_type(cls, mla, ", "also takes mla"),
     ("v1/attention/backends/cpu_attn.py", "output: torch", "lse: int, output: torch", "also takes lse"),
-    ("v1/attention/backends/cpu_attn.py", "self.num_queries_per_kv", "self.group_size", "`num_queries_per_kv`"),
+    ("v1/attention/backends/cpu_attn.py", "    block_table: torch", "    table: torch", "`block_table`"),
     ("v1/attention/backends/flashinfer.py", "flashinfer_trtllm_api_decode_kernel", "decode_kernel",
      "flashinfer_trtllm_api_decode_kernel: set for a base"),
     ("v1/attention/backends/registry.py", "def register(", "def register_backend(", "`register`"),

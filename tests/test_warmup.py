@@ -22,14 +22,14 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from vllm_mac import audit, warmup
 from vllm_mac.config import resolve
 from vllm_mac.counters import Count
-from vllm_mac.fused import Decoder, rotation
+from vllm_mac.decoder import Decoder
 from vllm_mac.kernels import exact, hit, plan
 from vllm_mac.kernels.assign import assign
-from vllm_mac.kernels.exact import PrefixProblem
-from vllm_mac.kernels.hit import Workspace
 from vllm_mac.kernels.record import record_prefill
-from vllm_mac.ring import RingStore, RingTable, ring_dtypes
+from vllm_mac.kernels.workspace import Workspace
+from vllm_mac.ring import RingTable, ring_dtypes
 from vllm_mac.rope import Rotary
+from vllm_mac.state import Geometry, LayerState, RingStore, Rows, Seeds
 
 HERE = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,8 +72,8 @@ def variants(monkeypatch):
 def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=torch.float16, **keys):
     """A decoder and layers of four kinds: the first two differ in thresholds alone, the others in their rotation."""
     config = resolve({"window": 32, "band": 24, "min_context": 64, "miss_engine": "triton"} | keys, {})
-    problem = PrefixProblem(rows, heads, kv_heads, d, page, columns, dtype, config.band, config.sink, d**-0.5)
-    decoder = Decoder(problem, config, torch.device(DEVICE))
+    geometry = Geometry(rows, heads, kv_heads, d, page, columns, dtype, config.band, config.sink, d**-0.5)
+    decoder = Decoder(geometry, config, torch.device(DEVICE))
     query_dtype, out_dtype = ring_dtypes(config, dtype)
     layers = []
     for rotary_dim, neox, threshold in (
@@ -88,7 +88,7 @@ def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=
         rotary = Rotary(module if rotary_dim else None)
         store = RingStore.allocate(rings, heads, config.window, d, query_dtype, DEVICE, out_dtype)
         paused = None if config.error_budget is None else torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        layers.append(SimpleNamespace(
+        layers.append(LayerState(
             store=store, config=config.model_copy(update={"threshold": threshold}), rotary=rotary,
             counts=torch.zeros(len(Count), dtype=torch.int64, device=DEVICE), paused=paused,
             audited=audit.histograms(heads, DEVICE) if config.audit else None,
@@ -97,9 +97,9 @@ def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=
     return decoder, layers, table
 
 
-def caches(problem: PrefixProblem):
+def caches(geometry: Geometry):
     """KV caches in every layout that vLLM has."""
-    p = problem
+    p = geometry
     for order in ((0, 1, 2, 3, 4), (0, 1, 3, 2, 4), (0, 2, 1, 3, 4), (1, 0, 2, 3, 4), (1, 0, 3, 2, 4), (1, 2, 0, 3, 4)):
         sizes = (3, 5, p.kv_heads, p.page_size, 2 * p.head_size)
         pool = torch.empty([sizes[i] for i in order], dtype=p.dtype, device=DEVICE)
@@ -108,7 +108,7 @@ def caches(problem: PrefixProblem):
 
 def serve(decoder: Decoder, layers, table: RingTable) -> None:
     """Batches of all kinds that vLLM makes, given to the kernels as `cuda` gives them."""
-    p, draw = decoder.problem, random.Random(0)
+    p, draw = decoder.geometry, random.Random(0)
     ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=DEVICE)
     qkv = torch.zeros(600, (p.heads + 2 * p.kv_heads) * p.head_size, dtype=p.dtype, device=DEVICE)
     out = torch.zeros(600, p.heads, p.head_size, dtype=p.dtype, device=DEVICE)
@@ -117,19 +117,15 @@ def serve(decoder: Decoder, layers, table: RingTable) -> None:
         for kv in caches(p):
             blocks = tables[draw.randrange(3)]
             query = draw.choice([qkv[:, : p.heads * p.head_size], out.flatten(1)]).view(600, p.heads, p.head_size)
-            decoder.begin_step(blocks[:rows], kv, audited=bool(layers[0].config.audit) and draw.random() < 0.5)
+            held = decoder.rows(blocks[:rows])
+            decoder.begin_step(held, kv, audited=bool(layers[0].config.audit) and draw.random() < 0.5)
             for layer in layers:
-                decoder.decode(
-                    query[:rows], kv, blocks[:rows], layer.store, layer.config, layer.rotary, layer.counts, out[:rows],
-                    layer.audited, layer.paused,
-                )  # fmt: skip
+                decoder.decode(layer, held, query[:rows], kv, out[:rows])
             tokens = draw.randrange(1, 40)
-            token, row, position = ints(3, tokens)
+            seeds = Seeds(*ints(3, tokens), decoder.ring, blocks)
             for layer in layers:
-                record_prefill(
-                    query, token, row, position, decoder.ring, blocks, kv, layer.store, layer.config, p.scale,
-                    out[:tokens], torch.zeros(tokens, p.heads, device=DEVICE), **rotation(layer.rotary),
-                )  # fmt: skip
+                lse = torch.zeros(tokens, p.heads, device=DEVICE)
+                record_prefill(layer, seeds, query, kv, out[:tokens], lse, p.scale)
             assign(
                 table, ints(p.max_rows + 1)[: rows + 1], ints(rows), ints(rows), ints(rows),
                 decoder.position, decoder.ring, decoder.first,
@@ -197,29 +193,29 @@ def test_no_variant_is_launched_that_nobody_looked_at(changed, monkeypatch):
     as_h200 = lambda *args, **more: dataclasses.replace(allocate(*args, **more), slots=396)
     monkeypatch.setattr(Workspace, "allocate", classmethod(as_h200))
     decoder, layers, _ = make()
-    p, layer = decoder.problem, layers[0]
+    p, layer = decoder.geometry, layers[0]
     kvs = list(caches(p))
     query = torch.zeros(p.max_rows, p.heads, p.head_size, dtype=p.dtype, device=DEVICE)
     table = torch.zeros(p.max_rows, 8, dtype=torch.int32, device=DEVICE)
     wide = torch.zeros(p.max_rows, p.heads + 1, p.head_size + 1, dtype=p.dtype, device=DEVICE)
     paused = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     config = layer.config
-    plain = dict(query=query, kv=kvs[0], block_table=table, store=layer.store, config=config, rotary=layer.rotary,
-                 counts=layer.counts, out=torch.zeros_like(query), paused=None)  # fmt: skip
-    with_rows = lambda rows: plain | {name: plain[name][:rows] for name in ("query", "block_table", "out")}
+    plain = dict(layer=layer, rows=decoder.rows(table), query=query, kv=kvs[0], out=torch.zeros_like(query))
+    with_rows = lambda n: plain | {"rows": decoder.rows(table[:n]), "query": query[:n], "out": plain["out"][:n]}
+    with_layer = lambda **keys: plain | {"layer": dataclasses.replace(layer, **keys)}
     first, other = {
-        "calibrated": [plain | {"config": config.model_copy(update=keys)} for keys in (
+        "calibrated": [with_layer(config=config.model_copy(update=keys)) for keys in (
             {"reuse": "anchored", "mass_floor": 0.2, "lag_weight": 0.0},
             {"reuse": "chained", "mass_floor": None, "lag_weight": 0.5},
         )],
         "rows": [with_rows(1), plain],
-        "rotation": [plain, plain | {"rotary": layers[2].rotary}],
+        "rotation": [plain, with_layer(rotary=layers[2].rotary)],
         "strides": [plain, plain | {"query": wide[:, : p.heads, : p.head_size]}],
         "alignment": [plain, plain | {"query": wide.flatten()[1 : 1 + query.numel()].view_as(query)}],
         "layout": [plain, plain | {"kv": kvs[2]}],
-        "paused": [plain, plain | {"paused": paused}],
-        "ring dtype": [plain, plain | {"store": dataclasses.replace(layer.store, query=layer.store.query.float())}],
-    }.get(changed) or [plain | {"config": config.model_copy(update={changed: value})} for value in CHANGES[changed]]  # fmt: skip
+        "paused": [plain, with_layer(paused=paused)],
+        "ring dtype": [plain, with_layer(store=dataclasses.replace(layer.store, query=layer.store.query.float()))],
+    }.get(changed) or [with_layer(config=config.model_copy(update={changed: value})) for value in CHANGES[changed]]  # fmt: skip
     decoder.decode(**first), decoder.decode(**other)
     assert set(launched) <= set(asked)
     # The limit of a distance is an argument; a layout's strides are multiples of 16 like another's.
@@ -235,11 +231,11 @@ def test_variants_are_told_by_what_triton_tells_them_by(module, name, monkeypatc
     kernel, seen = Variants(getattr(module, name), set()), []
     monkeypatch.setattr(module, "launch", lambda *arguments: seen.append(arguments))
     decoder, (layer, *_), _ = make()
-    query = torch.zeros(1, decoder.problem.heads, decoder.problem.head_size, dtype=decoder.problem.dtype, device=DEVICE)
-    table = torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)
-    kv = next(caches(decoder.problem))
+    g = decoder.geometry
+    query = torch.zeros(1, g.heads, g.head_size, dtype=g.dtype, device=DEVICE)
+    rows, kv = decoder.rows(torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)), next(caches(g))
     for rotary in (layer.rotary, Rotary(None)):
-        decoder.decode(query, kv, table, layer.store, layer.config, rotary, layer.counts, query)
+        decoder.decode(dataclasses.replace(layer, rotary=rotary), rows, query, kv, query)
     for _, _, pointers, sizes, others, constants, options, _ in seen:
         for option in options:
             assert option.keys() == options[0].keys()
@@ -248,7 +244,7 @@ def test_variants_are_told_by_what_triton_tells_them_by(module, name, monkeypatc
             if param.is_constexpr:
                 assert param.name in (constants | options[0])
             elif isinstance(value, torch.Tensor):  # nobody else's
-                assert any(value is own for owner in (decoder._work, decoder._exact) for own in attributes(owner))
+                assert any(value is own for owner in (decoder._work, decoder._misses) for own in attributes(owner))
             else:
                 assert param.name in (pointers | sizes) or isinstance(value, float) or param.do_not_specialize, (
                     param.name
@@ -279,15 +275,15 @@ def fill_plans(
     tiles = plan.capacity(most * kv_heads, slots)
     buffer = torch.zeros(64 * tiles + (1 << 16), dtype=torch.uint8, device=DEVICE)
     made = plan.Plan.in_buffer(buffer, most * kv_heads, tiles)
+    geometry = Geometry(most, kv_heads, kv_heads, 64, 16, 9, torch.bfloat16, 256, 0, 1.0)
     for n in range(1, most + 1):
-        plan.write_pages(
-            ints(most, columns)[:n], ints(n), ints(9), ints(n + 1), ints(n), kv_heads, 16, 0, 256, 9, block_pages, head_pages
-        )  # fmt: skip
-        plan.write_plan(ints(n), ints(n, kv_heads), made, 0, 256, slots, pdl=pdl)
+        rows = Rows(ints(n), None, None, None, ints(most, columns)[:n])
+        plan.write_pages(rows, geometry, ints(9), ints(n + 1), ints(n), block_pages, head_pages)
+        plan.write_plan(rows, geometry, ints(n, kv_heads), made, slots, pdl=pdl)
 
 
 def test_flashinfers_plans_have_their_variants(variants):
-    """`begin_step` and `run` of `FlashInferExact` launch these two for so many rows."""
+    """`begin_step` and `attend` of `FlashInferExact` launch these two for so many rows."""
     found = []
     for columns, block_pages, head_pages in ((1, 128, 1), (37, 8, 1), (64, 1, 77)):
         variants.clear()
@@ -310,12 +306,12 @@ def test_warming_up_leaves_no_trace(keys):
         if name != "work.arrived":
             value.fill_(torch.nan if value.is_floating_point() else 77)
     for i, layer in enumerate(layers):
-        layer.counts += torch.arange(len(layer.counts), device=DEVICE)
+        layer.counts.add_(torch.arange(len(layer.counts), device=DEVICE))
         watched[f"{i}.counts"] = layer.counts
         if keys:
-            layer.audited += 5
+            layer.audited.add_(5)
             watched |= {f"{i}.audited": layer.audited, f"{i}.paused": layer.paused}
-    engines = [decoder._exact] + ([decoder._auditor._whole] if keys else [])
+    engines = [decoder._misses] + ([decoder._auditor._exact] if keys else [])
     watched |= {f"arrived {i}": engine._arrived for i, engine in enumerate(engines)}
     watched |= {name: getattr(decoder, name) for name in ("position", "ring", "first", "slack", "spared")}
     before = {name: value.clone().view(torch.uint8) for name, value in watched.items()}
@@ -381,7 +377,7 @@ def test_registers_kept_in_memory_are_told(monkeypatch, caplog):
     with caplog.at_level("WARNING", "vllm.mac"):
         warmup.warm_up(make(rows=2)[0], [], None)
     (record,) = caplog.records
-    assert "8/2 heads of size 64 keep registers in memory, up to 22 a thread in hit_kernel." in record.message
+    assert "8/2 heads of size 64 spill registers, up to 22 a thread in hit_kernel." in record.message
     assert "run" not in vars(hit.hit_kernel), "what watched is gone"
 
 

@@ -1,7 +1,7 @@
 """Audits: how far reused attention is from exact attention, counted, and what follows from it.
 
-On an audited decode step the KV groups that hit are computed exactly as well; on any other step those of
-requests that asked for it (`per_request`), which count in the same histograms. Each of their heads
+In an audited decode step the KV groups that hit are computed exactly as well. In any other step so are those of
+requests that asked for it (`per_request`); they count in the same histograms. Each of their heads
 adds one to three histograms of its layer: of the error `|out - exact| / |exact|` (L2 over the head
 size), of the lag `position - source` of its match, and of the length of its chain, which is the
 number of hits since the exact evaluation that it descends from, itself included.
@@ -15,13 +15,13 @@ Letters: `B` rows, `H` query heads, `K` KV heads, `D` head size, `R` rings, `W` 
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from vllm_mac.config import MacConfig
+from vllm_mac.state import LayerState, Rows
 
 logger = logging.getLogger("vllm.mac")
 
@@ -123,19 +123,22 @@ class Budget:
 
 
 class Audit:
-    """The audits of layers that step together, on the host: which steps, and who goes exact.
+    """The audits of layers that step together, on the host: which steps, and which layers go exact.
 
     It never waits for the device. Counts are copied to the host beside the steps, and judged when
     they have arrived; `paused` of a layer is written in the order of the steps.
     """
 
-    def __init__(self, config: MacConfig, layers: Sequence):
-        """layers: served ones; of each `name`, `audited` (see `histograms`) and `paused` are used."""
-        self._schedule, self._layers = Schedule(config.audit), layers
+    def __init__(self, layers: Mapping[str, LayerState]):
+        """layers: by name, those whose steps are audited. Share and budget are those of the first one's
+        configuration, which all have in common."""
+        self._names, self._layers = list(layers), list(layers.values())
+        config = self._layers[0].config
+        self._schedule = Schedule(config.audit)
         budget = config.error_budget
         self._budgets = [] if budget is None else [Budget(budget) for _ in layers]
         self._step, self._due, self._copying = 0, EVERY, False
-        on_gpu = layers[0].audited.is_cuda
+        on_gpu = self._layers[0].audited.is_cuda
         self._counts = torch.empty(len(layers), BUCKETS, dtype=torch.int64, pin_memory=on_gpu)
         self._arrived = torch.cuda.Event() if on_gpu else None
 
@@ -149,10 +152,11 @@ class Audit:
     def _watch(self) -> None:
         if self._copying and (self._arrived is None or self._arrived.query()):
             self._copying = False
-            for layer, budget, counts in zip(self._layers, self._budgets, self._counts.tolist(), strict=True):
+            judged = zip(self._names, self._layers, self._budgets, self._counts.tolist(), strict=True)
+            for name, layer, budget, counts in judged:
                 if budget.judge(self._step, counts):
                     layer.paused.fill_(int(budget.exact))
-                    _tell(layer.name, budget, self._step)
+                    _log(name, budget, self._step)
         if not self._copying and self._step >= self._due:
             self._due, self._copying = self._step + EVERY, True
             now = torch.stack([layer.audited[:-2].sum(0) for layer in self._layers])
@@ -161,7 +165,7 @@ class Audit:
                 self._arrived.record()
 
 
-def _tell(name: str, budget: Budget, step: int) -> None:
+def _log(name: str, budget: Budget, step: int) -> None:
     if budget.exact:
         logger.warning(
             "MAC leaves %s exact for %d decode steps: the p95 of its audited errors is %.3g, error_budget %g",
@@ -190,34 +194,26 @@ def edges(device) -> Tensor:
     return torch.tensor([ERROR_EDGES, COUNT_EDGES], dtype=torch.float32, device=device)
 
 
-def tally(
-    position: Tensor,
-    ring: Tensor,
-    hit: Tensor,
-    source: Tensor,
-    chain: Tensor,
-    out: Tensor,
-    exact: Tensor,
-    edges: Tensor,
-    counts: Tensor,
-) -> None:
+def tally(layer: LayerState, rows: Rows, found, out: Tensor, exact: Tensor, edges: Tensor) -> None:
     """Add the heads of a step's audited rows to a layer's histograms, after the step was recorded.
 
-    position, ring: `[B]`, as decoded; position -1: the row is padding or not audited. hit: `[B, K]`,
-    nonzero where a group hit; only these count. source: `[B, H]`, position matched. chain:
-    `[R, H, W]`, of the layer's rings. out, exact: `[B, H, D]`, what was delivered and what exact
-    attention gives. edges, counts: as `edges` and `histograms` make them; counts is added to.
-    """  # fmt: skip
-    heads, window = source.shape[1], chain.shape[2]
-    row, head = ((hit != 0).repeat_interleave(heads // hit.shape[1], 1) & (position >= 0)[:, None]).nonzero(
+    layer: the rings' chains are read, `audited` is added to. rows: position and ring are read; position -1: the row
+    is padding or not audited. found: what the step found (`paged.Decoded` or `kernels.Workspace`): `hit` `[B, K]`,
+    nonzero where a group hit, of which alone heads count, and `source` `[B, H]`, position matched.
+    out, exact: `[B, H, D]`, what was delivered and what exact attention gives. edges: as `edges` makes them.
+    """
+    counts, chain = layer.audited, layer.store.chain
+    heads, window = chain.shape[1], layer.store.window
+    hit, source = found.hit[: len(out)], found.source[: len(out)]
+    row, head = ((hit != 0).repeat_interleave(heads // hit.shape[1], 1) & (rows.position >= 0)[:, None]).nonzero(
         as_tuple=True
     )
     true = exact[row, head].float()
     off = (out[row, head].float() - true).norm(dim=-1)
     error = torch.where(off == 0, 0.0, off / true.norm(dim=-1))
-    lag = position[row] - source[row, head]
+    lag = rows.position[row] - source[row, head]
     # The entry written by this step, which is one longer than the one reused.
-    length = chain[ring[row].long(), head, position[row] % window]
+    length = chain[rows.ring[row].long(), head, rows.position[row] % window]
     lags, chains = torch.full_like(head, heads), torch.full_like(head, heads + 1)
     for at, of, value in ((head, 0, error), (lags, 1, lag), (chains, 1, length)):
         # Not "above the edge", so that NaN is in the last bucket.

@@ -1,8 +1,8 @@
-"""What MAC says of each thing that vLLM asks an attention backend, and why.
+"""MAC's answer to each question that vLLM asks an attention backend, and the reason for it.
 
 A backend, its layers' implementation and its metadata builder tell vLLM by attributes and methods what they
-can do. MAC's classes inherit those of a platform's own backend, and a True inherited unseen would be a promise
-that nobody checked. So there is one line here for each name, and the tests hold the names against the sources
+can do. MAC's classes inherit those of a platform's own backend, and an unnoticed True would be an unchecked
+promise. So there is one line here for each name, and the tests compare the names with the sources
 of every supported vLLM: a name that a later version adds has to be decided here first.
 
 vLLM also treats some backends by name. What it does for "FLASHINFER" (no prefix cache where results must not
@@ -28,9 +28,9 @@ GPUS_FROM, FLOAT8_RINGS_FROM = (8, 0), (8, 9)
 @dataclass(frozen=True, slots=True)
 class Decision:
     """because: in a few words; for what is refused, those that the user reads.
-    pinned: what MAC's class has under the name, whatever the platform's has; `_NOTHING` where it has what its
-        own body says, or what it inherits (`inherited`).
-    asked: the parameter of `validate_configuration` by which vLLM asks whether a user's choice can be served.
+    pinned: the value of MAC's class under the name, whatever the platform's is; `_NOTHING` where the class body
+        defines it, or where it is inherited (`inherited`).
+    asked: the parameter of `validate_configuration` by which vLLM asks whether a user's choice is supported.
     cure: what the user does about it; None where it is the model's own.
     """
 
@@ -47,7 +47,7 @@ def platform(because: str) -> Decision:
 
 
 def own(because: str) -> Decision:
-    """MAC's classes say so themselves (on one platform at least; on the other the platform's answer is right)."""
+    """MAC's classes define the answer (on one platform at least; on the other the platform's answer is right)."""
     return Decision(because)
 
 
@@ -99,7 +99,7 @@ BACKEND = {
     "supports_compute_capability": platform("MAC's kernels compile for all of them"),
     "supports_dcp": refused(_SHARDS, "use_dcp", "leave out --decode-context-parallel-size"),
     "supports_device_cpu_query_lens_mismatch": refused(
-        "decodes are told from prompts by the query lengths that the host knows",
+        "decodes are distinguished from prefills by the query lengths that the host knows",
         "use_adaptive_verification",
         "leave enable_adaptive_verification out of --speculative-config",
     ),
@@ -146,7 +146,7 @@ IMPL = {
     "get_xqa_bmm1_scale": platform("of exact layers"),
     "is_sparse": platform("no"),
     "kv_quant_mode": platform("of unquantised KV caches: none"),
-    "lse_base_on_e": platform("nobody is given an LSE"),
+    "lse_base_on_e": platform("no caller gets an LSE"),
     "maybe_quant_query": platform("of exact layers"),
     "need_to_return_lse_for_decode": platform("follows can_return_lse_for_decode"),
     "prepare_for_batch": platform("nothing to prepare"),
@@ -170,7 +170,7 @@ BUILDER = {
     "reorder_batch_threshold": own("rows of one token come first"),
     "requires_block_table_width": platform("for the platform's own use"),
     "set_workspace_buffer": platform("for the platform's own use"),
-    "supports_draft_decode_metadata_update": own("where a layer is served, metadata is made by building"),
+    "supports_draft_decode_metadata_update": own("where MAC runs a layer, metadata is built for each step"),
     "supports_update_block_table": lacking("a step is planned for one block table, while building"),
     "update_block_table": platform("never called"),
     "update_draft_decode_metadata": platform("of groups in which all layers are exact"),
@@ -204,7 +204,7 @@ def serves_kv_cache_dtype(kv_cache_dtype: str | None) -> bool:
 
 
 def refused_kv_cache_dtype(kv_cache_dtype: str) -> str:
-    """The reason, where `serves_kv_cache_dtype` says no."""
+    """The reason where `serves_kv_cache_dtype` is false."""
     return f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(KV_CACHE_DTYPES)}"
 
 
@@ -236,8 +236,8 @@ def refused_ring_dtype(ring_dtype: str, capability: tuple[int, int], choices: It
 
 
 def refused_draft_backend(speculative_config) -> str | None:
-    """Why a draft model's own choice of MAC is refused, or None: no layer of such a model is served, and where the
-    model that it drafts for runs without MAC it could not be told from one."""
+    """Why a draft model's own choice of MAC is refused, or None. All layers of such a model are exact; where the
+    model that it drafts for runs without MAC, MAC could not tell the draft from it."""
     chosen = None if speculative_config is None else speculative_config.attention_backend
     if chosen is None or chosen.name != NAME:
         return None

@@ -1,11 +1,11 @@
 """Small files in shared memory through which workers show their counters to the processes of their server.
 
-Each worker has one, named `vllm-mac-PID-RANDOM`, for its user's eyes only (mode 0600): a line of JSON, zeros up to a
-page's end, and int64 values, which the worker writes and anybody may read at any time. Each value is whole; values of
-one reading may be of two steps.
+Each worker has one, named `vllm-mac-PID-RANDOM`, which only its user can read (mode 0600): a line of JSON, zeros up to
+a page's end, and int64 values, which the worker writes and other processes may read at any time. Each value is whole;
+the values of one reading may belong to two steps.
 
 A worker holds a lock on its file, which the kernel drops when the process ends, however it ends: vLLM kills its workers
-as a rule. So whoever finds a file without a lock removes it. Processes are told by their numbers within one PID
+as a rule. So a process that finds a file without a lock removes it. Process numbers identify processes within one PID
 namespace: containers that share their host's memory (`--ipc=host`) see each other's files, and leave them alone.
 """
 
@@ -74,7 +74,7 @@ def sweep(patience: float = 0.0) -> None:
 def _held() -> Iterator[tuple[BinaryIO, dict, int]]:
     """This user's files that live workers of this PID namespace hold, with their headers and where their values begin.
 
-    Removes those that nobody holds.
+    Removes those without a lock.
     """
     namespace = _namespace()
     for path in sorted(path for folder in dict.fromkeys(folders()) for path in folder.glob(f"{PREFIX}[0-9]*-*")):
@@ -85,7 +85,7 @@ def _held() -> Iterator[tuple[BinaryIO, dict, int]]:
         except OSError:  # another user's, or removed just now
             continue
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():  # nobody else's word counts
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():  # not this user's file
             os.close(fd)
             continue
         with os.fdopen(fd, "rb") as file:
@@ -115,7 +115,7 @@ def _create(line: bytes, size: int) -> tuple[Path, int]:
     error: OSError | None = None
     for folder in folders():
         try:
-            # A name that nobody looks for until the lock is held. mkstemp gives mode 0600.
+            # A name that no reader looks for until the lock is held. mkstemp gives mode 0600.
             fd, name = tempfile.mkstemp(prefix=f".{PREFIX}{os.getpid()}-", dir=folder)
         except OSError as refused:
             error = refused

@@ -1,28 +1,28 @@
-"""The counters of one served layer: what each of them counts, and where it lies.
+"""The counters of one layer: what each of them counts, and their order.
 
-Kernels, `cpu` and `metrics` all go by this one order.
+Kernels, `cpu_decoder` and `series` all use this order.
 """
 
 from enum import IntEnum
 
 
 class Count(IntEnum):
-    """Where each counter lies in a layer's `[len(Count)]` int64; totals over decode steps.
+    """The index of each counter in a layer's `[len(Count)]` int64; totals over decode steps.
 
-    Every query head of a row is counted once, as what became of it. KV tokens are counted once for each KV head.
+    Every query head of a row is counted once, by its outcome. KV tokens are counted once for each KV head.
     """
 
-    HIT = 0  # reused a summary
-    MISS = 1  # tried to; its KV group read everything
+    HIT = 0  # the head reused a summary
+    MISS = 1  # it tried to; its KV group read everything
     SHORT_CONTEXT = 2  # below `min_context`
-    NO_RING = 3  # its request holds none
+    NO_RING = 3  # its request holds no ring
     OVER_BUDGET = 4  # the layer is over its `error_budget`
     REQUEST = 5  # its request asked for exact decoding, whatever its length
     READ = 6  # KV tokens read
     SKIPPED = 7  # KV tokens that full attention would have read too
 
 
-# Heads that did not try, and why, as the metrics say it.
+# Heads that did not try to match, and the reason as a label of the metrics.
 REASONS = {
     Count.SHORT_CONTEXT: "short_context",
     Count.NO_RING: "no_ring",

@@ -1,7 +1,7 @@
 """MAC as a backend of vLLM's CPU engine: the method in PyTorch, all else as CPU_ATTN runs it.
 
-Served layers keep their KV cache in plain rows (`[blocks, K, block, 2 D]`, keys then values),
-not in the packed form of vLLM's CPU kernels, and read it with `paged`.
+Layers that MAC runs keep their KV cache in plain rows (`[blocks, K, block, 2 D]`, keys then values),
+not in the packed form of vLLM's CPU kernels, and read it with `cpu_decoder`.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_mac import audit, paged
+from vllm_mac import cpu_decoder
 from vllm_mac.capabilities import BUILDER, pinning
-from vllm_mac.counters import OPTED_OUT, Count
-from vllm_mac.steps import Group, Step
-from vllm_mac.support import MacImpl, MacSupport
+from vllm_mac.kv_group import Group, Step
+from vllm_mac.mixins import MacImpl, MacSupport
 
 
 class MacCPUBackend(MacSupport, CPUAttentionBackend):
@@ -53,7 +52,7 @@ class MacCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> MacCPUMetadata:
         base = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        return MacCPUMetadata(**vars(base), step=self.group.step(common_attn_metadata))
+        return MacCPUMetadata(**vars(base), step=self.group.step(common_attn_metadata, base.block_table))
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
@@ -96,55 +95,12 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
             raise NotImplementedError("MAC does not quantise its output")
         if getattr(attn_metadata, "step", None) is None:
             raise self._unprepared()
-        step, blocks = attn_metadata.step, attn_metadata.block_table
-        for chunk in step.chunks:
-            output[chunk.begin : chunk.end] = self._prefill(query, kv_cache, blocks[chunk.row], chunk)
-        if len(step.row):
-            output[step.token] = self._decode(query[step.token], kv_cache, blocks[step.row], step)
+        state, step = self.mac.state, attn_metadata.step
+        for row in step.chunks:
+            tokens = slice(row.begin, row.end)
+            output[tokens] = cpu_decoder.prefill(state, row.chunk, query[tokens], kv_cache, self.scale)
+        if len(step.token):
+            output[step.token] = cpu_decoder.decode(
+                state, step.rows, step.audited, query[step.token], kv_cache, self.scale
+            )
         return output
-
-    def _prefill(self, query, kv_cache, blocks, chunk) -> Tensor:
-        mac, tokens = self.mac, slice(chunk.begin, chunk.end)
-        position = torch.arange(chunk.start, chunk.start + chunk.end - chunk.begin)
-        pre_query = mac.rotary.undo(query[tokens], position) if chunk.ring >= 0 else None
-        return paged.prefill(
-            chunk.start, query[tokens], pre_query, kv_cache, blocks, chunk.ring, mac.store, mac.config, self.scale
-        ).to(query.dtype)
-
-    def _decode(self, query, kv_cache, blocks, step: Step) -> Tensor:
-        mac = self.mac
-        pre_query = mac.rotary.undo(query, step.position)
-        paused = mac.paused is not None and bool(mac.paused)
-        # A layer over its budget records, but may read nothing of what it recorded.
-        first = step.position if paused else step.first
-        decoded = paged.decode(
-            step.position, query, pre_query, kv_cache, blocks, step.ring, first, mac.store, mac.config, self.scale,
-            step.slack,
-        )  # fmt: skip
-        out = decoded.out.to(query.dtype)
-        length = step.position + 1
-        opted_out = step.ring == OPTED_OUT
-        short = ~opted_out & (length < mac.config.min_context)
-        absent = ~opted_out & ~short & (step.ring < 0)
-        hits = decoded.hit.sum(1) * self.num_queries_per_kv
-        able = ~opted_out & ~short & ~absent
-        over, tried = able & paused, able & (not paused)
-        read = decoded.read.sum()
-        mac.counts[Count.HIT] += hits.sum()
-        mac.counts[Count.MISS] += (self.num_heads - hits)[tried].sum()
-        for count, rows in (
-            (Count.REQUEST, opted_out), (Count.SHORT_CONTEXT, short), (Count.NO_RING, absent),
-            (Count.OVER_BUDGET, over),
-        ):  # fmt: skip
-            mac.counts[count] += rows.sum() * self.num_heads
-        mac.counts[Count.READ] += read
-        mac.counts[Count.SKIPPED] += length.sum() * self.num_kv_heads - read
-        if step.audited.any():
-            wanted = decoded.hit & step.audited[:, None]
-            exact = paged.exact(step.position, query, kv_cache, blocks, wanted, self.scale)
-            position = torch.where(step.audited, step.position, -1)
-            audit.tally(
-                position, step.ring, decoded.hit, decoded.source, mac.store.chain, out, exact,
-                audit.edges(out.device), mac.audited,
-            )  # fmt: skip
-        return out

@@ -1,15 +1,13 @@
-"""MAC as a backend of vLLM's CUDA engine: FlashInfer's backend, with decode rows by `fused`.
+"""MAC as a backend of vLLM's CUDA engine: FlashInfer's backend, with decode rows by `decoder`.
 
-Prefill, layers that MAC does not serve and everything else run as FlashInfer's backend runs
-them. A prefill chunk is followed by one more attention call over its last `window` queries,
-which leaves their summaries in the row's ring.
+Prefill, layers that are exact and everything else run as FlashInfer's backend runs them; `seeding` records
+the ends of prefill chunks in rings.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MultipleOf
@@ -22,14 +20,14 @@ from vllm.v1.attention.backends.flashinfer import (
 )
 
 from vllm_mac.capabilities import BUILDER, pinning
-from vllm_mac.fused import Decoder, rotation
+from vllm_mac.decoder import Decoder
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
-from vllm_mac.kernels.exact import PrefixProblem
-from vllm_mac.kernels.record import record_prefill
+from vllm_mac.kv_group import Group
 from vllm_mac.layers import MacLayer, mac_layers
+from vllm_mac.mixins import MacImpl, MacSupport
 from vllm_mac.requests import RowRings, executing, row_rings
-from vllm_mac.steps import Group
-from vllm_mac.support import MacImpl, MacSupport
+from vllm_mac.seeding import Seeding, SeedPlanner
+from vllm_mac.state import Geometry, Rows
 from vllm_mac.warmup import warm_up
 
 
@@ -48,29 +46,24 @@ class MacCUDABackend(MacSupport, FlashInferBackend):
 
 
 @dataclass(frozen=True, slots=True)
-class Seeds:
-    """The tokens of a batch whose summaries go into rings, and the attention call over them.
+class Step:
+    """What a batch means for the layers that MAC runs.
 
-    token, row, position: `[T]` int32. ring: `[B]` int32. block_table: `[B, *]`.
+    rows: those that decode, which come first. rest: what is left for FlashInfer's backend to do, None where all rows
+    decode. seeding: what the rings of prefilled rows record, None for nothing.
     """
 
-    wrapper: BatchPrefillWithPagedKVCacheWrapper
-    token: Tensor
-    row: Tensor
-    position: Tensor
-    ring: Tensor
-    block_table: Tensor
+    decoder: Decoder
+    rows: Rows
+    rest: FlashInferMetadata | None = None
+    seeding: Seeding | None = None
 
 
 @dataclass
 class MacCUDAMetadata(FlashInferMetadata):
-    """decoder: of the layers that MAC serves, None where it serves none of the group.
-    block_table: `[num_decodes, *]`. rest: what is left for FlashInfer's backend to do."""
+    """step: None where all layers of the group are exact."""
 
-    decoder: Decoder | None = None
-    block_table: Tensor | None = None
-    rest: FlashInferMetadata | None = None
-    seeds: Seeds | None = None
+    step: Step | None = None
 
 
 @pinning(BUILDER)
@@ -93,21 +86,22 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             return
         self.config = self.served[0].config
         self.decoder = decoder_of(self.served, self.page_size, layer_names)
-        self._seed_wrapper: BatchPrefillWithPagedKVCacheWrapper | None = None
+        dtypes = self.q_data_type_prefill, self.kv_cache_dtype
+        self._seeds = SeedPlanner(self.decoder.geometry, self.config.window, dtypes, self._get_workspace_buffer)
         # Position, ring and first of all rows of a batch; the decoder's hold those that decode, which come first.
         self._rows = [torch.zeros_like(self.decoder.position) for _ in range(3)]
         self._facts: dict[str, tuple[bytes, Tensor]] = {}
-        # What the decoder's buffers hold, as it was made; an earlier builder may have served.
+        # As the decoder was made; an earlier builder may have written to these buffers.
         with torch.inference_mode():  # as vLLM profiles, which may have made the decoder
             self.decoder.slack.fill_(1), self.decoder.spared.fill_(-1)
-        self._told = {name: getattr(self.decoder, name).to("cpu", copy=True).numpy() for name in ("slack", "spared")}
-        # Whatever else an engine runs before it serves, it makes its builders. Eager mode turns vLLM's own warm-up
-        # off, but its first requests would wait for the compiler just as long.
+        self._written = {name: getattr(self.decoder, name).to("cpu", copy=True).numpy() for name in ("slack", "spared")}
+        # Every engine makes its builders before it takes requests. Eager mode turns vLLM's own warm-up off, but its
+        # first requests would wait for the compiler just as long.
         if vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager:
-            warm_up(self.decoder, self.served, self.group.new_table())
+            warm_up(self.decoder, [layer.state for layer in self.served], self.group.new_table())
         self.all_served = len(self.served) == len(layer_names)
         if self.all_served:
-            # Nobody runs the base's decode: let it make the metadata of XQA, which needs no
+            # Nothing runs the base's decode. So it makes the metadata of XQA, which needs no
             # planning, instead of a plan.
             self.use_trtllm_decode_attention = self.use_xqa = True
             self.flashinfer_trtllm_api_decode_kernel = FlashInferDecodeKernel.XQA
@@ -133,8 +127,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         if decoding:
             metadata = self._of_decodes(common)
         else:
-            # FlashInfer plans into one page-locked buffer a wrapper, which the device copies when it gets there: a plan
-            # made before that would be read half old and half new. Hardly ever waits: the last step's copies come first.
+            # FlashInfer plans into one page-locked buffer a wrapper, which the device copies later. A new plan made
+            # before that copy would be read half old and half new. This hardly ever waits: the copies of the last
+            # step come first.
             self._planned.synchronize()
             metadata = MacCUDAMetadata(**vars(super().build(0, common, fast_build)))
             self._planned.record()
@@ -142,44 +137,53 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self.group.tally_host(common)
         if self.decoder is None:
             return metadata
-        decodes, rows, mixed = metadata.num_decodes, common.num_reqs, metadata.num_prefills > 0
-        metadata.decoder = self.decoder
-        metadata.block_table = common.block_table_tensor[:decodes]
+        decoder, decodes, mixed = self.decoder, metadata.num_decodes, metadata.num_prefills > 0
+        rows, rest, seeding = decoder.rows(common.block_table_tensor[:decodes]), None, None
         if mixed:
-            metadata.rest = replace(
+            rest = replace(
                 metadata, num_decodes=0, num_decode_tokens=0, decode=None,
                 num_actual_tokens=metadata.num_actual_tokens - metadata.num_decode_tokens,
             )  # fmt: skip
-        decoder = self.decoder
         real = not capture and executing()
         if real:
-            outputs = self._rows if mixed else (decoder.position, decoder.ring, decoder.first)
-            rings = row_rings(common)
-            assign(
-                self.group.table, common.query_start_loc[: rows + 1], common.seq_lens[:rows],
-                self._on_device("ring", rings.ring), self._on_device("flags", self._flags(common, rings)), *outputs,
-            )  # fmt: skip
-            if mixed:
-                for mine, all_rows in zip((decoder.position, decoder.ring, decoder.first), outputs, strict=True):
-                    mine[:decodes].copy_(all_rows[:decodes])
-                metadata.seeds = self._seeds(common, decodes, np.where(rings.skips, -1, rings.ring))
-                self._planned.record()
-            self._tell("slack", rings.slack)
-            if self.config.audit:
-                self._tell("spared", np.where(rings.audited, 0, -1).astype(np.int32))
+            seeding = self._assign(common, decodes, mixed)
         else:
-            # A graph is recorded, and a dummy batch run, over rows that do nothing; rings stay as they are.
+            # Graphs are captured, and dummy batches run, over rows that do nothing; rings stay as they are.
             for tensor in (decoder.position, decoder.ring):
                 tensor.fill_(-1)
+        metadata.step = Step(decoder, rows, rest, seeding)
         context = self.vllm_config.compilation_config.static_forward_context
         cache = context[self.served[0].name].kv_cache
         if decodes and cache.dim() == 4:  # vLLM builds for its estimates before there is a cache
             audited = real and self.group.begin_decodes()
-            decoder.begin_step(metadata.block_table, cache, audited)
+            decoder.begin_step(rows, cache, audited)
         return metadata
 
+    def _assign(self, common: CommonAttentionMetadata, decodes: int, mixed: bool) -> Seeding | None:
+        """Write what the rows of a batch of requests do into the decoder's buffers, and plan what rings record.
+
+        mixed: whether the batch has other rows than those that decode.
+        """
+        decoder, count, rings, seeding = self.decoder, common.num_reqs, row_rings(common), None
+        own = decoder.position, decoder.ring, decoder.first
+        outputs = self._rows if mixed else own
+        assign(
+            self.group.table, common.query_start_loc[: count + 1], common.seq_lens[:count],
+            self._on_device("ring", rings.ring), self._on_device("flags", self._flags(common, rings)), *outputs,
+        )  # fmt: skip
+        if mixed:
+            for mine, all_rows in zip(own, outputs, strict=True):
+                mine[:decodes].copy_(all_rows[:decodes])
+            _, ring, _ = outputs
+            seeding = self._seeds.plan(common, decodes, np.where(rings.skips, -1, rings.ring), ring)
+            self._planned.record()
+        self._write("slack", rings.slack)
+        if self.config.audit:
+            self._write("spared", np.where(rings.audited, 0, -1).astype(np.int32))
+        return seeding
+
     def _of_decodes(self, common: CommonAttentionMetadata) -> MacCUDAMetadata:
-        """What the base says of a batch without prompts, when nothing of its own is to run: what it prepares
+        """The base's metadata of a batch without prefills, where nothing of the base's own is to run: what it prepares
         would take host time in every step."""
         return MacCUDAMetadata(
             kv_cache_layout=self.kv_cache_layout, num_actual_tokens=common.num_actual_tokens, slot_mapping=common.slot_mapping,
@@ -196,65 +200,29 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         return flags.astype(np.int32)
 
     def _on_device(self, name: str, array: np.ndarray) -> Tensor:
-        """Copied only when it is not what was copied last: while requests decode, it is the same step after step."""
+        """The array on the device. It is copied only when it changes: while requests decode, it stays the same."""
         content = array.tobytes()
         if name not in self._facts or self._facts[name][0] != content:
             self._facts[name] = content, torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
         return self._facts[name][1]
 
-    def _tell(self, name: str, array: np.ndarray) -> None:
-        """Put what the rows' requests ask for into the front of the decoder's buffer of that name, where it differs."""
-        told = self._told[name][: len(array)]
-        if not np.array_equal(told, array):
-            told[:] = array
+    def _write(self, name: str, array: np.ndarray) -> None:
+        """Copy what the rows' requests ask for to the front of the decoder's buffer of that name, where it differs."""
+        written = self._written[name][: len(array)]
+        if not np.array_equal(written, array):
+            written[:] = array
             getattr(self.decoder, name)[: len(array)].copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
-
-    def _seeds(self, common: CommonAttentionMetadata, decodes: int, rings: np.ndarray) -> Seeds | None:
-        """Plan the attention over the last `window` queries of each chunk that a ring records, cut to the prefix.
-
-        rings: `[B]`, -1 for rows that record nothing, among them those that verify speculated tokens: the host
-        knows the lengths of all others.
-        """
-        config, page, first = self.config, self.page_size, self.decoder.problem.first
-        begin = common.query_start_loc_cpu.numpy()[decodes : common.num_reqs + 1].astype(np.int64)
-        length = common.seq_lens_cpu_upper_bound.numpy()[decodes : common.num_reqs].astype(np.int64)
-        count = np.diff(begin)
-        taken = np.where(rings[decodes:] >= 0, np.minimum(count, config.window), 0)
-        total = int(taken.sum())
-        if not total:
-            return None
-        row = np.repeat(np.arange(decodes, common.num_reqs), taken)
-        back = np.concatenate([np.arange(n, 0, -1) for n in taken])  # tokens from the end of the chunk
-        facts = np.stack((np.repeat(begin[1:], taken) - back, row, back)).astype(np.int32)
-        token, row, back = torch.from_numpy(facts).pin_memory().to(self.device, non_blocking=True)
-        position = common.seq_lens[row] - back
-        # With keys up to `length - band`, causal masking ends query p's keys at p + 1 - band.
-        # A row without any is given one, and nobody reads the result.
-        keys = np.where(taken > 0, np.maximum(length - config.band - first, 1), 1)
-        pages = -(-keys // page)
-        indptr = np.concatenate(([0], np.cumsum(pages)))
-        table = common.block_table_tensor[decodes : common.num_reqs, first // page :]
-        indices = torch.cat([table[i, :n] for i, n in enumerate(pages)])
-        as_ints = lambda x: torch.from_numpy(x.astype(np.int32)).pin_memory()
-        if self._seed_wrapper is None:
-            self._seed_wrapper = BatchPrefillWithPagedKVCacheWrapper(self._get_workspace_buffer(), "NHD")
-        self._seed_wrapper.plan(
-            as_ints(np.concatenate(([0], np.cumsum(taken)))), as_ints(indptr), indices, as_ints(keys - (pages - 1) * page),
-            self.num_qo_heads, self.num_kv_heads, self.head_dim, page, causal=True, sm_scale=self.sm_scale,
-            q_data_type=self.q_data_type_prefill, kv_data_type=self.kv_cache_dtype,
-        )  # fmt: skip
-        return Seeds(self._seed_wrapper, token, row, position, self._rows[1], common.block_table_tensor)
 
 
 def decoder_of(layers: list[MacLayer], page_size: int, layer_names: list[str]) -> Decoder:
     """The decoder of a KV-cache group: the one made at load for these layers, where it fits.
 
-    Builders are made more than once, and after vLLM has measured its memory; so are buffers
-    made here, which only a group beyond the first, or an unusual page size, needs.
+    vLLM makes builders more than once, and after it has measured its memory. So buffers that are
+    made here are not measured; only a group beyond the first, or an unusual page size, needs them.
     """
     for layer in layers:
         made = layer.decoder
-        if made is not None and made.problem.page_size == page_size and made.names in (None, tuple(layer_names)):
+        if made is not None and made.geometry.page_size == page_size and made.names in (None, tuple(layer_names)):
             made.names = tuple(layer_names)
             return made
     first = layers[0]
@@ -266,12 +234,12 @@ def decoder_of(layers: list[MacLayer], page_size: int, layer_names: list[str]) -
 def make_decoder(layer: MacLayer, page_size: int, device: torch.device) -> Decoder:
     config, model = layer.vllm_config, layer.vllm_config.model_config
     rows = max(config.scheduler_config.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0)
-    problem = PrefixProblem(
+    geometry = Geometry(
         max_rows=rows, heads=layer.num_heads, kv_heads=layer.num_kv_heads, head_size=layer.head_size,
         page_size=page_size, max_blocks=-(-model.max_model_len // page_size), dtype=model.dtype,
         band=layer.config.band, sink=layer.config.sink, scale=layer.scale,
     )  # fmt: skip
-    return Decoder(problem, layer.config, device)
+    return Decoder(geometry, layer.config, device)
 
 
 class MacCUDAImpl(MacImpl, FlashInferImpl):
@@ -300,26 +268,14 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        if getattr(attn_metadata, "decoder", None) is None:
+        step = getattr(attn_metadata, "step", None)
+        if step is None:
             raise self._unprepared()
-        rows = attn_metadata.num_decodes
+        state, decodes = self.mac.state, attn_metadata.num_decodes
         if attn_metadata.num_prefills:
-            super().forward(layer, query[rows:], key, value, kv_cache, attn_metadata.rest, output[rows:])
-            if attn_metadata.seeds is not None:
-                self._seed(query, kv_cache, attn_metadata.seeds)
-        if rows:
-            mac = self.mac
-            attn_metadata.decoder.decode(
-                query[:rows], kv_cache, attn_metadata.block_table, mac.store, mac.config, mac.rotary, mac.counts, output[:rows],
-                mac.audited, mac.paused,
-            )  # fmt: skip
+            super().forward(layer, query[decodes:], key, value, kv_cache, step.rest, output[decodes:])
+            if step.seeding is not None:
+                step.seeding.record(state, query, kv_cache)
+        if decodes:
+            step.decoder.decode(state, step.rows, query[:decodes], kv_cache, output[:decodes])
         return output
-
-    def _seed(self, query: Tensor, kv_cache: Tensor, seeds: Seeds) -> None:
-        mac = self.mac
-        pages = kv_cache.transpose(1, 2)  # [blocks, page, K, 2 D]
-        out, lse = seeds.wrapper.run(query[seeds.token], pages.split(self.head_size, -1), return_lse=True)
-        record_prefill(
-            query, seeds.token, seeds.row, seeds.position, seeds.ring, seeds.block_table, kv_cache, mac.store, mac.config,
-            self.scale, out, lse, **rotation(mac.rotary),
-        )  # fmt: skip

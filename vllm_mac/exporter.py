@@ -1,10 +1,9 @@
 """Puts MAC's counters on the `/metrics` of vLLM's server, beside vLLM's own.
 
 At each scrape a collector reads the files of this server's workers (`counter_files`), so that no message is sent and no
-worker waits. All of several API servers give the same answer. Not there are workers that are no descendants of the
-process that was started: those of Ray, and those on other nodes. Their engines' log has a line (`log_line`), and
-`collective_rpc("mac_counters")` reaches them (`metrics`). Nor are there any counters where vLLM's front end in Rust
-answers instead of Python.
+worker waits. Several API servers of one engine all give the same answer. Workers that are not descendants of the
+started process are missing: those of Ray, and those on other nodes. Their engines log a line (`log_line`), and
+`collective_rpc("mac_counters")` reaches them (`metrics`). vLLM's front end in Rust shows none of these counters.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def install() -> None:
 
     vLLM's server asks the default registry. Several API servers, which put their own metrics into files, ask a
     registry for those files that is made anew for each scrape. Goes when vLLM has attention backends export counters.
-    A failure is logged: a server without these counters serves as well.
+    A failure is logged: a server works without these counters too.
     """
     try:
         from prometheus_client import REGISTRY

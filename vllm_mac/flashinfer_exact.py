@@ -1,14 +1,15 @@
 """Exact prefix attention of missed groups by FlashInfer's tensor-core decode.
 
-`kernels.exact.TritonExact` does the same, and can complete what it has read; after this one
-`kernels.complete.complete_misses` does. FlashInfer is given one
-virtual request per (row, KV head), so that hit or miss can differ per KV head, and in CUDA-graph
-mode it reads its list of work from device memory. `kernels.plan` writes that list: no planning on
+`FlashInferExact` is one of the two miss engines (`decoder.MissEngine`); `kernels.exact.TritonExact` is the other. It
+computes the prefix into buffers of its own, and `kernels.complete.complete_misses` completes the groups.
+
+FlashInfer gets one virtual request per (row, KV head), so that hit or miss can differ per KV head. In CUDA-graph
+mode it reads its list of work from device memory, and `kernels.plan` writes that list there: no planning on
 the host, no synchronisation, and misses cost what their bytes cost.
 
-The format of the list is no public interface of FlashInfer. It is tried at start-up on a small
-problem against PyTorch; where it does not hold, every step is planned on the host through
-FlashInfer's public interface, all groups are computed, and one warning says so.
+The format of the list is no public interface of FlashInfer. A trial at start-up compares a small problem with
+PyTorch. Where it fails, every step is planned on the host through FlashInfer's public interface, all groups are
+computed, and one warning says so.
 """
 
 import logging
@@ -17,8 +18,10 @@ import math
 import torch
 from torch import Tensor
 
-from vllm_mac.kernels.exact import PrefixProblem
+from vllm_mac.kernels.complete import complete_misses
 from vllm_mac.kernels.plan import Plan, capacity, write_pages, write_plan
+from vllm_mac.kernels.workspace import Workspace
+from vllm_mac.state import Geometry, LayerState, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +38,23 @@ _PLAN_INFO = (
 class FlashInferExact:
     """One object serves all layers whose KV caches have the same strides.
 
-    Buffers are allocated here. `run` allocates nothing and waits for nothing, so it may be captured
+    Buffers are allocated here. `attend` and `finish` allocate nothing and wait for nothing, so both may be captured
     in a CUDA graph; `begin_step` writes persistent buffers and may be called outside the graph.
     """
 
-    def __init__(self, problem: PrefixProblem, device, check: bool = True):
-        """check: try the device-written plan, and keep to the public interface where it fails."""
+    whole_rows, all_triton = False, False
+
+    def __init__(self, geometry: Geometry, device, check: bool = True):
+        """check: try the plan that the device writes, and keep to the public interface where it fails."""
         import flashinfer
 
-        if problem.head_size not in (64, 128, 256):
-            raise ValueError(f"head_size: {problem.head_size}, FlashInfer decodes 64, 128 and 256")
-        if problem.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype: {problem.dtype}, FlashInfer decodes torch.bfloat16 and torch.float16")
-        self.problem, self.device = problem, torch.device(device)
+        if geometry.head_size not in (64, 128, 256):
+            raise ValueError(f"head_size: {geometry.head_size}, FlashInfer decodes 64, 128 and 256")
+        if geometry.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: {geometry.dtype}, FlashInfer decodes torch.bfloat16 and torch.float16")
+        self.geometry, self.device = geometry, torch.device(device)
         self._wrapper_class = flashinfer.BatchDecodeWithPagedKVCacheWrapper
-        groups, group = problem.max_rows * problem.kv_heads, problem.group
+        groups, group = geometry.max_rows * geometry.kv_heads, geometry.group
         # FlashInfer keeps two thread blocks on a multiprocessor.
         properties = torch.cuda.get_device_properties(self.device)
         self._slots = 2 * properties.multi_processor_count
@@ -58,21 +63,17 @@ class FlashInferExact:
         def ints(n: int) -> Tensor:
             return torch.zeros(n, dtype=torch.int32, device=self.device)
 
-        self._indices = ints(groups * problem.max_blocks)
+        self._indices = ints(groups * geometry.max_blocks)
         self._indptr, self._last_page_len = ints(groups + 1), ints(groups)
-        self._query = torch.empty(
-            problem.max_rows,
-            problem.heads,
-            problem.head_size,
-            dtype=problem.dtype,
-            device=self.device,
-        )
+        shape = geometry.max_rows, geometry.heads, geometry.head_size
+        self._query, self._prefix_out = torch.empty(2, *shape, dtype=geometry.dtype, device=self.device)
+        self._prefix_lse = torch.empty(shape[:2], dtype=torch.float32, device=self.device)
         # Elements between virtual pages, and how many of these a block and a head are apart.
         self._unit: tuple[int, int, int] | None = None
         self._public: dict[int, object] | None = None
 
         tiles = capacity(groups, self._slots)
-        values = tiles * group * problem.head_size * 4
+        values = tiles * group * geometry.head_size * 4
         workspace = torch.zeros(values + tiles * group * 4 + 16, dtype=torch.uint8, device=self.device)
         try:
             self._open(workspace, groups, tiles, values)
@@ -82,7 +83,7 @@ class FlashInferExact:
             logger.warning(
                 "MAC: FlashInfer %s does not take a plan written on the device (%s: %s). Misses "
                 "are planned on the host in every step and all KV heads are read, hit or not; "
-                "engine 'triton' avoids both.",
+                "miss_engine 'triton' avoids both.",
                 getattr(flashinfer, "__version__", "?"), type(error).__name__, error,
             )  # fmt: skip
             self._open_public(groups)
@@ -96,53 +97,51 @@ class FlashInferExact:
         """By name, what every step must find as it was made: the part of a plan that is the same in all of them."""
         return {"query_tiles": self._plan.qo_tile_indices} if self.device_planned else {}
 
-    def begin_step(self, block_table: Tensor, position: Tensor, kv: Tensor) -> None:
-        """Once a step, before its layers: the page table of the virtual requests.
+    @property
+    def plans_on_host(self) -> bool:
+        return not self.device_planned
 
-        block_table `[B, *]` int32 and position `[B]` int32 as in `run`; kv: any layer's cache.
+    def begin_step(self, rows: Rows, kv: Tensor) -> None:
+        """Once a step, before its layers: the page table of the virtual requests. kv: any layer's cache.
+
         Nothing here waits for the device, except on the public path, which plans on the host.
+        Raises ValueError for more rows than `max_rows`, and for strides that cannot be split into heads.
         """
-        p, rows = self.problem, position.shape[0]
-        if rows > p.max_rows:
-            raise ValueError(f"position: {rows} rows, choose at most max_rows ({p.max_rows})")
+        g, count = self.geometry, len(rows.position)
+        if count > g.max_rows:
+            raise ValueError(f"position: {count} rows, choose at most max_rows ({g.max_rows})")
         self._unit = self._virtual_strides(kv)
         _, block_pages, head_pages = self._unit
-        write_pages(
-            block_table, position, self._indices, self._indptr, self._last_page_len,
-            p.kv_heads, p.page_size, p.first // p.page_size, p.band,
-            min(p.max_blocks, block_table.shape[1]),
-            block_pages, head_pages,
-        )  # fmt: skip
+        write_pages(rows, g, self._indices, self._indptr, self._last_page_len, block_pages, head_pages)
         if self._public is not None:
-            self._plan_public(rows * p.kv_heads)
+            self._plan_public(count * g.kv_heads)
 
-    def run(
-        self,
-        query: Tensor,
-        kv: Tensor,
-        block_table: Tensor,
-        position: Tensor,
-        hit: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        """Attention of missed groups over `[first, m+1-band)`; `(0, -inf)` everywhere else.
+    def finish(self, layer: LayerState, rows: Rows, query: Tensor, kv: Tensor, work: Workspace, out: Tensor) -> None:
+        """See `decoder.MissEngine.finish`."""
+        n = len(query)
+        prefix_out, prefix_lse = self._prefix_out[:n], self._prefix_lse[:n]
+        self.attend(rows, query, kv, work.hit[:n], prefix_out, prefix_lse)
+        complete_misses(layer, rows, query, prefix_out, prefix_lse, work, out)
 
-        query: `[B, H, D]` after RoPE. kv: `[blocks, K, page, 2 D]`, strides as given to
-        `begin_step`. block_table, position: those of `begin_step`. hit: `[B, K]` int32, nonzero
-        where nothing is to be read. Writes out `[B, H, D]`, contiguous, in query's dtype, and lse
-        `[B, H]` float32, contiguous, **base 2**.
+    def attend(self, rows: Rows, query: Tensor, kv: Tensor, hit: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Attention of missed groups over `[prefix_start, m+1-band)`; `(0, -inf)` everywhere else.
+
+        rows: those of `begin_step`. query: `[B, H, D]` after RoPE. kv: `[blocks, K, page, 2 D]`, strides as given to
+        `begin_step`. hit: `[B, K]` int32, contiguous, nonzero where a group hit. Writes out `[B, H, D]`, contiguous,
+        in query's dtype, and lse `[B, H]` float32, contiguous, **base 2**.
+
+        Raises ValueError where `kv`, `out` or `lse` are not so.
         """
-        p, rows = self.problem, query.shape[0]
+        g, count = self.geometry, query.shape[0]
         if self._virtual_strides(kv) != self._unit:
             raise ValueError(f"kv: strides {kv.stride()} differ from those given to begin_step")
-        if out.dtype != p.dtype or not out.is_contiguous() or not lse.is_contiguous():
-            raise ValueError(f"out: {out.dtype}, strides {out.stride()}, choose {p.dtype}, contiguous, as lse")
-        if query.stride(0) != p.heads * query.stride(1):
-            query = self._query[:rows].copy_(query)
-        groups = rows * p.kv_heads
+        if out.dtype != g.dtype or not out.is_contiguous() or not lse.is_contiguous():
+            raise ValueError(f"out: {out.dtype}, strides {out.stride()}, choose {g.dtype}, contiguous, as lse")
+        if query.stride(0) != g.heads * query.stride(1):
+            query = self._query[:count].copy_(query)
+        groups = count * g.kv_heads
         if self._public is None:
-            write_plan(position, hit, self._plan, p.first, p.band, self._slots, self._pdl)
+            write_plan(rows, g, hit, self._plan, self._slots, self._pdl)
             wrapper = self._wrapper
             wrapper._paged_kv_indptr_buf = self._indptr[: groups + 1]
             wrapper._paged_kv_last_page_len_buf = self._last_page_len[:groups]
@@ -150,15 +149,15 @@ class FlashInferExact:
         else:
             wrapper = self._public[groups]
         wrapper.run(
-            query.view(groups, p.group, p.head_size), self._virtual(kv),
-            out=out.view(groups, p.group, p.head_size), lse=lse.view(groups, p.group),
+            query.view(groups, g.group, g.head_size), self._virtual(kv),
+            out=out.view(groups, g.group, g.head_size), lse=lse.view(groups, g.group),
             return_lse=True,
             # FlashInfer reads the plan before it waits for the kernel in front of it.
             enable_pdl=False,
         )  # fmt: skip
         if self._public is not None:
-            skip = (hit != 0) | (position[:, None] + 1 - p.band <= p.first)
-            skip = skip.repeat_interleave(p.group, 1)
+            skip = (hit != 0) | (rows.position[:, None] + 1 - g.band <= g.prefix_start)
+            skip = skip.repeat_interleave(g.group, 1)
             out.masked_fill_(skip[..., None], 0.0)
             lse.masked_fill_(skip, -math.inf)
 
@@ -200,18 +199,18 @@ class FlashInferExact:
         )  # fmt: skip
 
     def _plan_wrapper(self, wrapper, indptr: Tensor, last_page_len: Tensor, **options) -> None:
-        p = self.problem
+        g = self.geometry
         wrapper.plan(
-            indptr, self._indices[:0], last_page_len, p.group, 1, p.head_size, p.page_size,
-            q_data_type=p.dtype, kv_data_type=p.dtype, sm_scale=p.scale, **options,
+            indptr, self._indices[:0], last_page_len, g.group, 1, g.head_size, g.page_size,
+            q_data_type=g.dtype, kv_data_type=g.dtype, sm_scale=g.scale, **options,
         )  # fmt: skip
 
     def _open_public(self, groups: int) -> None:
-        p = self.problem
-        rows = groups * p.group
-        tile_q = 16 if p.group <= 16 else 64
+        g = self.geometry
+        rows = groups * g.group
+        tile_q = 16 if g.group <= 16 else 64
         tiles = max(self._slots, -(-rows // tile_q) + groups)
-        size = p.group * tiles * tile_q * (p.head_size + 1) * 4 + (1 << 20)
+        size = g.group * tiles * tile_q * (g.head_size + 1) * 4 + (1 << 20)
         self._public_workspace = torch.zeros(size, dtype=torch.uint8, device=self.device)
         self._public = {}
 
@@ -230,7 +229,7 @@ class FlashInferExact:
 
     def _virtual(self, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values as caches of one KV head, `[virtual pages, page, 1, D]`."""
-        d = self.problem.head_size
+        d = self.geometry.head_size
         unit, block_pages, head_pages = self._unit
         pages = (kv.shape[0] - 1) * block_pages + (kv.shape[1] - 1) * head_pages + 1
         size, stride = (pages, kv.shape[2], 1, d), (unit, kv.stride(2), d, 1)
@@ -239,29 +238,30 @@ class FlashInferExact:
 
     def _check(self) -> None:
         """Compare a small problem with PyTorch; raises where they differ."""
-        p = self.problem
-        rows = min(3, p.max_rows)
-        tokens = min(p.max_blocks * p.page_size, p.first + p.band + 1000)
-        blocks = -(-tokens // p.page_size)
+        g = self.geometry
+        rows = min(3, g.max_rows)
+        tokens = min(g.max_blocks * g.page_size, g.prefix_start + g.band + 1000)
+        blocks = -(-tokens // g.page_size)
         draw = torch.Generator(self.device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw, dtype=torch.float32, device=self.device).to(p.dtype)
+            return torch.randn(shape, generator=draw, dtype=torch.float32, device=self.device).to(g.dtype)
 
-        kv = normal(rows * blocks + 1, p.page_size, p.kv_heads, 2 * p.head_size).transpose(1, 2)
-        query = normal(rows, p.heads, p.head_size)
+        kv = normal(rows * blocks + 1, g.page_size, g.kv_heads, 2 * g.head_size).transpose(1, 2)
+        query = normal(rows, g.heads, g.head_size)
         table = torch.randperm(rows * blocks, generator=draw, device=self.device).view(rows, blocks).int() + 1
         position = torch.tensor([tokens - 1, -1, tokens // 2], dtype=torch.int32, device=self.device)[:rows]
-        hit = (torch.arange(rows * p.kv_heads, device=self.device) % 3 == 2).int().view(rows, p.kv_heads)
+        hit = (torch.arange(rows * g.kv_heads, device=self.device) % 3 == 2).int().view(rows, g.kv_heads)
         out = torch.full_like(query, math.nan)
-        lse = torch.full((rows, p.heads), math.nan, dtype=torch.float32, device=self.device)
-        self.begin_step(table, position, kv)
-        self.run(query, kv, table, position, hit, out, lse)
+        lse = torch.full((rows, g.heads), math.nan, dtype=torch.float32, device=self.device)
+        held = Rows(position, position, position, position, table)  # of which only position and table are read
+        self.begin_step(held, kv)
+        self.attend(held, query, kv, hit, out, lse)
         for row in range(rows):
-            end = max(int(position[row]) + 1 - p.band, p.first)
-            part = kv[table[row].long()].transpose(1, 2).flatten(0, 1)[p.first : end].float()  # [T, K, 2 D]
+            end = max(int(position[row]) + 1 - g.band, g.prefix_start)
+            part = kv[table[row].long()].transpose(1, 2).flatten(0, 1)[g.prefix_start : end].float()  # [T, K, 2 D]
             key, value = part.transpose(0, 1).chunk(2, -1)
-            score = query[row].float().view(p.kv_heads, p.group, -1) @ key.transpose(1, 2) * p.scale  # [K, G, T]
+            score = query[row].float().view(g.kv_heads, g.group, -1) @ key.transpose(1, 2) * g.scale  # [K, G, T]
             score = score.masked_fill(hit[row].bool()[:, None, None], -math.inf)
             expected_lse = torch.logsumexp(score, -1)
             weight = torch.exp(score - torch.where(expected_lse == -math.inf, 0.0, expected_lse)[..., None])

@@ -1,14 +1,16 @@
-"""One attention layer under MAC: whether the method serves it, its rotation, rings, counts.
+"""One attention layer under MAC: whether MAC runs it, and the state of its steps (`state.LayerState`).
 
 vLLM builds its attention layers one by one, loads the weights, and then lets each layer
-finish. Only then are all layers known and their rotations complete, so that is when the
+finish. Only then are all layers known and their rotations complete. So that is when the
 layers are settled, once and for all, and the rings allocated; vLLM profiles its memory after that.
 
-A model that drafts for another one is built when that one has finished, in the same process and
-with the same table of layers. So whatever is built after the first layers were settled is a draft's.
+A draft model is built when the model that it drafts for has finished, in the same process and
+with the same table of layers. So every layer that is built after the first layers were settled is a draft's.
 """
 
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_mac import capabilities
 from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.counters import Count
-from vllm_mac.ring import RingStore, ring_bytes, ring_dtypes
+from vllm_mac.ring import ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
+from vllm_mac.state import LayerState, RingStore
 from vllm_mac.totals import allocate
 
 logger = init_logger("vllm.mac")
@@ -33,16 +36,16 @@ HEAD_SIZES = range(32, 257)
 class MacLayer:
     """What MAC keeps for one `Attention` layer of one worker.
 
-    config: the layer's own once it is settled, with its threshold (`MacConfig.for_layer`).
-    exact: why no step of the layer uses MAC, or None when it is served; for good once `settled`.
+    settings: the worker's configuration. config: the layer's own once it is settled, with its threshold
+        (`MacConfig.for_layer`).
+    exact: why no step of the layer uses MAC, or None where MAC runs it; final once `settled`.
         Reasons that depend on the row of a batch instead (`short_context`, `no_ring`, `request`), or come and
         go (`error_budget`), are counted, not kept.
+    state: what the steps of the layer read and write; None for a layer that is exact, and before it is loaded.
     counts: `[len(Count)]` int64 on the layer's device, see `counters.Count`.
-    audited: the histograms of audited steps (`audit.histograms`); None where none are audited.
+    audited: the histograms of audited steps (`audit.histograms`); None where no step is audited.
     totals: `[n]` int64, the memory that `counts` and `audited` of all layers of the worker are views of.
-    paused: `[1]` int32 on the layer's device, 1 while the layer is exact over its error budget;
-        None without a budget.
-    group: the totals of the layer's KV-cache group; set by the metadata builder.
+    group: the layer's KV-cache group (`kv_group.Group`); set by the metadata builder.
     decoder: the buffers that a GPU decodes with, on one layer for all that share them.
     publisher: what publishes the counters of the worker's layers; None where it cannot.
     """
@@ -54,28 +57,25 @@ class MacLayer:
         num_kv_heads: int,
         head_size: int,
         scale: float,
-        *,
-        sliding_window: int | None,
-        logits_soft_cap: float | None,
-        alibi_slopes: list[float] | None,
-        sinks: Tensor | None,
-        kv_sharing: str | None,
+        sliding_window: int | None = None,
+        special: Mapping[str, bool] = MappingProxyType({}),
     ):
+        """special: by reason, whether vLLM gave the layer what MAC does not compute (`soft_cap`, `alibi`, ...)."""
+        before = mac_layers(vllm_config)
         self.vllm_config = vllm_config
-        self.config: MacConfig = resolve((vllm_config.additional_config or {}).get("mac"))
+        # All layers of a worker have one configuration, whatever happens to its file meanwhile.
+        self.settings: MacConfig = before[0].settings if before else configuration(vllm_config)
+        self.config = self.settings
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale = scale
         self.sliding_window = sliding_window
         own = {
-            "draft": any(layer.settled for layer in mac_layers(vllm_config)),
+            "draft": any(layer.settled for layer in before),
             "disabled": not self.config.enabled,
             # Each micro-batch has a metadata builder, and the rings have one owner.
             "micro_batches": vllm_config.parallel_config.use_ubatching,
             "sliding_window": sliding_window is not None,
-            "soft_cap": bool(logits_soft_cap),
-            "alibi": alibi_slopes is not None,
-            "attention_sinks": sinks is not None,
-            "kv_sharing": kv_sharing is not None,
+            **special,
             "head_size": head_size not in HEAD_SIZES,
         }
         self.exact: str | None = next((reason for reason, holds in own.items() if holds), None)
@@ -83,62 +83,60 @@ class MacLayer:
         self.name: str | None = None
         self.holder: nn.Module | None = None
         self.rotary: Rotary | None = None
-        self.store: RingStore | None = None
+        self.state: LayerState | None = None
         self.counts: Tensor | None = None
         self.audited: Tensor | None = None
         self.totals: Tensor | None = None
-        self.paused: Tensor | None = None
         self.group = None
         self.decoder = None
         self.publisher = None
 
     def bind(self, holder: nn.Module, name: str) -> None:
-        """Note the module that holds the layer, where its rotation is found, and its name."""
+        """Note the module that holds the layer, where its rotation is found, and the layer's name."""
         self.holder, self.name = holder, name
 
     @property
     def served(self) -> bool:
-        """Whether the layer has rings, so that its steps may use MAC."""
-        return self.store is not None
+        """Whether MAC runs the layer: it has rings."""
+        return self.state is not None
 
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Settle whether the layer is served and allocate its rings; `dtype` is the model's.
+        """Settle whether MAC runs the layer, and make its state; `dtype` is the model's.
 
         Raises MacConfigError where the byte budget does not hold one ring, where the device
-        does not know the rings' dtype, and where MAC is chosen for a draft model by name.
+        cannot convert to the rings' dtype, and where MAC is chosen for a draft model by name.
         """
         if self.served:
             return  # weights were reloaded
         layers = mac_layers(self.vllm_config)
         if not self.settled:
             settle([layer for layer in layers if not layer.settled], dtype)
-        if self.exact is None:
-            query_dtype, out_dtype = ring_dtypes(self.config, dtype)
-            check_device(query_dtype, device)
-            if self.counts is None:
-                count([layer for layer in layers if layer.exact is None], device)
-            self.keep(counts=self.counts)
-            if self.audited is not None:
-                self.keep(audited=self.audited)
-            if self.config.error_budget is not None:
-                self.paused = torch.zeros(1, dtype=torch.int32, device=device)
-                self.keep(paused=self.paused)
-            self.store = RingStore.allocate(
-                ring_count(layers, dtype),
-                self.num_heads,
-                self.config.window,
-                self.head_size,
-                query_dtype,
-                device,
-                out_dtype,
-            )
+        if self.exact is not None:
+            return
+        query_dtype, out_dtype = ring_dtypes(self.config, dtype)
+        check_device(query_dtype, device)
+        if self.counts is None:
+            count([layer for layer in layers if layer.exact is None], device)
+        paused = None if self.config.error_budget is None else torch.zeros(1, dtype=torch.int32, device=device)
+        kept = {"counts": self.counts, "audited": self.audited, "paused": paused}
+        self.keep(**{name: tensor for name, tensor in kept.items() if tensor is not None})
+        store = RingStore.allocate(
+            ring_count(layers, dtype),
+            self.num_heads,
+            self.config.window,
+            self.head_size,
+            query_dtype,
+            device,
+            out_dtype,
+        )
+        self.state = LayerState(store, self.config, self.rotary, **kept)
 
     def keep(self, **tensors: Tensor) -> None:
         """Have vLLM keep the content of these tensors through sleep level 2, in place.
 
-        That level discards what was allocated while the model was loaded, but for the buffers of its
-        modules. Rings need no keeping: KV caches are discarded too, and vLLM forgets what was in them,
-        so that whatever is read of a ring afterwards was written afterwards.
+        That level discards what was allocated while the model was loaded, except the buffers of its
+        modules. Rings need not be kept: KV caches are discarded too, and vLLM forgets what was in them,
+        so whatever is read of a ring afterwards was written afterwards.
         """
         attention = self.vllm_config.compilation_config.static_forward_context[self.name]
         for name, tensor in tensors.items():
@@ -146,11 +144,16 @@ class MacLayer:
 
 
 def count(served: list[MacLayer], device: torch.device) -> None:
-    """Give all served layers their counters, and their histograms where steps are audited."""
+    """Allocate the counters of all layers that MAC runs, and their histograms where steps are audited."""
     audited = bool(served[0].config.audit)
     every, counts, histograms = allocate(len(Count), [layer.num_heads for layer in served], audited, device)
     for i, layer in enumerate(served):
         layer.totals, layer.counts, layer.audited = every, counts[i], histograms[i] if audited else None
+
+
+def configuration(vllm_config: VllmConfig) -> MacConfig:
+    """MAC's configuration. Reads its file, so a process resolves it once for a model: `MacLayer.settings`."""
+    return resolve((vllm_config.additional_config or {}).get("mac"))
 
 
 def mac_layers(vllm_config: VllmConfig) -> list[MacLayer]:
@@ -160,7 +163,7 @@ def mac_layers(vllm_config: VllmConfig) -> list[MacLayer]:
 
 
 def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
-    """Decide which layers of one model are served, find their rotations, and log all of it once.
+    """Decide which layers of one model MAC runs, find their rotations, and log all of it once.
 
     Raises MacConfigError where `speculative_config` chooses MAC for the draft model.
     """
@@ -245,7 +248,7 @@ def check_device(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:
-    """Rings that each served layer gets: as many as sequences, within the byte budget."""
+    """Rings of each layer that has any: as many as sequences, within the byte budget."""
     served = [layer for layer in layers if layer.exact is None]
     config = layers[0].config
     one, fitting, wanted = ring_room(layers, dtype)
@@ -263,7 +266,7 @@ def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:
 
 
 def ring_room(layers: list[MacLayer], dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of one ring over all served layers, of which there is one at least; how many the byte budget holds;
+    """Bytes of one ring over all layers that have rings, at least one; how many rings the byte budget holds;
     how many are wanted."""
     config = layers[0].config
     one = sum(_ring_bytes(layer, dtype) for layer in layers if layer.exact is None)
@@ -275,12 +278,12 @@ def _ring_bytes(layer: MacLayer, dtype: torch.dtype) -> int:
     return ring_bytes(layer.num_heads, layer.config.window, layer.head_size, *ring_dtypes(layer.config, dtype))
 
 
-def _tell_layer(holder: nn.Module, _name: str, child: nn.Module | None) -> None:
+def _bind_layer(holder: nn.Module, _name: str, child: nn.Module | None) -> None:
     mac = getattr(getattr(child, "impl", None), "mac", None)
     if isinstance(mac, MacLayer):
         mac.bind(holder, child.layer_name)
 
 
 # An attention layer does not know the module that holds it, where its rotation is. PyTorch
-# tells when one module becomes part of another.
-register_module_module_registration_hook(_tell_layer)
+# calls this hook when one module becomes part of another.
+register_module_module_registration_hook(_bind_layer)

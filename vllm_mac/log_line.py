@@ -1,9 +1,9 @@
-"""One line in the log for every so many seconds in which an engine decoded: what MAC did in them.
+"""One line in the log for each interval in which an engine decoded: what MAC did in it.
 
     MAC: hit rate 71.3%, KV read 34.0%, rings 3 of 8 active, exact: short_context 12.1%, no_ring 0.5%
 
 Shares are of the query heads, and of the KV tokens, of the rank that writes the line. `VLLM_LOG_STATS_INTERVAL`,
-vLLM's own setting, says how many seconds.
+vLLM's own setting, is the number of seconds.
 """
 
 from __future__ import annotations

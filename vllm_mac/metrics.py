@@ -18,12 +18,12 @@ What audits read is in none of the counters above.
     vllm_mac_lag         tokens back to the match
     vllm_mac_chain       hits since the exact evaluation that the result descends from
 
-A server has them on its `/metrics`, without any option (`exporter`), with vLLM's own labels `model_name` and `engine`
-in addition. A process that has made an `LLM` reads the same with
+A server shows them on its `/metrics`, without any option (`exporter`), with vLLM's own labels `model_name` and
+`engine` in addition. A process that has made an `LLM` reads the same with
 
     summarise(published())
 
-Both are of this machine: workers of Ray and of other nodes are reached by messages only, which takes
+Both cover this machine only. Workers of Ray and of other nodes are reached by messages, which needs
 `worker_extension_cls="vllm_mac.metrics.WorkerExtension"` and gives a list of samples of each worker:
 
     summarise(*llm.collective_rpc("mac_counters"))
@@ -59,7 +59,7 @@ class WorkerExtension:
 
 def counters(worker) -> list[Sample]:
     """All samples of one worker, as of now: waits for its device. Empty when no layer's backend is MAC."""
-    # Here, not above: whoever only adds samples up, as a client does, needs no vLLM.
+    # Imported here, because a client that only adds samples up needs no vLLM.
     import numpy as np
 
     from vllm_mac.layers import mac_layers

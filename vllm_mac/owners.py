@@ -157,7 +157,7 @@ class RingOwners:
         return writers.pop() if len(writers) == 1 else 0
 
     def _unused(self) -> int | None:
-        """A ring that nobody holds, or one that its request has not used for long; None if there is none."""
+        """A free ring, or one that its request has not used for long; None if there is none."""
         if self._free:
             return self._free.pop()
         if self._kept:

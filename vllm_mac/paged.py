@@ -1,4 +1,4 @@
-"""MAC-Attention over paged KV for a whole batch, in PyTorch: the engine on CPUs.
+"""MAC-Attention over paged KV for a whole batch, in PyTorch: what CPUs run, and an oracle of the GPU kernels.
 
 The same method as `reference`, head for head, on vLLM's block tables. Arithmetic is float32
 whatever the KV cache and the rings are stored in.
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
-from vllm_mac.reference import Partial, limit, merge, relief, split
-from vllm_mac.ring import RingStore, narrow
+from vllm_mac.limits import limit, relief
+from vllm_mac.reference import Partial, merge, split
+from vllm_mac.ring import narrow
+from vllm_mac.state import Chunk, RingStore, Rows
 
 # Scores of one block of queries are held at once; this many keeps them within some 64 MB.
 SCORES_AT_ONCE = 1 << 24
@@ -66,23 +68,13 @@ def attend(
     return Partial(weight @ value, lse)
 
 
-def match(
-    position: Tensor,
-    pre_query: Tensor,
-    ring: Tensor,
-    first: Tensor,
-    store: RingStore,
-    config: MacConfig,
-    rest_lse: Tensor,
-    slack: Tensor | None = None,
-) -> Tensor:
+def match(rows: Rows, pre_query: Tensor, store: RingStore, config: MacConfig, rest_lse: Tensor) -> Tensor:
     """`[B, H]` position whose summary each head may reuse, or -1 (`reference.match`).
 
-    position, ring, first: `[B]` int64; pre_query: `[B, H, D]` float32. rest_lse: `[B, H]`, over band
-    and sink. slack: `[B]` float32, see `reference.limit`; None: 1 for all.
-    """  # fmt: skip
-    rows, heads, d = pre_query.shape
-    window = config.window
+    rows: integers are int64. pre_query: `[B, H, D]` float32. rest_lse: `[B, H]`, over band and sink.
+    """
+    position, ring, first = rows.position, rows.ring, rows.first
+    window, d = config.window, pre_query.shape[-1]
     index = torch.clamp(ring, min=0)
     distance = ((pre_query[:, :, None] - store.query[index].float()) ** 2).sum(-1)
     slot = torch.arange(window, device=ring.device)
@@ -91,7 +83,7 @@ def match(
     usable = (ring[:, None] >= 0) & (p >= first[:, None]) & (p + 1 - config.band > config.sink)
     usable &= position[:, None] + 1 >= config.min_context
     size = (pre_query**2).sum(-1, keepdim=True) if config.distance == "relative" else float(d)
-    bound = limit(size, config, 1.0 if slack is None else slack[:, None, None])
+    bound = limit(size, config, rows.slack[:, None, None])
     usable = usable[:, None] & (distance < bound * relief(0.0, config))
     if config.max_chain is not None:
         usable &= store.chain[index] < config.max_chain
@@ -107,35 +99,24 @@ def match(
 
 
 def decode(
-    position: Tensor,
-    query: Tensor,
-    pre_query: Tensor,
-    kv: Tensor,
-    block_table: Tensor,
-    ring: Tensor,
-    first: Tensor,
-    store: RingStore,
-    config: MacConfig,
-    scale: float,
-    slack: Tensor | None = None,
+    rows: Rows, query: Tensor, pre_query: Tensor, kv: Tensor, store: RingStore, config: MacConfig, scale: float
 ) -> Decoded:
     """Decode one token of each row and record it in the row's ring, where it has one.
 
-    position: `[B]` int64, the position decoded (its KV is in the cache already). query and
-    pre_query: `[B, H, D]`, after and before RoPE. block_table: `[B, *]`. ring, first: as
-    `RingTable.assign` gives them. slack: as for `match`. Rows without a ring are exact.
+    rows: integers are int64. query and pre_query: `[B, H, D]`, after and before RoPE. Rows without a ring are exact.
     """
-    rows, heads, d = query.shape
+    count, heads, d = query.shape
+    position, ring = rows.position, rows.ring
     kv_heads = kv.shape[1]
     query, pre_query = query.float(), pre_query.float()
-    grouped = query.view(rows, kv_heads, -1, d)
+    grouped = query.view(count, kv_heads, -1, d)
     empty = torch.full_like(grouped[..., 0], -torch.inf)
     prefix = Partial(torch.zeros_like(grouped), empty)
-    rest = band_and_sink(position, query, kv, block_table, config, scale)
-    source = match(position, pre_query, ring, first, store, config, rest.lse, slack)
-    hit = (source >= 0).view(rows, kv_heads, -1).all(-1)
+    rest = band_and_sink(position, query, kv, rows.block_table, config, scale)
+    source = match(rows, pre_query, store, config, rest.lse)
+    hit = (source >= 0).view(count, kv_heads, -1).all(-1)
 
-    reused = source.view(rows, kv_heads, -1)
+    reused = source.view(count, kv_heads, -1)
     read = torch.zeros_like(hit, dtype=torch.int64)
     for b, m in enumerate(position.tolist()):
         sink_end, band_start = split(m, config)
@@ -149,11 +130,11 @@ def decode(
             token = torch.arange(int(begin.amin()), band_start)
             if not len(token):
                 continue
-            key, value = gather(kv, block_table[b], token, some)
+            key, value = gather(kv, rows.block_table[b], token, some)
             stop = begin.new_tensor(band_start)
             prefix.out[b, some], prefix.lse[b, some] = attend(grouped[b, some], key, value, token, begin, stop, scale)
 
-    by_head = lambda x: Partial(x.out.view(rows, heads, d), x.lse.view(rows, heads))
+    by_head = lambda x: Partial(x.out.view(count, heads, d), x.lse.view(count, heads))
     head_hit = hit.repeat_interleave(heads // kv_heads, 1)
     index, head = torch.clamp(ring, min=0)[:, None], torch.arange(heads, device=query.device)
     slot = torch.clamp(source, min=0) % config.window
@@ -209,34 +190,31 @@ def exact(position: Tensor, query: Tensor, kv: Tensor, block_table: Tensor, want
 
 
 def prefill(
-    start: int,
+    chunk: Chunk,
     query: Tensor,
     pre_query: Tensor | None,
     kv: Tensor,
-    blocks: Tensor,
-    ring: int,
     store: RingStore,
     config: MacConfig,
     scale: float,
 ) -> Tensor:
     """Exact causal attention of one row's chunk; records its last `window` positions.
 
-    start: position of the chunk's first token. query `[n, H, D]`; pre_query `[n, H, D]` or
-    None where `ring` is -1. blocks: the row's block table. Returns `[n, H, D]` float32.
+    query `[n, H, D]`; pre_query `[n, H, D]`, or None where the chunk has no ring. Returns `[n, H, D]` float32.
     """
-    n = len(query)
+    n, start = len(query), chunk.start
     token = torch.arange(start + n)
     position = token[start:]
-    keys = *gather(kv, blocks, token), token
+    keys = *gather(kv, chunk.blocks, token), token
     out = _causal(query, *keys, start, scale)
-    if ring >= 0:
+    if chunk.ring >= 0:
         kept = slice(max(n - config.window, 0), n)
         position = position[kept]
         sink_end = torch.clamp(position + 1, max=config.sink)
         band_start = torch.maximum(position + 1 - config.band, sink_end)
         summary = _attend_heads(query[kept], *keys, sink_end, band_start, scale)
         chain = torch.zeros(summary.lse.shape, dtype=torch.int32)
-        rings = torch.full_like(position, ring)
+        rings = torch.full_like(position, chunk.ring)
         _record(store, rings, position, pre_query[kept], summary, chain, config.window)
     return out
 

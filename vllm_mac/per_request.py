@@ -14,7 +14,7 @@ client), a program as `SamplingParams(extra_args={...})`:
 
 A key that looks like these (`mac_x`, `Mac`, `macthreshold`) is an error, as are other values: HTTP 400, or ValueError in
 process. Both are found before the engine sees the request. Without MAC as attention backend vLLM ignores all of these, as
-it ignores every key that nobody reads.
+it ignores every unknown key.
 
 What other requests left in the prefix cache is read as it is: KV of a reply that was decoded with reuse is not computed
 anew for a request that is decoded exactly. The ring that a request takes over with such a prefix may have been recorded
@@ -46,7 +46,7 @@ class Ask(NamedTuple):
     """What one request asked for.
 
     exact: to be decoded exactly. audited: that its hits are audited in every step. slack: the most that
-    `(1 - threshold)^2` may be (`reference.limit`).
+    `(1 - threshold)^2` may be (`limits.limit`).
     """
 
     exact: bool = False
@@ -58,7 +58,7 @@ NOTHING = Ask()
 
 
 class RequestError(VLLMValidationError, ValueError):
-    """A request asks for what there is not. The message lists every problem found."""
+    """A request asks for what does not exist. The message lists every problem found."""
 
 
 def read(extra_args: Mapping | None, audits: bool) -> Ask:
@@ -91,7 +91,7 @@ def read(extra_args: Mapping | None, audits: bool) -> Ask:
 
 
 def _looks_like_ours(key: str) -> bool:
-    """`Mac`, `mac_x`, `mac-threshold`, `macthreshold`; not `machine_id`, which is somebody else's."""
+    """`Mac`, `mac_x`, `mac-threshold`, `macthreshold`; not `machine_id`, which is another program's."""
     lower = key.lower()
     return bool(re.fullmatch(r"mac([-_. ].*)?", lower)) or bool(difflib.get_close_matches(lower, KEYS, 1, cutoff=0.8))
 

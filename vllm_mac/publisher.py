@@ -1,8 +1,8 @@
-"""Shows what a worker counts to its server's processes while it serves, and says it in the log.
+"""Publishes what a worker counts to its server's processes, and in the log.
 
 After each batch the counters are copied into the worker's file (`counter_files`). From a GPU that is one copy on the
-stream of the batch, which nobody waits for: the file's memory is page-locked, so the copy lands in it, after the batch
-and before its tokens reach anybody. So an idle engine's file is complete, histograms of audits included.
+stream of the batch, and nothing waits for it: the file's memory is page-locked, so the copy lands in it, after the
+batch and before its tokens reach a client. So an idle engine's file is complete, histograms of audits included.
 
 Where CUDA does not page-lock the file's memory, copies land in buffers that it can use. What has arrived there is taken
 into the file at the next batch, or at the empty one by which vLLM tells a runner that requests have ended. An engine
@@ -85,7 +85,7 @@ class Publisher:
 def copier(totals: torch.Tensor, file: CounterFile) -> Callable[[bool], object]:
     """A function to be called after each batch, which copies `totals` to the beginning of the file's values.
 
-    Its argument says that the batch was empty. Nothing is read from a GPU then: the engine may be asleep.
+    Its argument is whether the batch was empty. Nothing is read from a GPU then: the engine may be asleep.
 
     totals: `[n]` int64, on any device.
     """
@@ -94,7 +94,7 @@ def copier(totals: torch.Tensor, file: CounterFile) -> Callable[[bool], object]:
         return lambda idle: target.copy_(totals)
     refusal = page_lock(file)
     if refusal is not None:
-        # CUDA remembers its error until somebody asks, and PyTorch would raise it at the next kernel's launch.
+        # CUDA keeps its error until it is read, and PyTorch would raise it at the next kernel's launch.
         try:
             torch.empty(1, device=totals.device).fill_(0)
         except RuntimeError:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
+from vllm_mac.limits import limit, relief
 
 
 class Partial(NamedTuple):
@@ -95,30 +96,7 @@ def split(m: int, config: MacConfig) -> tuple[int, int]:
     return sink_end, max(m + 1 - config.band, sink_end)
 
 
-def limit(size: float, config: MacConfig, slack: float = 1.0) -> float:
-    """Squared distance under which a match is accepted: `2 size (1 - threshold)^2`.
-
-    size: `d`, the squared norm of a standard normal query, or with `distance: relative` that of
-    the query itself. slack: the most that `(1 - threshold)^2` may be, for a request that asked for a
-    threshold of its own. Tensors that broadcast give one of limits.
-    """
-    own = (1.0 - config.threshold) ** 2
-    return 2.0 * size * (slack.clamp(max=own) if isinstance(slack, Tensor) else min(own, slack))
-
-
-def relief(mass, config: MacConfig):
-    """What `limit` is multiplied by for a summary of this mass: `((1 + floor) / (mass + floor))^2`.
-
-    mass: from 0 to 1, a number or a tensor of any shape. 1 at mass 1, and everywhere without a
-    `mass_floor`. A wrong summary is wrong in the output by its mass, so that one of little mass may be
-    far off; the floor is for the mass that a better summary would have had. Not in the paper.
-    """
-    if config.mass_floor is None:
-        return 1.0
-    return ((1.0 + config.mass_floor) / (mass + config.mass_floor)) ** 2
-
-
-def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Tensor, slack: float = 1.0) -> int:
+def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Tensor) -> int:
     """Position whose summary the head may reuse at position `m`, or -1.
 
     pre_query: `[d]`, before RoPE. rest_lse: LSE over what is read anyway, band and sink. Candidates
@@ -132,7 +110,7 @@ def match(m: int, pre_query: Tensor, ring: Ring, config: MacConfig, rest_lse: Te
     if m + 1 < config.min_context:
         return -1
     size = float((pre_query**2).sum()) if config.distance == "relative" else pre_query.shape[-1]
-    bound = limit(size, config, slack)
+    bound = limit(size, config)
     best, best_score = -1, torch.inf
     for p in range(m - 1, max(m - config.window, 0) - 1, -1):
         entry = ring.get(p)
@@ -163,13 +141,13 @@ def decode(
     rings: list[Ring],
     config: MacConfig,
     scale: float,
-    slack: float = 1.0,
 ) -> Step:
     """Decode position `m` of one KV group and record it in the group's rings (in place).
 
     query and pre_query: `[G, d]`, after and before RoPE. key and value: `[T, d]`, `T > m`.
-    slack: see `limit`. The group hits only when all its heads match: its keys are read once for all of them, so
-    one miss pays for the whole group, and the whole group is then exact.
+    A request with a stricter threshold of its own is decoded with that in `config`. The group hits only when all its
+    heads match: its keys are read once for all of them, so one miss pays for the whole group, and the whole group is
+    then exact.
     """
     sink_end, band_start = split(m, config)
     rests = []
@@ -177,7 +155,7 @@ def decode(
         band = attend(q, key, value, band_start, m + 1, scale)
         rests.append(merge(band, attend(q, key, value, 0, sink_end, scale)))
     heads = zip(pre_query, rings, rests, strict=True)
-    source = [match(m, pre, ring, config, rest.lse, slack) for pre, ring, rest in heads]
+    source = [match(m, pre, ring, config, rest.lse) for pre, ring, rest in heads]
     hit = min(source) >= 0
     outs = []
     for q, pre, ring, p, rest in zip(query, pre_query, rings, source, rests, strict=True):

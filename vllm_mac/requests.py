@@ -42,9 +42,9 @@ class Batch:
 
 @dataclass
 class Followed:
-    """What is kept of a runner. owners: None where MAC serves no layer. groups: its KV-cache groups that hold a layer
-    which MAC serves. layer: one of its layers. audits: whether hits may be audited. asks: of running requests that
-    asked for something, what."""
+    """What is kept of a runner. owners: None where all layers are exact. groups: the KV-cache groups with a layer
+    that MAC runs. layer: one of its layers. audits: whether hits may be audited. asks: what running requests asked
+    for, of those that asked for something."""
 
     owners: RingOwners | None
     groups: tuple[int, ...]
@@ -58,7 +58,7 @@ class RowRings(NamedTuple):
 
     ring: `[B]` int32, the request's ring, -1 for none, `OPTED_OUT` for none because the request wants none.
     fresh: `[B]` bool, whether it has just been given the ring, with nothing in it. skips: `[B]` bool, whether the row
-    neither reads nor records, as those that verify speculated tokens do. slack: `[B]` float32, see `reference.limit`.
+    neither reads nor records, as those that verify speculated tokens do. slack: `[B]` float32, see `limits.limit`.
     audited: `[B]` bool, whether the request asked that its hits are audited.
     """
 
@@ -74,7 +74,7 @@ _followed: WeakKeyDictionary = WeakKeyDictionary()  # model runner -> Followed, 
 
 
 def follow(vllm_config: VllmConfig) -> None:
-    """Have the model runner of this configuration tell what it executes; once a process."""
+    """Have the model runner of this configuration report what it executes; once a process."""
     runner = importlib.import_module(RUNNERS[bool(vllm_config.use_v2_model_runner)]).GPUModelRunner
     original = runner.execute_model
     if hasattr(original, "followed_by_mac"):
@@ -127,7 +127,7 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
 
 
 def ring_states(runner) -> dict[str, int]:
-    """See `RingOwners.states`; empty before a runner's first batch and where MAC serves none of its layers."""
+    """See `RingOwners.states`; empty before a runner's first batch and where all of its layers are exact."""
     followed = _followed.get(runner)
     return followed.owners.states() if followed is not None and followed.owners is not None else {}
 
@@ -159,7 +159,7 @@ def _make(runner) -> Followed | None:
     layers = mac_layers(runner.vllm_config)
     if not layers:
         return None
-    served = [layer for layer in layers if layer.store is not None]
+    served = [layer for layer in layers if layer.served]
     if not served:
         return Followed(None, (), layers[0])
     names = {layer.name for layer in served}
@@ -168,12 +168,12 @@ def _make(runner) -> Followed | None:
     sizes = tuple(all_groups[i].kv_cache_spec.block_size for i in groups)
     # With pipeline stages that many batches are in flight, each with its own requests.
     stages = runner.vllm_config.parallel_config.pipeline_parallel_size
-    owners = RingOwners(len(served[0].store.query), served[0].config.min_context, sizes, stages)
+    owners = RingOwners(served[0].state.store.rings, served[0].config.min_context, sizes, stages)
     return Followed(owners, groups, layers[0], served[0].audited is not None)
 
 
 def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
-    """Tell the owners what the scheduler says of a step."""
+    """Pass the scheduler's output of a step on to the owners."""
     of_groups = lambda blocks: tuple(blocks[i] for i in followed.groups)
     going_on, asks = scheduled.scheduled_cached_reqs, followed.asks
     for request in scheduled.finished_req_ids:
@@ -185,7 +185,7 @@ def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
             ask = read(x.sampling_params.extra_args if x.sampling_params else None, followed.audits)
         except (
             RequestError
-        ) as error:  # from a front end that checks nothing, such as vLLM's in Rust: not to end all others
+        ) as error:  # from a front end that checks nothing, such as vLLM's in Rust: other requests must go on
             logger.warning("MAC decodes request %s exactly: %s", x.req_id, error)
             ask = Ask(exact=True)
         if ask != NOTHING:

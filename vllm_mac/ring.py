@@ -1,6 +1,6 @@
-"""Rings: the memory that holds them, and what a request may read in its ring.
+"""Rings: how they are stored, and what a request may read in its ring.
 
-`RingStore` is one layer's memory. `owners.RingOwners` decides on the host which request holds
+`state.RingStore` is one layer's memory. `owners.RingOwners` decides on the host which request holds
 which ring. `RingTable` keeps, on the device, which positions of each ring are recorded: lengths
 are known there first, under asynchronous scheduling and speculation.
 
@@ -10,59 +10,21 @@ position `p` lies in slot `p mod W`. Position `p` of ring `r` may be read at pos
 a ring changes hands.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
 
 
-@dataclass(frozen=True, slots=True)
-class RingStore:
-    """One layer's rings. Uninitialised memory: `RingTable` says what may be read.
-
-    query: `[R, H, W, D]`, pre-RoPE query that matches are judged by.
-    out: `[R, H, W, D]`, output part of the summary. Of both dtypes see `ring_dtypes`.
-    lse: `[R, H, W]` float32, natural-log LSE of the summary (`-inf` for an empty one).
-    chain: `[R, H, W]` int32, hits since the exact evaluation the summary descends from.
-    """
-
-    query: Tensor
-    out: Tensor
-    lse: Tensor
-    chain: Tensor
-
-    @classmethod
-    def allocate(
-        cls,
-        rings: int,
-        heads: int,
-        window: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device,
-        out_dtype: torch.dtype | None = None,
-    ) -> "RingStore":
-        """dtype: of the queries, and of the outputs unless they have `out_dtype`."""
-        shape = (rings, heads, window)
-        return cls(
-            query=torch.empty(*shape, head_size, dtype=dtype, device=device),
-            out=torch.empty(*shape, head_size, dtype=out_dtype or dtype, device=device),
-            lse=torch.empty(shape, dtype=torch.float32, device=device),
-            chain=torch.empty(shape, dtype=torch.int32, device=device),
-        )
-
-
 def ring_bytes(
     heads: int, window: int, head_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None
 ) -> int:
-    """Bytes of one ring of one layer, its dtypes as for `RingStore.allocate`."""
+    """Bytes of one ring of one layer, its dtypes as for `state.RingStore.allocate`."""
     return heads * window * (head_size * (dtype.itemsize + (out_dtype or dtype).itemsize) + 4 + 4)
 
 
 def ring_dtypes(config: MacConfig, model_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """What the queries and the outputs of a ring are stored in.
+    """The dtypes of a ring's queries and of its outputs.
 
     float8_e4m3fn has 4 bits of precision: enough to compare queries by, but up to 6 % off an output.
     """

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Attributes by which vLLM's models say whether a full-attention layer rotates its queries.
-# A layer whose module has one of them, and false, rotates nothing.
+# Attributes by which vLLM's models state whether a full-attention layer rotates its queries.
+# A layer whose module has one of them as false rotates nothing.
 ROTATES = ("use_rope", "_use_rope", "use_rotary", "force_rope", "apply_rope_all_layers", "is_local_attention", "v1")
 
-# A module with it, and not empty, takes several positions for each token (M-RoPE), which are one number only in text.
+# A module where it is not empty takes several positions for each token (M-RoPE). They are equal only in text.
 SECTIONS = "mrope_section"
 
 
 class RotaryError(ValueError):
-    """The rotation of a layer cannot be undone; the message says why, `reason` in one word."""
+    """The rotation of a layer cannot be undone. The message explains why; `reason` is one word for it."""
 
     def __init__(self, message: str, reason: str = "rotary"):
         super().__init__(message)
@@ -33,6 +33,16 @@ class Rotary:
     """
 
     module: nn.Module | None
+
+    @property
+    def cos_sin(self) -> Tensor | None:
+        """`[positions, E]`, `[cos | sin]`; None for a layer without RoPE."""
+        return None if self.module is None else self.module.cos_sin_cache
+
+    @property
+    def is_neox(self) -> bool:
+        """Whether RoPE pairs `j` with `j + E/2`, else `2j` with `2j + 1`."""
+        return self.module is None or self.module.is_neox_style
 
     def undo(self, query: Tensor, position: Tensor) -> Tensor:
         """The query before RoPE: `[N, H, D]` float32, from query `[N, H, D]` and position `[N]`.
@@ -77,7 +87,7 @@ def find_rotary(attention: nn.Module, has_rope: bool, head_size: int, length: in
     rotary = Rotary(attention.rotary_emb)
     name = type(rotary.module).__name__
     if media and getattr(rotary.module, SECTIONS, None):
-        # Attention is told the index of a token only. From an image on, what it is rotated by is another number.
+        # Attention only gets the index of a token. From an image on, the token is rotated by another number.
         raise RotaryError(
             f"{name} rotates by positions that attention is not told once a request holds an image, a video or sound. "
             "Where requests hold text alone, --language-model-only lets MAC serve them",

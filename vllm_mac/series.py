@@ -1,8 +1,8 @@
 """Which counters there are, and how their values follow from the integers that a worker counts.
 
-A worker counts integers in two places: those of the layers that MAC serves on their device (`MacLayer.totals`), and on
-the host those of `host_values`. One array of int64 holds both, in this order. `describe` says how every sample is made
-of it, so that another process needs nothing but the array and the description.
+A worker counts integers in two places: those of the layers that MAC runs on their device (`MacLayer.totals`), and on
+the host those of `host_values`. One array of int64 holds both, in this order. `describe` gives how every sample follows
+from it, so that another process needs only the array and the description.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Series(NamedTuple):
 
 
 def describe(layers: Sequence[MacLayer]) -> Series:
-    """The series of a worker's layers, which are all that MAC has there, served or not.
+    """The series of a worker's layers, which are all that MAC has there, exact ones included.
 
     To be made anew when their KV-cache groups are.
     """
@@ -137,7 +137,7 @@ def describe(layers: Sequence[MacLayer]) -> Series:
 
 
 def groups(layers: Sequence[MacLayer]) -> list:
-    """The KV-cache groups (`steps.Group`) of layers, each once."""
+    """The KV-cache groups (`kv_group.Group`) of layers, each once."""
     return list(dict.fromkeys(layer.group for layer in layers if layer.group is not None))
 
 
@@ -148,7 +148,7 @@ def _group_values(group) -> list[int]:
 def host_values(groups: Sequence, rings: dict[str, int], ring_bytes: int) -> list[int]:
     """What the host counts: of each group its totals, then rings by state and their bytes.
 
-    rings: see `RingOwners.states`; empty where no layer is served.
+    rings: see `RingOwners.states`; empty where all layers are exact.
     """
     values = [value for group in groups for value in _group_values(group)]
     return values + [rings[state] for state in RING_STATES] + [ring_bytes] if rings else values
@@ -156,6 +156,6 @@ def host_values(groups: Sequence, rings: dict[str, int], ring_bytes: int) -> lis
 
 def ring_memory(layers: Sequence[MacLayer]) -> tuple[int, int]:
     """Rings of a worker's layers, and bytes of all of them."""
-    stores = [layer.store for layer in layers if layer.served]
+    stores = [layer.state.store for layer in layers if layer.served]
     tensors = [tensor for store in stores for tensor in (store.query, store.out, store.lse, store.chain)]
-    return len(stores[0].query) if stores else 0, sum(tensor.nbytes for tensor in tensors)
+    return stores[0].rings if stores else 0, sum(tensor.nbytes for tensor in tensors)

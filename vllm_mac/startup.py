@@ -1,8 +1,8 @@
-"""What can be known to be wrong before any engine starts is said then, by the process that the user started.
+"""Reports what is wrong with a configuration before any engine starts, in the process that the user started.
 
 vLLM makes its configuration there (`EngineArgs.create_engine_config`: servers, `LLM`, headless nodes), loads plugins
-before it does, and hands the result to its engines. What an engine raises is buried under the tracebacks of the
-processes above it; what is raised here is the last line printed. The engines check again, by the same rules
+before it does, and passes the result to its engines. An engine's exception is buried under the tracebacks of the
+processes above it; an exception raised here is the last line printed. The engines check again, by the same rules
 (`config`, `capabilities`): what only a layer knows, they alone see.
 """
 

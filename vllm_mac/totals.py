@@ -1,4 +1,4 @@
-"""One piece of memory for the counters and histograms of a worker's layers: one copy takes them to the host."""
+"""One tensor for the counters and histograms of a worker's layers, so that one copy brings them to the host."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from vllm_mac.audit import histogram_shape
 
 class Totals(NamedTuple):
     """all: `[n]` int64. counts: of each layer `[counters]`. audited: of each layer its histograms
-    (`audit.histograms`), empty where nothing is audited. These are views of `all`, so
-    `storage_offset()` says where in it they begin."""
+    (`audit.histograms`), empty where nothing is audited. These are views of `all`:
+    `storage_offset()` is where in it they begin."""
 
     all: Tensor
     counts: list[Tensor]
@@ -22,11 +22,11 @@ class Totals(NamedTuple):
 def allocate(counters: int, heads: Sequence[int], audited: bool, device) -> Totals:
     """Zeros for layers of these query heads each."""
     shapes = [(counters,)] * len(heads) + [histogram_shape(count) for count in heads if audited]
-    # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes, and what compiles kernels
-    # before serving goes through one layer of a kind.
+    # Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes, and the warm-up launches kernels
+    # for one layer of a kind only.
     sizes = [size + size % 2 for size in (torch.Size(shape).numel() for shape in shapes)]
     every = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-    pieces = [
-        piece[: torch.Size(shape).numel()].view(shape) for piece, shape in zip(every.split(sizes), shapes, strict=True)
+    views = [
+        view[: torch.Size(shape).numel()].view(shape) for view, shape in zip(every.split(sizes), shapes, strict=True)
     ]
-    return Totals(every, pieces[: len(heads)], pieces[len(heads) :])
+    return Totals(every, views[: len(heads)], views[len(heads) :])

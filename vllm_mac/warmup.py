@@ -1,10 +1,10 @@
-"""Compiles every kernel that serving will launch, before vLLM serves.
+"""Compiles every kernel that an engine will launch, before it takes requests.
 
-Triton compiles a kernel anew for each set of constants that a launcher gives it, and for numbers that
+Triton compiles a kernel anew for each set of constants that a launcher passes, and for numbers that
 are 1 or multiples of 16. Both follow the number of rows of a step, in ways that only the launchers know.
 So there is no list of variants here: steps of every size are launched once, over rows that are all
 padding, and Triton compiles what it has not compiled yet. A launch without work takes microseconds.
-Before that, the same steps are gone through without launching, while threads compile.
+Before that, a first pass over the same steps launches nothing while threads compile.
 """
 
 import logging
@@ -18,12 +18,13 @@ from functools import partial
 import torch
 import triton
 
-from vllm_mac.fused import Decoder, rotation
+from vllm_mac.decoder import Decoder
 from vllm_mac.kernels import assign as assign_kernels
 from vllm_mac.kernels import audit, complete, exact, hit, plan, record
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.record import record_prefill
 from vllm_mac.ring import RingTable
+from vllm_mac.state import LayerState, Seeds
 
 logger = logging.getLogger("vllm.mac")
 KERNELS = (
@@ -32,22 +33,21 @@ KERNELS = (
 )  # fmt: skip
 
 
-def warm_up(decoder: Decoder, layers: Sequence, table: RingTable) -> None:
+def warm_up(decoder: Decoder, layers: Sequence[LayerState], table: RingTable) -> None:
     """Launch every kernel of the steps of these layers in every variant; once for a decoder.
 
     Rings, counters and histograms stay as they are. Where FlashInfer plans on the host
-    (`Decoder.plans_on_host`) decode steps are left out: each number of rows has a planner and its
-    buffers there, too many to make ahead.
+    (`Decoder.plans_on_host`) decode steps are left out: there each number of rows has a planner with buffers of its
+    own, too many to make ahead.
 
-    layers: served ones that the decoder decodes for; of each `store`, `config`, `rotary`, `counts`,
-        `audited` and `paused` are used.
+    layers: those that the decoder decodes for.
     table: one like theirs that nobody else uses.
     """
     if decoder.warm:
         return
     decoder.warm = True
     begin = time.perf_counter()
-    kinds = list({_kind(layer): layer for layer in layers}.values())
+    kinds = list({layer.variant: layer for layer in layers}.values())
 
     def launch():
         _assign(decoder, table)
@@ -58,36 +58,28 @@ def warm_up(decoder: Decoder, layers: Sequence, table: RingTable) -> None:
     # Triton's interpreter, for one, compiles nothing.
     kernels = [kernel for module, name in KERNELS if isinstance(kernel := getattr(module, name), triton.JITFunction)]
     with compilations() as compiled:
-        if kernels and decoder.all_triton:  # FlashInfer's kernels would run after a plan that nobody made
+        if kernels and decoder.all_triton:  # without its plan FlashInfer's kernels must not run
             with compiling(kernels):
                 launch()
         with watching(kernels) as spilled:
             launch()
+    geometry = decoder.geometry
     logger.info(
         "MAC compiled %d kernel variants for up to %d sequences at once in %.1f s; %d were in Triton's cache",
-        len(compiled), decoder.problem.max_rows, time.perf_counter() - begin, sum(compiled),
+        len(compiled), geometry.max_rows, time.perf_counter() - begin, sum(compiled),
     )  # fmt: skip
     if spilled:
-        problem = decoder.problem
         logger.warning(
-            "MAC's kernels for %d/%d heads of size %d keep registers in memory, up to %s. ptxas 12.8 and 12.9 have been "
-            "seen to lose some of those; compare a few replies with another attention backend's, and report it",
-            problem.heads, problem.kv_heads, problem.head_size,
+            "MAC's kernels for %d/%d heads of size %d spill registers, up to %s. ptxas 12.8 and 12.9 can lose a spilled "
+            "register. Compare a few replies with those of another attention backend, and report this warning",
+            geometry.heads, geometry.kv_heads, geometry.head_size,
             ", ".join(f"{most} a thread in {name}" for name, most in spilled.items()),
         )  # fmt: skip
 
 
-def _kind(layer) -> tuple:
-    """What kernels are compiled for in which layers of one decoder may differ: rings and rotation."""
-    rope = rotation(layer.rotary)
-    cache = rope.pop("cos_sin")
-    rotates = None if cache is None else (cache.dtype, cache.shape[-1], rope["is_neox"])
-    return layer.store.query.dtype, layer.store.out.dtype, rotates
-
-
 @contextmanager
 def compiling(kernels: Sequence[triton.JITFunction]) -> Iterator[None]:
-    """Launches compile, in threads, and do nothing else meanwhile; at the end all is compiled but what fails to."""
+    """Within it a launch only compiles, in threads. At the end every variant is compiled but those that fail to."""
     # On a machine with several GPUs each has a process that does the same.
     threads = max(1, min(16, len(os.sched_getaffinity(0)) // max(1, torch.cuda.device_count())))
     with (
@@ -100,10 +92,9 @@ def compiling(kernels: Sequence[triton.JITFunction]) -> Iterator[None]:
 
 @contextmanager
 def watching(kernels: Sequence[triton.JITFunction]) -> Iterator[dict[str, int]]:
-    """By the names of kernels the most registers that a thread of what is launched keeps in memory, for want of registers.
+    """The most registers that a thread of the launched variants spills, by kernel; kernels without spills are left out.
 
-    The compiler may do so, but there is one case that it gets wrong (see `kernels.launch`), so ours are cut so as
-    to need none. Kernels that do need none are left out.
+    ptxas can lose a spilled register (see `kernels.launch`), so MAC's kernels are built to spill none.
     """
     spilled: dict[str, int] = {}
     with _running(kernels, partial(_note, spilled)):
@@ -112,7 +103,7 @@ def watching(kernels: Sequence[triton.JITFunction]) -> Iterator[dict[str, int]]:
 
 @contextmanager
 def _running(kernels: Sequence[triton.JITFunction], run) -> Iterator[None]:
-    """What `kernel[grid](...)` calls, and `kernel.warmup(...)` with `warmup` true, is `run(kernel, ...)` meanwhile."""
+    """Within it `kernel[grid](...)` calls `run(kernel, ...)`, and so does `kernel.warmup(...)`, with `warmup` true."""
     with ExitStack() as stack:
         for kernel in kernels:
             kernel.run = partial(run, kernel)
@@ -134,7 +125,7 @@ def _note(spilled: dict[str, int], kernel, *args, warmup, **kwargs):
 
 @contextmanager
 def compilations() -> Iterator[list[bool]]:
-    """A list with an entry for each kernel variant that Triton makes meanwhile: whether its cache on disk had it."""
+    """A list with an entry for each kernel variant that Triton makes within it: whether its cache on disk had it."""
     knobs, found = triton.knobs.compilation, []
     others = knobs.listener
 
@@ -150,33 +141,30 @@ def compilations() -> Iterator[list[bool]]:
         knobs.listener = others
 
 
-def _decode(decoder: Decoder, layers: Sequence) -> None:
-    problem, device = decoder.problem, decoder.position.device
+def _decode(decoder: Decoder, layers: Sequence[LayerState]) -> None:
+    geometry, device = decoder.geometry, decoder.position.device
     kv, blocks = _cache(decoder)
-    query = torch.zeros(problem.max_rows, problem.heads, problem.head_size, dtype=problem.dtype, device=device)
+    shape = geometry.max_rows, geometry.heads, geometry.head_size
+    query = torch.zeros(shape, dtype=geometry.dtype, device=device)
     out = torch.empty_like(query)
     decoder.position.fill_(-1), decoder.ring.fill_(-1)
-    for rows in range(1, problem.max_rows + 1):
-        decoder.begin_step(blocks[:rows], kv)
+    for n in range(1, geometry.max_rows + 1):
+        rows = decoder.rows(blocks[:n])
+        decoder.begin_step(rows, kv)
         for layer in layers:
-            decoder.decode(
-                query[:rows], kv, blocks[:rows], layer.store, layer.config, layer.rotary, layer.counts, out[:rows],
-                layer.audited, layer.paused,
-            )  # fmt: skip
+            decoder.decode(layer, rows, query[:n], kv, out[:n])
 
 
-def _prefill(decoder: Decoder, layers: Sequence) -> None:
+def _prefill(decoder: Decoder, layers: Sequence[LayerState]) -> None:
     """One token that belongs to no row."""
-    problem, device = decoder.problem, decoder.position.device
+    geometry, device = decoder.geometry, decoder.position.device
     kv, blocks = _cache(decoder)
-    query = torch.zeros(1, problem.heads, problem.head_size, dtype=problem.dtype, device=device)
-    lse = torch.zeros(1, problem.heads, dtype=torch.float32, device=device)
+    query = torch.zeros(1, geometry.heads, geometry.head_size, dtype=geometry.dtype, device=device)
+    lse = torch.zeros(1, geometry.heads, dtype=torch.float32, device=device)
     none = torch.full((1,), -1, dtype=torch.int32, device=device)
+    seeds = Seeds(none, none, none, torch.full_like(decoder.ring, -1), blocks)
     for layer in layers:
-        record_prefill(
-            query, none, none, none, torch.full_like(decoder.ring, -1), blocks, kv, layer.store, layer.config,
-            problem.scale, query, lse, **rotation(layer.rotary),
-        )  # fmt: skip
+        record_prefill(layer, seeds, query, kv, query, lse, geometry.scale)
 
 
 def _assign(decoder: Decoder, table: RingTable) -> None:
@@ -188,8 +176,8 @@ def _assign(decoder: Decoder, table: RingTable) -> None:
 def _cache(decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
     """`(kv, block_table)`: a KV cache of one block, which nobody reads, and a table of nothing else.
 
-    Its strides are multiples of 16 as a real one's are in every layout, head sizes being so.
+    Its strides are multiples of 16 as a real one's are in every layout, because head sizes are.
     """
-    problem, device = decoder.problem, decoder.position.device
-    kv = torch.zeros(1, problem.page_size, problem.kv_heads, 2 * problem.head_size, dtype=problem.dtype, device=device)
-    return kv.transpose(1, 2), torch.zeros(problem.max_rows, 1, dtype=torch.int32, device=device)
+    g, device = decoder.geometry, decoder.position.device
+    kv = torch.zeros(1, g.page_size, g.kv_heads, 2 * g.head_size, dtype=g.dtype, device=device)
+    return kv.transpose(1, 2), torch.zeros(g.max_rows, 1, dtype=torch.int32, device=device)

@@ -5,7 +5,7 @@ small factor. All outputs, workspaces, free pages and rings start as NaN; slots 
 own, and those that nothing may match, hold queries nearer than all others.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
@@ -13,11 +13,15 @@ from rounding import FLOAT32, largest_score
 
 from vllm_mac import reference
 from vllm_mac.counters import OPTED_OUT, Count
+from vllm_mac.decoder import Decoder
 from vllm_mac.kernels.complete import complete_misses
-from vllm_mac.kernels.exact import Completion, PrefixProblem, TritonExact, Tuning
-from vllm_mac.kernels.hit import Workspace, decode_hits
+from vllm_mac.kernels.exact import TritonExact, Tuning
+from vllm_mac.kernels.hit import decode_hits
+from vllm_mac.kernels.workspace import Workspace
 from vllm_mac.reference import Entry, Partial
-from vllm_mac.ring import RingStore, narrow
+from vllm_mac.ring import narrow
+from vllm_mac.rope import Rotary
+from vllm_mac.state import Geometry, LayerState, RingStore, Rows
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 
@@ -162,7 +166,8 @@ class Batch:
         # .to() keeps strides only of dense tensors, which kv is.
         names = ("query", "out", "lse", "chain")
         self.store = RingStore(**{name: getattr(self.store, name).to(device) for name in names})
-        self.work = Workspace.allocate(b + 1, h, k, d, device)
+        self.scale = d**-0.5
+        self.work = Workspace.allocate(replace(self.geometry(), max_rows=b + 1), device)
         for tensor in (
             self.work.part_out,
             self.work.part_lse,
@@ -174,7 +179,6 @@ class Batch:
             tensor.fill_(-9)
         self.out = torch.full_like(self.query, torch.nan)
         self.counters = torch.zeros(len(Count), dtype=torch.int64, device=device)
-        self.scale = d**-0.5
         self.paused = None
         self._engine = None
 
@@ -202,17 +206,11 @@ class Batch:
                             ring[p] = Entry(store.query[at].double(), summary, int(store.chain[at]))
                 key, value = self.tokens[i][k].to(dtype).chunk(2, -1)
                 head = slice(heads.start, heads.stop)
-                step = reference.decode(
-                    m,
-                    query[i, head].to(dtype),
-                    pre[i, head],
-                    key,
-                    value,
-                    rings,
-                    self.config,
-                    self.scale,
-                    float(self.slack[i]),
-                )
+                # A request's own threshold, as that of a layer.
+                wanted = max(self.config.threshold, 1.0 - float(self.slack[i]) ** 0.5)
+                own = SimpleNamespace(**vars(self.config) | {"threshold": wanted})
+                inputs = query[i, head].to(dtype), pre[i, head], key, value
+                step = reference.decode(m, *inputs, rings, own, self.scale)
                 steps[i, k], entries[i, k] = step, [ring[m] for ring in rings]
         return steps, entries
 
@@ -233,36 +231,48 @@ class Batch:
                     lse[i, h] = part.lse / torch.log(torch.tensor(2.0))
         return out.to(self.device), lse.to(self.device)
 
-    def launch(self):
-        decode_hits(
-            self.query, self.position, self.ring, self.first, self.slack, self.table, self.kv,
-            self.store, self.config, self.scale, self.work, self.out, self.counters,
-            self.cos_sin, self.case.neox, paused=self.paused,
+    def geometry(self) -> Geometry:
+        rows, heads, d = self.query.shape
+        return Geometry(
+            max_rows=rows, heads=heads, kv_heads=self.kv.shape[1], head_size=d, page_size=self.kv.shape[2],
+            max_blocks=self.table.shape[1], dtype=self.query.dtype, band=self.config.band, sink=self.config.sink,
+            scale=self.scale,
         )  # fmt: skip
 
+    def layer(self, **changes) -> LayerState:
+        module = SimpleNamespace(cos_sin_cache=self.cos_sin, is_neox_style=self.case.neox)
+        rotary = Rotary(None if self.cos_sin is None else module)
+        return replace(LayerState(self.store, self.config, rotary, self.counters, paused=self.paused), **changes)
+
+    def rows(self) -> Rows:
+        return Rows(self.position, self.ring, self.first, self.slack, self.table)
+
+    def decoder(self, **changes) -> Decoder:
+        """A decoder of these rows."""
+        made = Decoder(replace(self.geometry(), **changes), self.config, torch.device(self.device))
+        self.assign(made)
+        return made
+
+    def assign(self, decoder: Decoder) -> None:
+        for name in ("position", "ring", "first"):
+            getattr(decoder, name).fill_(-1)
+            getattr(decoder, name)[: len(self.position)].copy_(getattr(self, name))
+
+    def launch(self):
+        decode_hits(self.layer(), self.rows(), self.query, self.kv, self.work, self.out)
+
     def finish(self, prefix):
-        complete_misses(
-            self.query, self.position, self.ring, self.store, *prefix, self.work, self.out,
-            self.cos_sin, self.case.neox,
-        )  # fmt: skip
+        complete_misses(self.layer(), self.rows(), self.query, *prefix, self.work, self.out)
 
     def engine(self):
         """The miss engine, which also completes the groups; one for all steps."""
         if self._engine is None:
-            rows, heads, d = self.query.shape
-            problem = PrefixProblem(
-                max_rows=rows, heads=heads, kv_heads=self.kv.shape[1], head_size=d, page_size=self.kv.shape[2],
-                max_blocks=self.table.shape[1], dtype=self.query.dtype, band=self.config.band, sink=self.config.sink,
-                scale=self.scale,
-            )  # fmt: skip
-            self._engine = TritonExact(problem, self.device)
+            self._engine = TritonExact(self.geometry(), self.device)
         return self._engine
 
     def finish_at_once(self):
         """As `finish`, with the prefix as the miss engine computes it."""
-        completion = Completion(self.ring, self.work, self.store, self.cos_sin, self.case.neox)
-        hit = self.work.hit[: len(self.query)]
-        self.engine().run(self.query, self.kv, self.table, self.position, hit, self.out, None, completion)
+        self.engine().finish(self.layer(), self.rows(), self.query, self.kv, self.work, self.out)
 
     def check(self):
         """Run one step, its misses completed in every way, and compare everything it may write with the
@@ -380,8 +390,8 @@ def tune(splits, bands, small, halves):
     }  # fmt: skip
 
 
-def two_stages(problem: PrefixProblem, device) -> TritonExact:
+def two_stages(geometry: Geometry, device) -> TritonExact:
     """An engine whose one long group is merged in blocks of programs, and then the blocks."""
-    made = TritonExact(problem, device, programs=16, tuning=Tuning(block=16, warps=4, stages=3, per_sm=1))
+    made = TritonExact(geometry, device, programs=16, tuning=Tuning(block=16, warps=4, stages=3, per_sm=1))
     assert made._block == 4  # a group in more than 8 pieces
     return made

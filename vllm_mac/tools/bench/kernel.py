@@ -175,7 +175,7 @@ def _shape_rows(bench: KernelBench, shape: Shape, pool, bandwidth, report, timer
 
     decoder = _decoder(step)
     layers = step.layers
-    begin = lambda: decoder.begin_step(step.block_table, layers[0].kv, step.audited)
+    begin = lambda: decoder.begin_step(decoder.rows(step.block_table), layers[0].kv, step.audited)
     begin_step = {
         "begin_host_ms": quantiles(timers.host(begin))["p50"],
         "begin_device_ms": quantiles(timers.device(begin))["p50"],
@@ -223,16 +223,16 @@ def _best(make, step: Step, truth, timers: Timers) -> tuple[list[float], str, fl
 
 
 def _decoder(step: Step):
-    from vllm_mac.fused import Decoder
-    from vllm_mac.kernels.exact import PrefixProblem
+    from vllm_mac.decoder import Decoder
+    from vllm_mac.state import Geometry
 
     shape, config = step.shape, step.config
-    problem = PrefixProblem(
+    geometry = Geometry(
         max_rows=shape.batch, heads=shape.heads, kv_heads=shape.kv_heads, head_size=shape.head_size,
         page_size=shape.page, max_blocks=shape.row_pages, dtype=shape.dtype, band=config.band, sink=config.sink,
         scale=step.scale,
     )  # fmt: skip
-    decoder = Decoder(problem, config, step.ring.device)
+    decoder = Decoder(geometry, config, step.ring.device)
     decoder.position.copy_(step.position)
     decoder.ring.copy_(step.ring)
     decoder.first.copy_(step.first)
@@ -240,17 +240,7 @@ def _decoder(step: Step):
 
 
 def _decode(step: Step, decoder, layer) -> None:
-    decoder.decode(
-        layer.query,
-        layer.kv,
-        step.block_table,
-        layer.store,
-        step.config,
-        step.rotary,
-        layer.counts,
-        layer.out,
-        layer.audited,
-    )
+    decoder.decode(step.state(layer), decoder.rows(step.block_table), layer.query, layer.kv, layer.out)
 
 
 def check(step: Step, decoder) -> float:
@@ -265,7 +255,7 @@ def check_counts(step: Step, decoder) -> None:
     for layer in step.layers:
         layer.counts.zero_()
         layer.out.fill_(float("nan"))
-    decoder.begin_step(step.block_table, step.layers[0].kv, step.audited)
+    decoder.begin_step(decoder.rows(step.block_table), step.layers[0].kv, step.audited)
     for i, layer in enumerate(step.layers):
         _decode(step, decoder, layer)
         got, wanted = layer.counts.tolist(), expected_counts(step, layer)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from vllm_mac import audit, paged
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import Count
-from vllm_mac.ring import RingStore, narrow, ring_dtypes
+from vllm_mac.ring import narrow, ring_dtypes
 from vllm_mac.rope import Rotary
+from vllm_mac.state import LayerState, RingStore, Rows
 from vllm_mac.tools.bench import BenchError
 
 LAGS = ("geometric", "uniform", "constant")
@@ -97,6 +98,14 @@ class Step:
     @property
     def scale(self) -> float:
         return self.shape.head_size**-0.5
+
+    def state(self, layer: Layer) -> LayerState:
+        return LayerState(layer.store, self.config, self.rotary, layer.counts, layer.audited)
+
+    def rows(self) -> Rows:
+        """As `paged` takes them."""
+        slack = torch.ones_like(self.position, dtype=torch.float32)
+        return Rows(self.position.long(), self.ring.long(), self.first.long(), slack, self.block_table)
 
     @property
     def audited(self) -> bool:
@@ -188,11 +197,10 @@ def plant(step: Step, rate: float, law: str, mean_lag: int, seed: int) -> None:
 def check_planting(step: Step) -> None:
     """Raises BenchError unless the method's own match, in PyTorch, finds exactly the planted entries."""
     for i, layer in enumerate(step.layers):
-        position = step.position.long()
-        pre_query = step.rotary.undo(layer.query, position)
-        rest = paged.band_and_sink(position, layer.query, layer.kv, step.block_table, step.config, step.scale)
-        facts = position, pre_query, step.ring.long(), step.first.long()
-        found = paged.match(*facts, layer.store, step.config, rest.lse)
+        rows = step.rows()
+        pre_query = step.rotary.undo(layer.query, rows.position)
+        rest = paged.band_and_sink(rows.position, layer.query, layer.kv, rows.block_table, step.config, step.scale)
+        found = paged.match(rows, pre_query, layer.store, step.config, rest.lse)
         wrong = int(torch.ne(found.cpu(), layer.source).sum())
         if wrong:
             raise BenchError(
@@ -275,13 +283,10 @@ def reference(step: Step, layer: Layer) -> Tensor:
     """The method on one layer, `[B, H, D]` float32. Does not change the layer's rings."""
     store = layer.store
     copy = RingStore(store.query.clone(), store.out.clone(), store.lse.clone(), store.chain.clone())
-    position = step.position.long()
-    pre_query = step.rotary.undo(layer.query, position)
+    rows = step.rows()
+    pre_query = step.rotary.undo(layer.query, rows.position)
     with torch.device(layer.query.device):  # `paged` makes its indices on the default device
-        return paged.decode(
-            position, layer.query, pre_query, layer.kv, step.block_table, step.ring.long(), step.first.long(), copy,
-            step.config, step.scale,
-        ).out  # fmt: skip
+        return paged.decode(rows, layer.query, pre_query, layer.kv, copy, step.config, step.scale).out
 
 
 def compare(name: str, step: Step, got: Tensor, wanted: Tensor) -> float:

@@ -8,6 +8,7 @@ result is written as JSON to a file that SPEC names.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +48,8 @@ class DivergenceWorker(WorkerExtension):
         layers = mac_layers(self.vllm_config)
         with_mac = [x for x in layers if x.exact is None]
         names = [str(x.name) for x in with_mac]
-        # A layer that uses MAC has a store once the model is loaded.
-        rings = min((len(x.store.query) for x in with_mac), default=None)  # pyrefly: ignore[missing-attribute]
+        # A layer that uses MAC has a state once the model is loaded.
+        rings = min((x.state.store.rings for x in with_mac), default=None)  # pyrefly: ignore[missing-attribute]
         return {
             "layers": [(name, extract_layer_index(name)) for name in names],
             "exact": exact_reasons(layers),
@@ -61,7 +62,8 @@ class DivergenceWorker(WorkerExtension):
 
         for layer in mac_layers(self.vllm_config):
             if layer.name in keys:
-                layer.config = layer.config.model_copy(update=keys[layer.name])
+                config = layer.state.config.model_copy(update=keys[layer.name])
+                layer.state = replace(layer.state, config=config)
 
 
 class Run(NamedTuple):

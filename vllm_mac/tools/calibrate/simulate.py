@@ -177,7 +177,7 @@ def simulate(
     lag_weight = per((s.lag_weight for s in settings), dtype)[:, None, None]
     norm = (pre[window:] ** 2).sum(-1)  # [S, H]
     floor = per((torch.nan if s.mass_floor is None else s.mass_floor for s in settings), dtype)[:, None]
-    relief = lambda mass: torch.nan_to_num(((1 + floor) / (mass + floor)) ** 2, nan=1.0)  # as `reference.relief`
+    relief = lambda mass: torch.nan_to_num(((1 + floor) / (mass + floor)) ** 2, nan=1.0)  # as `limits.relief`
     loosest = relief(0.0)[..., None]
 
     # Candidates of one band share the keys of their amends.

@@ -1,4 +1,5 @@
-"""From a batch's metadata to what each of its rows does in this step."""
+"""The layers of one KV-cache group: what their rings hold, which of their steps are audited, and, on CPUs, what
+each row of a batch does."""
 
 from dataclasses import dataclass
 
@@ -13,44 +14,36 @@ from vllm_mac.layers import mac_layers
 from vllm_mac.publisher import publish
 from vllm_mac.requests import row_rings
 from vllm_mac.ring import RingTable
+from vllm_mac.state import Chunk, Rows
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """One row of several tokens, prefilled or verifying speculated ones: tokens `[begin, end)` of the
-    batch, from position `start` on, recorded in `ring` (below 0: nowhere)."""
+class ChunkRow:
+    """One row of several tokens, prefilled or verifying speculated ones: tokens `[begin, end)` of the batch."""
 
-    row: int
     begin: int
     end: int
-    start: int
-    ring: int
+    chunk: Chunk
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the rows of a batch do; tensors `[B]` int64 over the rows of one token.
+    """What the rows of a batch do.
 
-    row: row of the block table. token: index of the row's token in the batch. position: its
-    position. ring: its ring, or below 0 for none, see `requests.RowRings`. first: see `RingTable.assign`.
-    slack: `[B]` float32, see `reference.limit`. audited: `[B]` bool, whether the row's hits are.
-    chunks: the other rows.
+    token: `[B]` int64, of each row of one token its token's index in the batch. rows: what they do, int64.
+    audited: `[B]` bool, whether the row's hits are audited. chunks: the other rows.
     """
 
-    row: Tensor
     token: Tensor
-    position: Tensor
-    ring: Tensor
-    first: Tensor
-    slack: Tensor
+    rows: Rows
     audited: Tensor
-    chunks: list[Chunk]
+    chunks: list[ChunkRow]
 
 
 class Group:
     """The layers of one KV-cache group, which share block tables and so ring ownership.
 
-    layers: those whose backend is MAC, served or not.
+    layers: those whose backend is MAC, exact ones included.
     decoded: rows decoded so far, one token each. context: KV tokens that full attention reads
         for them (per KV head). windowed: the same within each sliding window of the group.
     """
@@ -63,8 +56,8 @@ class Group:
             layer.group = self
         self._device = device
         self._table: RingTable | None = None
-        served = [layer for layer in self.layers if layer.audited is not None]
-        self._audit = Audit(served[0].config, served) if served else None
+        audited = {layer.name: layer.state for layer in self.layers if layer.audited is not None}
+        self._audit = Audit(audited) if audited else None
         if self.layers:
             publish(mac_layers(vllm_config))
 
@@ -74,18 +67,21 @@ class Group:
 
     @property
     def table(self) -> RingTable | None:
-        """What the rings hold; None when no layer of the group is served."""
-        if self._table is None and any(layer.store is not None for layer in self.layers):
+        """What the rings hold; None where all layers of the group are exact."""
+        if self._table is None and any(layer.served for layer in self.layers):
             self._table = self.new_table()
         return self._table
 
     def new_table(self) -> RingTable:
-        """A table of rings that hold nothing; some layer must be served."""
-        store = next(layer.store for layer in self.layers if layer.store is not None)
-        return RingTable(len(store.query), store.query.shape[2], self._device)
+        """A table of rings that hold nothing; some layer must have rings."""
+        store = next(layer.state.store for layer in self.layers if layer.served)
+        return RingTable(store.rings, store.window, self._device)
 
-    def step(self, common: CommonAttentionMetadata) -> Step | None:
-        """Plan a batch whose metadata is on the CPU; None when no layer of the group is served."""
+    def step(self, common: CommonAttentionMetadata, block_table: Tensor) -> Step | None:
+        """Plan a batch whose metadata is on the CPU; None where all layers of the group are exact.
+
+        block_table: `[num_reqs, *]`.
+        """
         rows = common.num_reqs
         begin = common.query_start_loc[: rows + 1].long()
         length = common.seq_lens[:rows].long()
@@ -102,12 +98,13 @@ class Group:
         ring = torch.where(skips, -1, ring.long())
         row = decodes.nonzero()[:, 0]
         chunks = [
-            Chunk(r, int(begin[r]), int(begin[r + 1]), int(start[r]), int(ring[r]))
+            ChunkRow(int(begin[r]), int(begin[r + 1]), Chunk(int(start[r]), int(ring[r]), block_table[r]))
             for r in ((count > 0) & ~decodes).nonzero()[:, 0].tolist()
         ]
         if len(row) and self.begin_decodes():
             audited = torch.ones_like(audited)
-        return Step(row, begin[row], start[row], ring[row], first[row], slack[row], audited[row], chunks)
+        decoded = Rows(start[row], ring[row], first[row], slack[row], block_table[row])
+        return Step(begin[row], decoded, audited[row], chunks)
 
     def tally_host(self, common: CommonAttentionMetadata) -> None:
         """Count a batch from what the CPU knows of it (lengths may be upper bounds)."""

@@ -1,4 +1,4 @@
-"""What MAC's backends have in common on every platform: what they support, and their layers."""
+"""The two mixins that make a platform's own backend and layer implementation MAC's."""
 
 import inspect
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from vllm_mac.requests import follow
 
 @pinning(BACKEND)
 class MacSupport:
-    """Goes before a platform's own backend class, whose other answers stand."""
+    """Precedes a platform's own backend class, whose other answers stand."""
 
     supported_kv_cache_dtypes: ClassVar[list] = list(KV_CACHE_DTYPES)
 
@@ -58,7 +58,7 @@ class MacSupport:
 
 @pinning(IMPL)
 class MacImpl:
-    """Goes before a platform's own implementation of a layer, and adds the layer's MAC state."""
+    """Precedes a platform's own implementation of a layer, and adds `MacLayer` as `mac`."""
 
     def __init__(
         self,
@@ -87,15 +87,18 @@ class MacImpl:
             num_kv_heads,
             head_size,
             scale,
-            sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            kv_sharing=kv_sharing_target_layer_name,
+            sliding_window,
+            {
+                "soft_cap": bool(logits_soft_cap),
+                "alibi": alibi_slopes is not None,
+                "attention_sinks": sinks is not None,
+                "kv_sharing": kv_sharing_target_layer_name is not None,
+            },
         )
 
     def _unprepared(self) -> RuntimeError:
-        """What `forward` raises for a served layer in a batch that was not planned for it: nobody would write its output."""
+        """What `forward` raises for a layer that MAC runs, in a batch whose metadata has no step for it: otherwise
+        nothing would write its output."""
         return RuntimeError(
             f"MAC serves {self.mac.name}, but the metadata of this batch is for layers that it does not serve"
         )
