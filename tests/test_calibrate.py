@@ -6,47 +6,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rounding import decode_error, largest_score
-from test_structure import MODULES, top
-from typer.testing import CliRunner
 
+from support.calibrate_runs import (
+    CANDIDATES,
+    ERRORS,
+    EXACT64,
+    FEW,
+    GRID,
+    HEADS,
+    KV_HEADS,
+    READS,
+    SCALE,
+    SETTINGS,
+    SMALL,
+    STEPS,
+    TOKENS,
+    U64,
+    WINDOW,
+    A,
+    B,
+    D,
+    invoke,
+    layer,
+    made_up,
+    said,
+)
+from support.modules import MODULES, top
+from support.rounding import decode_error, largest_score
 from vllm_mac import metrics, reference
 from vllm_mac.config import MacConfig, resolve
-from vllm_mac.tools import cli
 from vllm_mac.tools.calibrate import CalibrateError
-from vllm_mac.tools.calibrate.bins import BINS, UPPER
 from vllm_mac.tools.calibrate.choose import Chooser, Rule, outcome, single
 from vllm_mac.tools.calibrate.grid import PAPER, Candidate, Grid, Setting
 from vllm_mac.tools.calibrate.measured import Measured, figures
 from vllm_mac.tools.calibrate.simulate import Layer, measure, simulate, tally
-
-U64 = torch.finfo(torch.float64).eps / 2
-HEADS, KV_HEADS, D, TOKENS, WINDOW, STEPS = 6, 2, 8, 120, 24, 40
-SCALE = D**-0.5
-EXACT64 = (torch.float64, torch.float64)
-
-
-def layer(seed: int = 0, dtype=torch.float64, tokens: int = TOKENS) -> Layer:
-    """Queries that move slowly and jump now and then, so that heads hit, miss and disagree."""
-    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed + len(shape)), dtype=dtype)
-    n = WINDOW + STEPS
-    query = draw(n, HEADS, D)
-    for i in range(1, n):
-        if i % 11:
-            query[i] = 0.85 * query[i - 1] + 0.35 * query[i]
-    # What is compared differs from what attends, as it does with RoPE.
-    return Layer(query + 0.3 * query.flip(0), query, draw(KV_HEADS, tokens, D), draw(KV_HEADS, tokens, D) + 1, SCALE)
-
-
-SETTINGS = [
-    Setting(8, 0, "anchored", 0.0, None, "absolute", None),
-    Setting(8, 3, "anchored", 2.0, None, "absolute", None),
-    Setting(16, 0, "chained", 0.0, None, "absolute", None),
-    Setting(16, 3, "chained", 1.0, 3, "relative", None),
-    Setting(4, 5, "anchored", 0.0, 2, "relative", None),
-    Setting(8, 2, "anchored", 1.0, None, "absolute", 0.2),
-]
-CANDIDATES = [Candidate(setting, threshold) for setting in SETTINGS for threshold in (0.3, 0.5, 0.7, 1.0)]
 
 
 def by_reference(given: Layer, candidate: Candidate):
@@ -160,41 +153,7 @@ def test_who_knows_what():
     assert not any(knows.values())
 
 
-# --- the choice ---------------------------------------------------------------------------------
-
-A, B = (
-    Setting(128, 0, "anchored", 0.0, None, "absolute", None),
-    Setting(256, 0, "anchored", 0.0, None, "absolute", None),
-)
-GRID = Grid(512, 2048, 100, (0.3, 0.5, 0.7), (128, 256), (0,), (0.0,), ("anchored",), (None,), ("absolute",), (None,))
-
-
-def made_up(errors: dict, reads: dict, heads: int = 8, prompts: int = 2) -> Measured:
-    """Two layers; errors and reads `[candidate][layer]`, equal for all heads. In the second half errors double."""
-    candidates = GRID.candidates(False)
-    shape = (2, 2, len(candidates))
-    counts = {
-        name: np.zeros(shape) for name in ("error", "matched", "lag", "chain", "longest", "read", "full", "steps")
-    }
-    counts |= {"bins": np.zeros((*shape, BINS), int), "heads": np.zeros((*shape, heads), int)}
-    counts["steps"][:], counts["full"][:] = 100 * heads, 1000
-    for c, candidate in enumerate(candidates):
-        key = "AB"[candidate.setting == B], candidate.threshold
-        for row in range(2):
-            for half in range(2):
-                value = errors[key][row] * (1 + half)
-                counts["bins"][half, row, c, np.searchsorted(UPPER, value)] = 100 * heads
-                counts["error"][half, row, c] = value * 100 * heads
-                counts["read"][half, row, c] = 1000 * reads[key][row]
-    environment = dict.fromkeys(("command", "gpu", "vllm", "torch", "commit", "timestamp"), "?")
-    source = {"model": "m", "prompts": "p", "mac": MacConfig().model_dump(mode="json"), "environment": environment}
-    names = "model.layers.0.attn", "model.layers.1.attn"
-    return Measured(counts, names, (0, 1), GRID, False, (4000,) * prompts, source)
-
-
-ERRORS = {("A", 0.3): (0.2, 0.9), ("A", 0.5): (0.1, 0.8), ("A", 0.7): (0.04, 0.7)}
 ERRORS |= {("B", 0.3): (0.1, 0.3), ("B", 0.5): (0.05, 0.2), ("B", 0.7): (0.02, 0.02)}
-READS = {("A", 0.3): (0.1, 0.1), ("A", 0.5): (0.2, 0.2), ("A", 0.7): (0.5, 0.98)}
 READS |= {("B", 0.3): (0.2, 0.2), ("B", 0.5): (0.3, 0.3), ("B", 0.7): (0.6, 0.97)}
 
 
@@ -281,17 +240,6 @@ def test_the_paper_is_tried_where_prompts_allow():
     assert wide.least() == 512 + 512 + 128 + 4 and wide.least(paper=True) == wide.least() + 128
 
 
-# --- the command --------------------------------------------------------------------------------
-
-
-def invoke(*args):
-    return CliRunner().invoke(cli.app, ["calibrate", *map(str, args)], env={"COLUMNS": "300"})
-
-
-def said(result) -> str:
-    return " ".join((result.output + result.stderr).replace("│", " ").split())
-
-
 def test_the_file_is_read_back_and_says_where_it_came_from(tmp_path):
     made_up(ERRORS, READS).save(tmp_path / "m.npz")
     names = {name: tmp_path / "new" / name for name in ("mac.yaml", "r.json", "t.md", "p.png")}
@@ -375,45 +323,6 @@ def test_wrong_options_are_named(args, message, tmp_path):
     assert not (tmp_path / "mac.yaml").exists()
 
 
-# --- whole runs ---------------------------------------------------------------------------------
-
-SMALL = json.dumps({"window": 64, "min_context": 200})
-FEW = (
-    "--metric",
-    "p95",
-    "--bands",
-    "32",
-    "--sinks",
-    "0,4",
-    "--thresholds",
-    "0.3,0.6,0.8",
-    "--lag-weights",
-    "0",
-    "--reuse",
-    "anchored",
-    "--steps",
-    48,
-)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    from tiny_models import write
-
-    folder = tmp_path_factory.mktemp("models")
-    return lambda name: write(name, folder)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    for name, value in {
-        "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-
-
 @pytest.mark.cpu
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "mistral"])
 def test_calibrate_a_folder(name, models, quick, tmp_path):
@@ -470,9 +379,9 @@ def test_wrong_prompts(prompts, mac, message, models, quick, tmp_path):
 def test_an_engine_reads_what_the_simulation_says(models):
     """A layer above embeddings sees the same queries whatever MAC did below it: the first one. So what the
     engine counts while it decodes equals what is simulated on a prompt that holds the tokens it decoded."""
-    import engine as harness
     from vllm import SamplingParams
 
+    from support import engine as harness
     from vllm_mac.metrics import HEADS, KV_TOKENS
 
     first, tokens, prompt = "model.layers.0.self_attn.attn", 60, list(b"a keeper writes down ships and winds; " * 6)

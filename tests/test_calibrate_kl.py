@@ -1,6 +1,5 @@
 """`vllm-mac calibrate --metric kl`: the choice by sums, and whole runs on tiny models."""
 
-# ruff: noqa: F811 (fixtures are arguments)
 import itertools
 import json
 from types import SimpleNamespace
@@ -8,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_calibrate import invoke, models, quick, said  # noqa: F401, models and quick are fixtures
 
+from support.calibrate_runs import invoke, said
 from vllm_mac.config import resolve
 from vllm_mac.tools import terminal
 from vllm_mac.tools.calibrate import CalibrateError, by_kl, knapsack

@@ -1,12 +1,12 @@
 """`vllm-mac calibrate --metric output`: the error of a layer's output after W_O, against the formula and against Transformers."""
 
-# ruff: noqa: F811 (fixtures are arguments)
 import json
 
 import numpy as np
 import pytest
 import torch
-from test_calibrate import (  # noqa: F401, models and quick are fixtures
+
+from support.calibrate_runs import (
     CANDIDATES,
     ERRORS,
     EXACT64,
@@ -21,11 +21,8 @@ from test_calibrate import (  # noqa: F401, models and quick are fixtures
     invoke,
     layer,
     made_up,
-    models,
-    quick,
     said,
-)  # fmt: skip
-
+)
 from vllm_mac.tools.calibrate import CalibrateError
 from vllm_mac.tools.calibrate.choose import Chooser, Rule
 from vllm_mac.tools.calibrate.grid import Candidate, Grid
@@ -86,9 +83,10 @@ def watched(worker):
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma3"])
 def test_the_residual_and_the_output_matrix_are_the_model_s(name, models):
     """Against Transformers, with the prompt read in chunks."""
-    import engine as harness
     from transformers import AutoModelForCausalLM
     from vllm import SamplingParams
+
+    from support import engine as harness
 
     folder, prompt = models(name), list(b"a keeper writes down ships and winds; " * 6)
     keys = {"window": 64, "min_context": 150, "band": 32, "threshold": 1.0}

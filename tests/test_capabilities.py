@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from source_tree import Tree, assigned
-from stub_flashinfer import gpu_backend
-from vllm_sources import VERSIONS, folder
 
+from support.source_tree import Tree, assigned
+from support.stub_flashinfer import gpu_backend
+from support.vllm_sources import VERSIONS, folder
 from vllm_mac import capabilities
 from vllm_mac.capabilities import _NOTHING, BACKEND, BUILDER, IMPL
 

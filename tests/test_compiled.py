@@ -2,14 +2,13 @@
 GPU is needed."""
 
 import functools
-from pathlib import Path
 
 import pytest
-import tritons
-from compiled import GPUS
-from test_warmup import compiles
 
-HERE = Path(__file__).resolve().parent
+from support import tritons
+from support.compiled import GPUS
+from support.tritons import compiles
+
 KERNELS = {
     "hit_kernel", "prefix_kernel", "_complete_kernel", "_tally_kernel", "_record_kernel", "_assign_kernel",
     "_pages_kernel", "_plan_kernel",
@@ -21,11 +20,15 @@ MEASURED = RUNS[2]  # what the kernels are cut for was measured on this GPU, who
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """`compiled(arch, triton)`: the rows of `compiled.py`."""
-    cache = functools.partial(tmp_path_factory.mktemp, "cache")
-    return functools.cache(
-        lambda arch, triton: compiles(cache(), str(HERE / "compiled.py"), str(arch), first=tritons.folder(triton))
-    )
+    """`compiled(arch, triton)`: the rows of `compiled.py`, those of `MEASURED` with their instructions."""
+
+    @functools.cache
+    def rows(arch, triton):
+        sass = ["sass"] if (arch, triton) == MEASURED else []
+        command = ["-m", "support.compiled", str(arch), *sass]
+        return compiles(tmp_path_factory.mktemp("cache"), *command, first=tritons.folder(triton))
+
+    return rows
 
 
 @pytest.mark.parametrize("arch, triton", RUNS)

@@ -9,10 +9,10 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from stub_flashinfer import gpu_backend
-from test_kernels_hit import Batch, Case, config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from support.hit_batches import Batch, Case, config
+from support.stub_flashinfer import gpu_backend
 from vllm_mac.requests import RowRings
 from vllm_mac.ring import RingTable
 

@@ -5,35 +5,28 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from engine import ENVIRONMENT, engine, worker
 from packaging.specifiers import SpecifierSet
 from safetensors.torch import load_file
-from tiny_models import write
 from typer.testing import CliRunner
 
+from support import ROOT
+from support.engine import ENVIRONMENT, engine, worker
 from vllm_mac.tools import cli
 from vllm_mac.tools.doctor import checks, show, versions
 from vllm_mac.tools.doctor.checks import OK, PROBLEM, UNCHECKED, WARNING, Finding
 from vllm_mac.tools.doctor.estimate import LAG, estimate, measured_bandwidth
 from vllm_mac.tools.doctor.model import Examined, Layer, examine, groups
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HERE = {
     "gpu": None, "vllm": "0.32.0+cpu", "torch": "2.13.0", "triton": None, "flashinfer": None, "vllm_mac": "0.1.0",
     "python": "3.11.7", "commit": "abc",
 }  # fmt: skip
 SMALL = {"window": 32, "band": 16, "min_context": 64}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
 
 
 def test_versions_are_those_that_pip_is_told():
@@ -125,7 +118,7 @@ def test_layers_and_rings_are_an_engine_s(models, family):
 
     mac = SMALL | {"ring_memory_gib": 0.002}
     options = {"max_model_len": 512, "dtype": "float32"}
-    model = write(family, models)
+    model = models(family)
     seen = examine(str(model), mac, options, max_num_seqs=8)
     assert seen.refused is None
     ours = [layer for layer in seen.layers if layer.state != "other"]
@@ -165,7 +158,7 @@ def test_layers_and_rings_are_an_engine_s(models, family):
     ],
 )
 def test_what_an_engine_would_refuse(models, family, mac, options, reason):
-    seen = examine(str(write(family, models)), mac, {"max_model_len": 512} | options)
+    seen = examine(str(models(family)), mac, {"max_model_len": 512} | options)
     assert reason in seen.refused and "MacConfigError" in seen.refused
     (found,) = show.of_layers(seen)
     assert found.mark == PROBLEM and reason in found.text
@@ -174,7 +167,7 @@ def test_what_an_engine_would_refuse(models, family, mac, options, reason):
 @pytest.mark.cpu
 def test_a_rotation_that_cannot_be_undone_is_explained(models, tmp_path):
     """LongRoPE, of which vLLM's module has no plain cache: what the engine's log says of it, and no estimate."""
-    config = json.loads((write("phi3", models) / "config.json").read_text())
+    config = json.loads((models("phi3") / "config.json").read_text())
     config.pop("rope_parameters", None)
     factors = {"long_factor": [1.5] * 16, "short_factor": [1.0] * 16, "original_max_position_embeddings": 4096}
     config |= {
@@ -194,7 +187,7 @@ def test_what_cannot_be_built_here_is_no_refusal(models, monkeypatch):
     from vllm.model_executor.model_loader import utils
 
     monkeypatch.setattr(utils, "initialize_model", lambda config: torch.ones(1, device="meta").item())
-    seen = examine(str(write("llama", models)), {}, {"max_model_len": 512})
+    seen = examine(str(models("llama")), {}, {"max_model_len": 512})
     assert seen.refused is None and seen.unbuilt.startswith("RuntimeError: ")
     (found,) = show.of_layers(seen)
     assert found.mark == WARNING and found.text.startswith("could not be built here")
@@ -203,7 +196,7 @@ def test_what_cannot_be_built_here_is_no_refusal(models, monkeypatch):
 @pytest.mark.cpu
 def test_a_large_model_takes_no_memory_of_its_own_size(models, tmp_path):
     """Of 140 GB in bfloat16, with 64 heads that four workers share."""
-    config = json.loads((write("llama", models) / "config.json").read_text()) | {
+    config = json.loads((models("llama") / "config.json").read_text()) | {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "dtype": "bfloat16",
     }  # fmt: skip
@@ -287,7 +280,7 @@ def test_the_command(models, tmp_path):
     """All sections; what a section says comes from the same findings as JSON."""
     out = tmp_path / "report.json"
     command = [
-        "doctor", str(write("gemma3", models)), "--context", "4096,8192", "--hit-rate", "0,1", "--bandwidth", "1000",
+        "doctor", str(models("gemma3")), "--context", "4096,8192", "--hit-rate", "0,1", "--bandwidth", "1000",
         "--mac", json.dumps(SMALL), "--max-num-seqs", "4", "--json", str(out),
     ]  # fmt: skip
     done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "120"})
@@ -318,7 +311,7 @@ def test_a_plugin_that_is_left_out(models, tmp_path):
     env = {**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": "other"}
     script = "import sys; from vllm_mac.tools.cli import main; sys.argv[0] = 'vllm-mac'; main()"
     done = subprocess.run(
-        [sys.executable, "-c", script, "doctor", str(write("llama", models)), "--json", str(out)],
+        [sys.executable, "-c", script, "doctor", str(models("llama")), "--json", str(out)],
         capture_output=True,
         text=True,
         env=env,

@@ -4,11 +4,12 @@ Convolution states are cached at every `prefix_match_unit`, inside a KV block of
 that finds its prefix there is given a copy of the block, in one that another request has left.
 """
 
-import engine as harness
 import pytest
-from scenarios import text
-from shadow import shadow
-from tiny_models import write
+
+from support import engine as harness
+from support.scenarios import text
+from support.shadow import shadow
+from support.tiny_models import write
 
 pytestmark = pytest.mark.cpu
 BLOCK, UNIT = 128, 32

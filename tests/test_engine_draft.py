@@ -1,10 +1,10 @@
 """A whole engine that speculates with a draft model, which on V2 inherits the attention backend."""
 
-import engine as harness
 import pytest
-from scenarios import text
-from tiny_models import write
 
+from support import engine as harness
+from support.scenarios import text
+from support.tiny_models import write
 from vllm_mac import layers, metrics
 from vllm_mac.layers import mac_layers
 

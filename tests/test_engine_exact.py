@@ -12,10 +12,10 @@ import os
 from contextlib import ExitStack
 
 import pytest
-from engine import Add, engine, first_divergence, mac_counters, run_schedule, worker
-from scenarios import SCENARIOS, text
-from tiny_models import DECODERS, write
 
+from support.engine import Add, engine, first_divergence, mac_counters, run_schedule, worker
+from support.scenarios import SCENARIOS, text
+from support.tiny_models import DECODERS, write
 from vllm_mac.layers import mac_layers
 
 pytestmark = pytest.mark.cpu

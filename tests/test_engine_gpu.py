@@ -19,14 +19,14 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-import engine as harness
 import pytest
 import torch
 from byte_model import write_model, write_tokenizer
-from engine import Add, mac_counters, run_schedule
-from scenarios import SCENARIOS
 from vllm.compilation.counter import compilation_counter
 
+from support import engine as harness
+from support.engine import Add, mac_counters, run_schedule
+from support.scenarios import SCENARIOS
 from vllm_mac.layers import mac_layers
 
 pytestmark = pytest.mark.gpu
@@ -199,7 +199,7 @@ def test_threshold_one_gives_flashinfers_tokens(engines, rounding, name):
 
 def watched(llm, events, limits=harness.Limits()):
     """A run under the shadow, whose counters must be the engine's."""
-    from gpu_shadow import shadow
+    from support.gpu_shadow import shadow
 
     before = mac_counters(llm)
     with shadow(llm) as watch:

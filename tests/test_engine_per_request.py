@@ -1,11 +1,10 @@
 """Requests that ask for something of their own, beside others, in whole engines under both model runners."""
 
-import engine as harness
 import pytest
-from engine import Add, Limits, Preempt
-from scenarios import text
-from tiny_models import write
 
+from support import engine as harness
+from support.engine import Add, Limits, Preempt
+from support.scenarios import text
 from vllm_mac import metrics
 
 pytestmark = pytest.mark.cpu
@@ -18,11 +17,6 @@ ASKED = {
     "neighbour": {"mac": "on", "mac_threshold": 0.0},
 }  # fmt: skip
 STEPS = (NEW - 1) * LAYERS * HEADS  # heads that one request decodes
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write("llama", tmp_path_factory.mktemp("models"))
 
 
 def events(*names: str, asked: dict = ASKED) -> list[Add]:

@@ -4,12 +4,12 @@ Every event of `scenarios` is driven through vLLM's CPU engine in float32 while 
 the method of `reference` on the same queries, keys and values, one ring per request.
 """
 
-import engine as harness
 import pytest
-from scenarios import SCENARIOS, marathon
-from shadow import shadow
-from tiny_models import write
 
+from support import engine as harness
+from support.scenarios import SCENARIOS, marathon
+from support.shadow import shadow
+from support.tiny_models import write
 from vllm_mac import metrics
 
 pytestmark = pytest.mark.cpu

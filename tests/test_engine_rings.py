@@ -1,10 +1,10 @@
 """Whole engines with fewer rings than sequences."""
 
-import engine as harness
 import pytest
-from scenarios import mixed8
-from tiny_models import write
 
+from support import engine as harness
+from support.scenarios import mixed8
+from support.tiny_models import write
 from vllm_mac import metrics
 
 pytestmark = pytest.mark.cpu

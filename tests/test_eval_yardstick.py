@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from test_eval import ENVIRONMENT, ROOT, fake_engine, invoke, made, options
 
+from support import ROOT
+from support.eval_runs import ENVIRONMENT, fake_engine, invoke, made, options
 from vllm_mac.tools.eval import EvalError, evaluation, plots, requests, result_tables, statistics
 from vllm_mac.tools.eval.yardstick import OWN, ROUNDING, Yardstick, choose
 
@@ -281,7 +282,7 @@ def test_the_standard_library_and_a_yardstick_on_real_engines(tmp_path):
     """What --yardstick changes on CPUs is rounding: not nothing, and far less than reuse."""
     pytest.importorskip("vllm", reason="whole engines")
     pytest.importorskip("matplotlib", reason="plots need the extra 'bench'")
-    from tiny_models import write
+    from support.tiny_models import write
 
     out = tmp_path / "out"
     # A quarter of the length is the reply's; what is left is read in one step by exact, in three by the yardstick.

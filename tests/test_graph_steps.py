@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ring_model import Engine
-from rounding import decode_error, largest_score
 
+from support.devices import DEVICE
+from support.ring_model import Engine
+from support.rounding import decode_error, largest_score
 from vllm_mac import paged
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import Count
@@ -27,7 +28,6 @@ from vllm_mac.ring import RingTable
 from vllm_mac.rope import Rotary
 from vllm_mac.state import Chunk, Geometry, LayerState, RingStore, Rows, Seeds
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAYERS, TOPICS, GENERATIONS, PHASES, LONE = 2, 3, 64, 12, 4096
 # Queries of one topic move by STEP a visit: the limit lies between the sixth visit and the
@@ -371,7 +371,7 @@ def check(setup: Setup, seed: int = 0) -> Run:
     decoded = sum(counts[name] for name in Count if name not in (Count.READ, Count.SKIPPED))
     assert counts[Count.HIT] > decoded / 5 and counts[Count.MISS] > decoded / 20, counts
     assert counts[Count.SKIPPED] > counts[Count.READ] / 20, counts
-    scale = setup.steps // 50
+    scale = max(1, setup.steps // 50)
     least = {
         "preempted": max(1, scale // 2),
         "prefix found": scale,
@@ -386,10 +386,11 @@ def check(setup: Setup, seed: int = 0) -> Run:
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("sink, seed", [(0, 5), (3, 7)])
+@pytest.mark.parametrize("sink, seed", [(0, 5), (3, 0)])
 def test_steps_under_the_interpreter(sink, seed):
+    """Few steps, for they are slow here: with these seeds all that `check` asks for happens in them."""
     check(Setup(
-        steps=60, rows=3, prompt=(12, 60), pool=20, chunk=24, window=16, band=8, min_context=24, page=8, d=32,
+        steps=30, rows=3, prompt=(12, 60), pool=20, chunk=24, window=16, band=8, min_context=24, page=8, d=32,
         dtype=FP16, ring_dtype=FP16, sink=sink, group=2,
     ), seed)  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.hit_batches import FP32, Batch, Case, close, config, observed, two_stages
 
+from support.hit_batches import FP32, Batch, Case, close, config, observed, two_stages
 from vllm_mac.counters import Count
 
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.hit_batches import two_stages
 
+from support.hit_batches import two_stages
 from vllm_mac import paged
 from vllm_mac.kernels import exact
 from vllm_mac.kernels.exact import TritonExact, Tuning

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.hit_batches import BF16, FP8, FP16, FP32, Batch, Case, config, observed
 
+from support.hit_batches import BF16, FP8, FP16, FP32, Batch, Case, config, observed
 from vllm_mac.counters import Count
 
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.hit_batches import BF16, Batch, Case, config, observed, tune
 
+from support.hit_batches import BF16, Batch, Case, config, observed, tune
 from vllm_mac.kernels import hit
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.hit_batches import BF16, FP8, FP32, Batch, Case, config, observed, tune, unrotate
 
+from support.hit_batches import BF16, FP8, FP32, Batch, Case, config, observed, tune, unrotate
 from vllm_mac.counters import Count
 from vllm_mac.kernels import hit
 from vllm_mac.ring import narrow

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ring_model import assign as model_assign
-from ring_model import play, random_engine, random_schedule
 
+from support.ring_model import assign as model_assign
+from support.ring_model import play, random_engine, random_schedule
 from vllm_mac import paged
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
 from vllm_mac.kernels.record import record_prefill

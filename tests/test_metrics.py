@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import engine as harness
 import numpy as np
 import pytest
 import torch
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
-from scenarios import text
-from tiny_models import write
 
+from support import engine as harness
+from support.scenarios import text
+from support.tiny_models import write
 from vllm_mac import counter_files, exporter, log_line, metrics, publisher, totals
 from vllm_mac.counter_files import CounterFile
 from vllm_mac.counters import Count

@@ -2,55 +2,35 @@
 API servers over two data-parallel engines, and one with graphs on a GPU that sleeps between two requests."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 from byte_model import write_model, write_tokenizer
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from test_plugin import environment, healthy
-from tiny_models import write
 
+from support.servers import healthy, tiny
 from vllm_mac import metrics
 from vllm_mac.counter_files import PREFIX, folders, read
 
 CONFIG = {"mac": {"window": 32, "band": 16, "min_context": 64, "threshold": 0.45, "audit": 0.5}}
 LAYERS, HEADS, KV_HEADS = 2, 8, 2  # of `tiny_models`
-SERVE = "from vllm.entrypoints.cli.main import main; main()"
 
 
 @contextmanager
 def server(model, log, *options: str, **variables: str):
-    """`vllm serve` on loopback; `(process, port)`. It is stopped as by a user's Ctrl-C."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-c", SERVE, "serve", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1",
-        "--port", str(port), "--attention-backend", "MAC", "--additional-config", json.dumps(CONFIG),
-        "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager", *options,
-    ]  # fmt: skip
+    """A server that is healthy, and stopped as by a user's Ctrl-C; `(process, port)`."""
     # Workers share whatever cores there are: vLLM would have a NUMA node for each.
-    variables = environment(VLLM_LOG_STATS_INTERVAL="1", VLLM_CPU_OMP_THREADS_BIND="nobind", **variables)
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
-    try:
+    variables = {"VLLM_LOG_STATS_INTERVAL": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | variables
+    with tiny(log, model, CONFIG, *options, **variables) as (process, port):
         assert healthy(process, port, patience=900), log.read_text()  # five processes, and perhaps two cores
         yield process, port
         process.send_signal(signal.SIGINT)
         process.wait(60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def scrape(port: int) -> dict[str, Counter]:
@@ -101,11 +81,6 @@ def eventually(condition, patience: float = 20) -> bool:
     while not (found := condition()) and time.monotonic() < end:
         time.sleep(0.2)
     return found
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write("llama", tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.cpu

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rounding import BFLOAT16, FLOAT32, decode_error, largest_score
 
+from support.rounding import BFLOAT16, FLOAT32, decode_error, largest_score
 from vllm_mac import paged, reference
 from vllm_mac.config import MacConfig
 from vllm_mac.reference import Entry, Partial

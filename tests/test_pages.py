@@ -11,7 +11,6 @@ import re
 import shlex
 import subprocess
 import tomllib
-from pathlib import Path
 
 import config_page
 import pytest
@@ -21,12 +20,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from support import ROOT
 from vllm_mac.config import resolve
 from vllm_mac.tools.cli import app
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     path
     for path in ROOT.rglob("*.md")

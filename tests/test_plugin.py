@@ -3,35 +3,20 @@
 import copy
 import json
 import logging
-import os
 import pickle
-import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from engine import ENVIRONMENT
-from tiny_models import write
 
 import vllm_mac
+from support.servers import environment
 from vllm_mac import plugin
 
 REGISTRY = "vllm.v1.attention.backends.registry"
 CONFIG = {"mac": {"window": 32, "band": 16, "min_context": 64, "threshold": 0.45}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write("llama", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -64,14 +49,6 @@ def errors():
     plugin.logger.addHandler(handler)
     yield found
     plugin.logger.removeHandler(handler)
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """For a process of its own: what this one's engines are set to stays here."""
-    for_here = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "TORCHDYNAMO_DISABLE"}
-    for_here |= {"VLLM_USE_V2_MODEL_RUNNER", "TRITON_INTERPRET", "VLLM_PLUGINS"}
-    every = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return {name: value for name, value in every.items() if name not in for_here} | changes
 
 
 def fresh(script: str, *arguments: str, data: bytes = b"", **changes: str) -> str:
@@ -206,94 +183,3 @@ def test_what_mac_cannot_serve_is_refused(vllm, changes, reason):
         choose(vllm.backends["MAC"], selector(vllm, **changes), 8)
     assert reason in str(refused.value)
     assert "--attention-backend MAC" in str(refused.value)
-
-
-@contextmanager
-def server(model, log, additional_config: dict):
-    """A vLLM server on loopback, its engine in a process of its own; `(process, port)`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port),
-        "--attention-backend", "MAC", "--additional-config", json.dumps(additional_config),
-        "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager",
-    ]  # fmt: skip
-    with log.open("w") as out:
-        # A session of its own, so that whatever is left of it can be found and ended.
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
-        )
-    try:
-        yield process, port
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def healthy(process: subprocess.Popen, port: int, patience: float = 300) -> bool:
-    """Wait until the server answers (True) or has ended (False)."""
-    end = time.monotonic() + patience
-    while process.poll() is None:
-        assert time.monotonic() < end, f"neither healthy nor dead after {patience} s"
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    return False
-
-
-def running(session: int) -> list[str]:
-    """The names of a session's processes, without those that have ended and were not yet waited for."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = stat.read_text().rpartition(")")
-        except OSError:
-            continue  # ended just now
-        state, _, _, its_session = rest.split()[:4]
-        if int(its_session) == session and state != "Z":
-            found.append(name.partition("(")[2])
-    return found
-
-
-@pytest.mark.cpu
-def test_server_serves_and_stops(model, tmp_path):
-    from openai import OpenAI
-
-    log = tmp_path / "log"
-    with server(model, log, CONFIG) as (process, port):
-        assert healthy(process, port), log.read_text()
-        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
-            done = client.completions.create(
-                model="tiny", prompt="tell me " * 30, max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
-            )
-        assert (done.usage.completion_tokens, done.choices[0].finish_reason) == (20, "length")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, log.read_text()
-        end = time.monotonic() + 20
-        while (left := running(process.pid)) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert left == []  # the engine ended with its server
-    text = log.read_text()
-    assert "MAC serves 2 of 2 attention layers" in text
-    # vLLM's server logs it as an error if its engine, told to stop, is gone before the server has closed its queue.
-    # The engine, where MAC is, ends without one.
-    errors = [line for line in text.splitlines() if re.search(r"\bERROR\b|\bTraceback\b", line)]
-    assert not [line for line in errors if "EngineCore pid=" in line], text
-    assert not errors or ("EngineDeadError" in text and "/vllm_mac/" not in "\n".join(errors)), text
-
-
-@pytest.mark.cpu
-def test_server_refuses_an_unknown_key_before_it_starts_an_engine(model, tmp_path):
-    log = tmp_path / "log"
-    with server(model, log, {"mac": {"treshold": 0.5}}) as (process, port):
-        assert not healthy(process, port)
-        assert process.returncode != 0
-    text = log.read_text()
-    last = text.rstrip().splitlines()[-1]
-    assert "treshold: unknown key, received 0.5 (float)" in last and "did you mean 'threshold'?" in last
-    assert text.count("Traceback") == 1 and "EngineCore" not in text

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rounding import BFLOAT16, Error, attend_error, largest_score, merge_error
 
+from support.rounding import BFLOAT16, Error, attend_error, largest_score, merge_error
 from vllm_mac import paged
 from vllm_mac.config import MacConfig
 from vllm_mac.limits import limit

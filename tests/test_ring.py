@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ring_model import Engine, assign, play, random_engine, random_schedule
 
+from support.ring_model import Engine, assign, play, random_engine, random_schedule
 from vllm_mac.config import MacConfig
 from vllm_mac.owners import Arrival, Growth, RingOwners
 from vllm_mac.ring import RingTable, narrow, ring_bytes, ring_dtypes

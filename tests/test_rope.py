@@ -10,8 +10,8 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor import models
 from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope_scaled_rope
-from vllm_sources import VERSIONS, folder
 
+from support.vllm_sources import VERSIONS, folder
 from vllm_mac.rope import ROTATES, SECTIONS, Rotary, RotaryError, check, find_rotary
 
 HEADS, SIZE, LENGTH = 3, 64, 512

@@ -6,9 +6,9 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from stub_flashinfer import gpu_backend
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from support.stub_flashinfer import gpu_backend
 from vllm_mac.counters import OPTED_OUT
 from vllm_mac.state import Geometry
 

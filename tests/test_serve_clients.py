@@ -1,23 +1,20 @@
 """Clients of others, unchanged, against a real server with MAC: OpenAI's, vLLM's own benchmark, lm_eval."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
-from test_plugin import environment, healthy
 
+from support.servers import VLLM, environment, healthy, served
 from vllm_mac.metrics import HEADS, KV_TOKENS, summarise
 from vllm_mac.tools.eval import tasks
 
@@ -26,7 +23,6 @@ pytestmark = pytest.mark.cpu
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTBED = EXAMPLES / "testbed"
 HEADS_A_TOKEN = 8 * 6  # query heads and layers of the testbed
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 # Short prompts that are yet longer than what MAC leaves alone.
 MAC = {"window": 64, "band": 16, "min_context": 128, "threshold": 0.6}
 PROMPT = "The colours of the rainbow are red, orange, yellow, green, blue, indigo and violet. " * 3
@@ -35,29 +31,17 @@ PROMPT = "The colours of the rainbow are red, orange, yellow, green, blue, indig
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """Of a server that was started as examples/serve has it, with the testbed and what a CPU needs."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        *VLLM, "serve", str(TESTBED), "--config", str(EXAMPLES / "serve" / "llama-3.1.yaml"),
-        "--served-model-name", "testbed", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096",
-        "--max-num-seqs", "4", "--dtype", "float32", "--enforce-eager", "--additional-config", json.dumps({"mac": MAC}),
-        "--worker-extension-cls", "vllm_mac.metrics.WorkerExtension",
-    ]  # fmt: skip
-    log = folder / "log"
-    with log.open("w") as out:
-        changed = environment(VLLM_SERVER_DEV_MODE="1")  # it offers /collective_rpc
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=changed, start_new_session=True)
-    try:
-        assert healthy(server, port), log.read_text()
+    log = tmp_path_factory.mktemp("server") / "log"
+    with served(
+        log, TESTBED, "--config", str(EXAMPLES / "serve" / "llama-3.1.yaml"), "--served-model-name", "testbed",
+        "--max-model-len", "4096", "--max-num-seqs", "4", "--dtype", "float32", "--enforce-eager",
+        "--additional-config", json.dumps({"mac": MAC}), "--worker-extension-cls", "vllm_mac.metrics.WorkerExtension",
+        VLLM_SERVER_DEV_MODE="1",  # it offers /collective_rpc
+    ) as (process, port):  # fmt: skip
+        assert healthy(process, port), log.read_text()
         yield f"http://127.0.0.1:{port}"
-        server.send_signal(signal.SIGINT)
-        server.wait(60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)  # whatever is left
-        server.wait()
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import torch
 import yaml
 from packaging.specifiers import SpecifierSet
 
+from support import ROOT
 from vllm_mac import metrics
 from vllm_mac.config import resolve
 from vllm_mac.ring import ring_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
 SERVE, MONITORING = ROOT / "examples" / "serve", ROOT / "examples" / "monitoring"
 FILES = sorted(path.stem for path in SERVE.glob("*.yaml"))
 # Layers with full attention, query heads and head size, of the models' own config.json.

@@ -6,17 +6,17 @@ stand-in: it leaves in every tensor that it finds what new pages may hold. On a 
 
 from types import SimpleNamespace
 
-import engine as harness
 import pytest
 import torch
 from byte_model import write_model, write_tokenizer
-from scenarios import text
-from stub_flashinfer import gpu_backend
-from support.hit_batches import Case
-from test_audit import Stepper
-from tiny_models import write
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from support import engine as harness
+from support.audited import Stepper
+from support.hit_batches import Case
+from support.scenarios import text
+from support.stub_flashinfer import gpu_backend
+from support.tiny_models import write
 from vllm_mac import metrics
 from vllm_mac.layers import mac_layers
 

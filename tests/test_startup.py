@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import write
 
 from vllm_mac import startup
 from vllm_mac.capabilities import BACKEND
@@ -17,13 +16,8 @@ pytestmark = pytest.mark.cpu
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
 @pytest.fixture
-def make(models, monkeypatch):
+def make(models, tmp_path):
     """make(family, **options): what vLLM makes of these options; they are those of `vllm serve`."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
@@ -31,10 +25,10 @@ def make(models, monkeypatch):
     load_general_plugins()
 
     def made(family="llama", quantization=None, **options):
-        model = write(family, models)
+        model = models(family)
         if quantization is not None:
             config = json.loads((model / "config.json").read_text()) | {"quantization_config": quantization}
-            model = models / f"{family}-quantised"
+            model = tmp_path / f"{family}-quantised"
             model.mkdir(exist_ok=True)
             (model / "config.json").write_text(json.dumps(config))
         options = {"max_model_len": 512, "skip_tokenizer_init": True} | options
@@ -209,11 +203,11 @@ def test_asked_is_what_vllm_will_ask(make, monkeypatch, options):
     assert {one.asked for one in BACKEND.values() if one.asked} == expected.keys()
 
 
-def test_in_process_it_is_the_error_itself(models):
+def test_in_process_it_is_the_error_itself(model):
     from vllm import LLM
 
     with pytest.raises(MacConfigError, match="windw: unknown key"):
-        LLM(str(write("llama", models)), attention_backend="MAC", additional_config={"mac": {"windw": 256}})
+        LLM(str(model), attention_backend="MAC", additional_config={"mac": {"windw": 256}})
 
 
 def test_one_of_several_api_servers_says_nothing(make, warnings):

@@ -1,13 +1,13 @@
 """The shape of the project: which module may import which, how long files and argument lists get, what lies on top."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "vllm_mac"
-LONGEST = 450
+from support import ROOT
+from support.modules import MODULES, own, top
+
+LONGEST, LONGEST_TEST = 450, 600
 
 # Imports point one way, downwards. Modules of one level may import each other.
 CONFIG, VALUES, METHOD, KERNELS, DECODERS, WORKER, PLATFORMS, TOOLS = range(8)
@@ -31,49 +31,10 @@ OVERRIDES = {
 }  # fmt: skip
 
 
-def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name below it; `kernels/` is one of them."""
-    found = {}
-    for folder, prefix in ((ROOT / PACKAGE, ()), (ROOT / "kernels", ("kernels",))):
-        for path in folder.rglob("*.py"):
-            parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
-            found[".".join(parts).removesuffix(".__init__")] = path
-    return found
-
-
-MODULES = modules()
-
-
 def level(module: str) -> int:
     """A new module has to be put on a level of `LEVELS` first."""
     (found,) = (level for level, names in LEVELS.items() if module.split(".")[0] in names)
     return found
-
-
-def imports(path: Path, name: str = "") -> set[str]:
-    """Dotted names of the modules that a file imports, also inside functions."""
-    package = [PACKAGE, *name.split(".")] if path.name == "__init__.py" else [PACKAGE, *name.split(".")[:-1]]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            found.add(module)
-            # `from vllm_mac import paged` imports a module too.
-            found |= {f"{module}.{alias.name}" for alias in node.names if module.startswith(PACKAGE)}
-    return found
-
-
-def own(path: Path, name: str) -> set[str]:
-    """Modules of this package that a file imports, below the package's name."""
-    names = {i.removeprefix(PACKAGE + ".") for i in imports(path, name) if i.startswith(PACKAGE + ".")}
-    return {i for i in names if i in MODULES or i == "kernels"}
-
-
-def top(path: Path, name: str) -> set[str]:
-    return {i.split(".")[0] for i in imports(path, name)}
 
 
 def test_the_modules_are_there():
@@ -153,6 +114,21 @@ def test_parameters_are_few(name):
 def test_files_stay_short(name):
     lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
     assert lines <= LONGEST, f"{MODULES[name].relative_to(ROOT)} has {lines} lines"
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_no_test_imports_another():
+    """What several of them share lies in `tests/support`."""
+    assert len(TESTS) > 50
+    for path in TESTS:
+        assert not {name for name in top(path, "") if name.startswith("test_")}, path
+
+
+def test_test_files_stay_short():
+    long = {path.name: lines for path in TESTS if (lines := len(path.read_text("utf-8").splitlines())) > LONGEST_TEST}
+    assert not long
 
 
 def test_the_top_level_is_the_design_s():

@@ -5,13 +5,12 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from support import ROOT
 from vllm_mac.tools.eval import prose, tasks
 
-ROOT = Path(__file__).resolve().parent.parent
 RETRIEVAL = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery")
 
 

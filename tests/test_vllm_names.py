@@ -17,12 +17,12 @@ from types import SimpleNamespace
 
 import pytest
 from packaging.specifiers import SpecifierSet
-from source_tree import Tree, assigned, disagreement, fields, members, misfit, signature, statements
-from vllm_sources import VERSIONS, folder
 
+from support import ROOT
+from support.source_tree import Tree, assigned, disagreement, fields, members, misfit, signature, statements
+from support.vllm_sources import VERSIONS, folder
 from vllm_mac import per_request, requests, startup
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # As installed: `kernels` is a package within ours.
 LAYOUT = {"vllm_mac": ROOT / "vllm_mac", "vllm_mac.kernels": ROOT / "kernels"}

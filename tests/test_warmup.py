@@ -5,12 +5,8 @@ of sm90 and launches nothing. So a kernel that comes to depend on something else
 """
 
 import dataclasses
-import json
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,20 +15,19 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from vllm_mac import audit, warmup
-from vllm_mac.config import resolve
-from vllm_mac.counters import Count
+from support.decoders import fill_plans, make
+from support.devices import DEVICE
+from support.tritons import compiles
+from vllm_mac import warmup
 from vllm_mac.decoder import Decoder
-from vllm_mac.kernels import exact, hit, plan
+from vllm_mac.kernels import exact, hit
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.record import record_prefill
 from vllm_mac.kernels.workspace import Workspace
-from vllm_mac.ring import RingTable, ring_dtypes
+from vllm_mac.ring import RingTable
 from vllm_mac.rope import Rotary
-from vllm_mac.state import Geometry, LayerState, RingStore, Rows, Seeds
+from vllm_mac.state import Geometry, Seeds
 
-HERE = Path(__file__).resolve().parent
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = CUDABackend(GPUTarget("cuda", 90, 32))
 
 
@@ -67,34 +62,6 @@ def variants(monkeypatch):
     for module, name in warmup.KERNELS:
         monkeypatch.setattr(module, name, Variants(getattr(module, name), found))
     return found
-
-
-def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=torch.float16, **keys):
-    """A decoder and layers of four kinds: the first two differ in thresholds alone, the others in their rotation."""
-    config = resolve({"window": 32, "band": 24, "min_context": 64, "miss_engine": "triton"} | keys, {})
-    geometry = Geometry(rows, heads, kv_heads, d, page, columns, dtype, config.band, config.sink, d**-0.5)
-    decoder = Decoder(geometry, config, torch.device(DEVICE))
-    query_dtype, out_dtype = ring_dtypes(config, dtype)
-    layers = []
-    for rotary_dim, neox, threshold in (
-        (d, True, 0.4),
-        (d, True, 0.7),
-        (d, False, 0.4),
-        (d // 2, False, 0.4),
-        (0, True, 0.4),
-    ):
-        cache = torch.ones(page * columns, rotary_dim, dtype=dtype, device=DEVICE)
-        module = SimpleNamespace(cos_sin_cache=cache, rotary_dim=rotary_dim, is_neox_style=neox)
-        rotary = Rotary(module if rotary_dim else None)
-        store = RingStore.allocate(rings, heads, config.window, d, query_dtype, DEVICE, out_dtype)
-        paused = None if config.error_budget is None else torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        layers.append(LayerState(
-            store=store, config=config.model_copy(update={"threshold": threshold}), rotary=rotary,
-            counts=torch.zeros(len(Count), dtype=torch.int64, device=DEVICE), paused=paused,
-            audited=audit.histograms(heads, DEVICE) if config.audit else None,
-        ))  # fmt: skip
-    table = RingTable(rings, config.window, DEVICE)
-    return decoder, layers, table
 
 
 def caches(geometry: Geometry):
@@ -267,21 +234,6 @@ def test_every_size_has_few_variants(variants):
     assert counts["hit_kernel"] <= 10 and counts["prefix_kernel"] <= 18 and len(variants) <= 31
 
 
-def fill_plans(
-    most: int, kv_heads: int, slots: int, pdl: bool, columns: int, block_pages: int, head_pages: int
-) -> None:
-    """What `FlashInferExact` launches to tell FlashInfer what to read, for each number of rows up to `most`."""
-    ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=DEVICE)
-    tiles = plan.capacity(most * kv_heads, slots)
-    buffer = torch.zeros(64 * tiles + (1 << 16), dtype=torch.uint8, device=DEVICE)
-    made = plan.Plan.in_buffer(buffer, most * kv_heads, tiles)
-    geometry = Geometry(most, kv_heads, kv_heads, 64, 16, 9, torch.bfloat16, 256, 0, 1.0)
-    for n in range(1, most + 1):
-        rows = Rows(ints(n), None, None, None, ints(most, columns)[:n])
-        plan.write_pages(rows, geometry, ints(9), ints(n + 1), ints(n), block_pages, head_pages)
-        plan.write_plan(rows, geometry, ints(n, kv_heads), made, slots, pdl=pdl)
-
-
 def test_flashinfers_plans_have_their_variants(variants):
     """`begin_step` and `attend` of `FlashInferExact` launch these two for so many rows."""
     found = []
@@ -381,20 +333,6 @@ def test_registers_kept_in_memory_are_told(monkeypatch, caplog):
     assert "run" not in vars(hit.hit_kernel), "what watched is gone"
 
 
-def compiles(cache: Path, *arguments: str, first: Path | None = None) -> list[dict]:
-    """The JSON lines that Python prints where Triton compiles, into a cache of its own, also without a GPU.
-
-    first: where packages are, before those installed.
-    """
-    folders = [HERE, HERE.parent / "examples", HERE.parent, *([first] if first else [])]
-    path = os.pathsep.join(str(folder) for folder in folders)
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 def test_threads_compile_before_anything_is_launched(tmp_path):
     """Every variant of a small server's kernels, for a GPU that is not there: a launch would fail."""
     (found,) = compiles(tmp_path, "-c", THREADS)
@@ -408,8 +346,8 @@ def test_threads_compile_before_anything_is_launched(tmp_path):
 THREADS = """
 import contextlib, json, threading
 import triton
-from compiled import Driver
-from test_warmup import make
+from support.compiled import Driver
+from support.decoders import make
 from triton.runtime import driver
 from vllm_mac import warmup
 from vllm_mac.kernels import launch

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
-from rounding import FLOAT32, largest_score
 
+from support.rounding import FLOAT32, largest_score
 from vllm_mac import reference
 from vllm_mac.counters import OPTED_OUT, Count
 from vllm_mac.decoder import Decoder

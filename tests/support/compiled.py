@@ -1,11 +1,11 @@
-"""Compiles the kernels for a GPU that need not be there: `python tests/compiled.py ARCH`, 80 for sm80.
+"""Compiles the kernels for a GPU that need not be there: `python -m support.compiled ARCH [sass]` in `tests/`, 80 for sm80.
 
 Prints a JSON line for each kernel variant that the warm-up of a small server launches:
 
 triton: the version that compiles. kernel, launch: its name, and what it is launched with that is compiled in.
 shared, stack: bytes of shared memory that a program takes, and of memory that a thread does.
 registers: of a thread. passed_over: faster ways to launch it under which threads would lack registers.
-instructions: in all. loads, copies: how many of them read 16 bytes a thread into registers, and into shared memory.
+With `sass`, instructions: in all. loads, copies: how many of them read 16 bytes a thread into registers, and into shared memory.
 itemsize: bytes of an element of the KV cache and, where it reads rings, of a recorded query.
 """
 
@@ -18,11 +18,11 @@ import tempfile
 
 import torch
 import triton
-from test_warmup import fill_plans, make
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from support.decoders import fill_plans, make
 from vllm_mac import warmup
 from vllm_mac.kernels import complete, launch
 from vllm_mac.kernels.exact import TritonExact, Tuning
@@ -63,6 +63,8 @@ class Driver:
 class Compiled:
     """In place of a kernel: a launch compiles it."""
 
+    sass = False  # whether instructions are counted, which takes half a second a variant
+
     def __init__(self, kernel, seen: set, passed_over: dict):
         self.kernel, self.warmup, self.seen, self.passed_over = kernel, kernel.warmup, seen, passed_over
 
@@ -74,7 +76,7 @@ class Compiled:
             self.seen.add(made.hash)
             tensors = [kwargs[name] for name in ("p_kv", "p_ring_query") if name in kwargs]
             row = {
-                "triton": triton.__version__, "kernel": self.kernel.fn.__name__, "shared": made.metadata.shared, **measure(made.asm["cubin"]),
+                "triton": triton.__version__, "kernel": self.kernel.fn.__name__, "shared": made.metadata.shared, **measure(made.asm["cubin"], self.sass),
                 "itemsize": [tensor.element_size() for tensor in tensors], "passed_over": self.passed_over.pop(self.kernel, 0),
                 "launch": {k: v for k, v in kwargs.items() if isinstance(v, int) and (k.isupper() or k == "num_warps")},
             }  # fmt: skip
@@ -95,23 +97,25 @@ def noting(passed_over: dict):
     return noted
 
 
-def measure(cubin: bytes) -> dict:
+def measure(cubin: bytes, sass: bool = False) -> dict:
     """What the assembly of a kernel tells. A thread has memory of its own mostly for want of registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", *["-sass"] * sass, file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     ((used, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][A-Z0-9_.]*)", done.stdout, re.M)
-    count = lambda name: sum(x.split(".")[0] == name and "128" in x.split(".") for x in names)
-    return {
-        "registers": int(used), "stack": int(stack), "instructions": len(names), "loads": count("LDG"), "copies": count("LDGSTS"),
-    }  # fmt: skip
+    found = {"registers": int(used), "stack": int(stack)}
+    if sass:
+        names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][A-Z0-9_.]*)", done.stdout, re.M)
+        count = lambda name: sum(x.split(".")[0] == name and "128" in x.split(".") for x in names)
+        found |= {"instructions": len(names), "loads": count("LDG"), "copies": count("LDGSTS")}
+    return found
 
 
-def main(arch: int) -> None:
+def main(arch: int, sass: bool) -> None:
     driver.set_active(Driver(arch))
+    Compiled.sass = sass
     (shared, sms), pdl, seen, passed_over = GPUS[arch], arch >= 90, set(), {}
     for module, name in warmup.KERNELS:
         setattr(module, name, Compiled(getattr(module, name), seen, passed_over))
@@ -141,4 +145,4 @@ def main(arch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), "sass" in sys.argv[2:])

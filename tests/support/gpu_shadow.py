@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from engine import worker
-from rounding import decode_error
-from spans import Span, Texts
 
+from support.engine import worker
+from support.rounding import decode_error
+from support.spans import Span, Texts
 from vllm_mac import paged, requests
 from vllm_mac.limits import limit, relief
 from vllm_mac.state import Chunk, RingStore, Rows

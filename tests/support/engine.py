@@ -11,14 +11,17 @@ One process may hold engines of both runners one after the other (2 s to start, 
 stop), never two at once: distributed state and vLLM's current config are global.
 """
 
+import atexit
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
+from unittest.mock import patch
 
-import triton_cpu
+from support import triton_cpu
 
 RUNNERS = ("v1", "v2")
 ENVIRONMENT = {
@@ -134,7 +137,7 @@ def engine(
         raise RuntimeError("runner v2 needs Triton: triton_cpu.enable() before vllm is imported")
     if triton_cpu.enabled():
         triton_cpu.native_v1()
-    llm = None
+    llm, frozen = None, _modules_frozen()
     try:
         llm = LLM(
             model=str(model),
@@ -159,6 +162,26 @@ def engine(
             vars(llm).clear()  # the caller's name for it would keep the KV cache alive
         # Collects, and forgets vLLM's cached environment, so that the next engine may differ.
         cleanup_dist_env_and_memory()
+        frozen.close()
+
+
+def _modules_frozen() -> ExitStack:
+    """Until this is closed, collections of garbage pass over what is there now: mostly modules.
+
+    vLLM collects eight times while an engine starts and stops, which took half of that time. By itself it freezes the
+    engine too, and thaws everything in the end. On a GPU it may: there it also freezes what graphs are captured with.
+    """
+    import torch
+    from vllm.v1.engine import core
+
+    stack = ExitStack()
+    if not torch.cuda.is_available():
+        gc.collect()
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # else nanobind calls what is frozen at the end a leak
+        stack.enter_context(patch.object(core, "freeze_gc_heap", lambda: None))
+        stack.enter_context(patch.object(gc, "unfreeze", lambda: None))
+    return stack
 
 
 def shared_gpu() -> dict:

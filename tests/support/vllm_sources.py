@@ -16,9 +16,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from support import ROOT
+
 VERSIONS = ("0.32.0", "0.33.0")
 VARIABLE = "MAC_VLLM_SOURCES"
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
+CACHE = ROOT / ".cache"
 
 
 def folder(version: str) -> Path:

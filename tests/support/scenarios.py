@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine import Abort, Add, Limits, Preempt, Run
+from support.engine import Abort, Add, Limits, Preempt, Run
 
 BLOCK = 32
 BOTH, ON = (False, True), (True,)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
-from engine import worker
-from spans import Span, Texts
 
+from support.engine import worker
+from support.spans import Span, Texts
 from vllm_mac import cpu, kv_group, paged, reference, requests
 from vllm_mac.ring import narrow
 

@@ -1,14 +1,19 @@
-"""What an OpenAI client is told of what it asks of MAC: one server, whose engine is in a process of its own."""
+"""One server, whose engine is in a process of its own: what an OpenAI client is told of what it asks of MAC, and how the
+server ends. And one that does not start."""
 
 import json
+import re
 import shutil
+import signal
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
-from test_plugin import healthy, server
-from tiny_models import write
+
+from support.servers import healthy, tiny
+from support.tiny_models import write
 
 pytestmark = pytest.mark.cpu
 CONFIG = {"mac": {"window": 32, "band": 16, "min_context": 64, "threshold": 0.0}}  # without audits
@@ -29,16 +34,22 @@ TAKEN = [None, {"mac": "on"}, {"mac": "off"}, {"mac_threshold": 1}, {"mac_thresh
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def server(tmp_path_factory):
+    """`(process, port, log)`"""
+    folder = tmp_path_factory.mktemp("server")
+    model, log = write("llama", folder), folder / "log"
+    shutil.copy(TEMPLATE, model)
+    with tiny(log, model, CONFIG) as (process, port):
+        assert healthy(process, port), log.read_text()
+        yield process, port, log
+
+
+@pytest.fixture(scope="module")
+def client(server):
     from openai import OpenAI
 
-    folder = tmp_path_factory.mktemp("server")
-    model = write("llama", folder)
-    shutil.copy(TEMPLATE, model)
-    with server(model, folder / "log", CONFIG) as (process, port):
-        assert healthy(process, port), (folder / "log").read_text()
-        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-            yield client
+    with OpenAI(base_url=f"http://127.0.0.1:{server[1]}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def ask(client, kind: str, stream: bool, sent: dict | None, **more) -> str:
@@ -80,3 +91,50 @@ def test_what_is_no_number_is_refused(client):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 400 and "mac_threshold: received nan (float)" in refused.value.read().decode()
+
+
+def running(session: int) -> list[str]:
+    """The names of a session's processes, without those that have ended and were not yet waited for."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().rpartition(")")
+        except OSError:
+            continue  # ended just now
+        state, _, _, its_session = rest.split()[:4]
+        if int(its_session) == session and state != "Z":
+            found.append(name.partition("(")[2])
+    return found
+
+
+def test_server_serves_and_stops(client, server):
+    """The last of this server's tests."""
+    process, _, log = server
+    done = client.completions.create(
+        model="tiny", prompt="tell me " * 30, max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert (done.usage.completion_tokens, done.choices[0].finish_reason) == (20, "length")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0, log.read_text()
+    end = time.monotonic() + 20
+    while (left := running(process.pid)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left == []  # the engine ended with its server
+    text = log.read_text()
+    assert "MAC serves 2 of 2 attention layers" in text
+    # vLLM's server logs it as an error if its engine, told to stop, is gone before the server has closed its queue.
+    # The engine, where MAC is, ends without one.
+    errors = [line for line in text.splitlines() if re.search(r"\bERROR\b|\bTraceback\b", line)]
+    assert not [line for line in errors if "EngineCore pid=" in line], text
+    assert not errors or ("EngineDeadError" in text and "/vllm_mac/" not in "\n".join(errors)), text
+
+
+def test_server_refuses_an_unknown_key_before_it_starts_an_engine(model, tmp_path):
+    log = tmp_path / "log"
+    with tiny(log, model, {"mac": {"treshold": 0.5}}) as (process, port):
+        assert not healthy(process, port)
+        assert process.returncode != 0
+    text = log.read_text()
+    last = text.rstrip().splitlines()[-1]
+    assert "treshold: unknown key, received 0.5 (float)" in last and "did you mean 'threshold'?" in last
+    assert text.count("Traceback") == 1 and "EngineCore" not in text

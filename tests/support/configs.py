@@ -1,0 +1,41 @@
+"""What the tests of the configuration share."""
+
+import pytest
+
+from vllm_mac.config import (
+    MacConfig,
+    MacConfigError,
+    resolve,
+)
+
+DEFAULTS = {
+    "enabled": True,
+    "window": 512,
+    "band": 256,
+    "sink": 0,
+    "threshold": 0.85,
+    "distance": "absolute",
+    "min_context": 2048,
+    "lag_weight": 0.0,
+    "reuse": "anchored",
+    "max_chain": None,
+    "mass_floor": 0.2,
+    "ring_dtype": "auto",
+    "max_sequences": None,
+    "ring_memory_gib": 4.0,
+    "miss_engine": "triton",
+    "audit": 0.0,
+    "error_budget": None,
+    "layers": {"include": None, "exclude": [], "threshold": {}},
+}
+
+
+def keys_of(config: MacConfig) -> dict:
+    return config.model_dump(mode="json")
+
+
+def refusal(inline: object, environ: dict[str, str] | None = None) -> str:
+    """The message with which `resolve` refuses."""
+    with pytest.raises(MacConfigError) as caught:
+        resolve(inline, environ or {})
+    return str(caught.value)

@@ -1,0 +1,68 @@
+"""vLLM servers on loopback, each in a session of its own, so that whatever is left of it can be found and ended."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
+
+from support.engine import ENVIRONMENT
+
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For a process of its own: what this one's engines are set to stays here."""
+    for_here = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "TORCHDYNAMO_DISABLE"}
+    for_here |= {"VLLM_USE_V2_MODEL_RUNNER", "TRITON_INTERPRET", "VLLM_PLUGINS"}
+    every = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return {name: value for name, value in every.items() if name not in for_here} | changes
+
+
+@contextmanager
+def served(log, model, *options: str, **variables: str):
+    """`vllm serve` on `model`; `(process, port)` as soon as it was started, and nothing is left of it in the end.
+
+    log: the file that its output goes to.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment(**variables), start_new_session=True
+        )
+    try:
+        yield process, port
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def tiny(log, model, additional_config: dict, *options: str, **variables: str):
+    """`served` as suits a tiny model, with MAC."""
+    return served(
+        log, model, "--served-model-name", "tiny", "--attention-backend", "MAC",
+        "--additional-config", json.dumps(additional_config), "--dtype", "float32", "--max-model-len", "1024",
+        "--max-num-seqs", "4", "--enforce-eager", *options, **variables,
+    )  # fmt: skip
+
+
+def healthy(process: subprocess.Popen, port: int, patience: float = 300) -> bool:
+    """Wait until the server answers (True) or has ended (False)."""
+    end = time.monotonic() + patience
+    while process.poll() is None:
+        assert time.monotonic() < end, f"neither healthy nor dead after {patience} s"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    return False
