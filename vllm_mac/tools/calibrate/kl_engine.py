@@ -61,7 +61,7 @@ class DivergenceWorker(WorkerExtension):
         from vllm_mac.layers import mac_layers
 
         for layer in mac_layers(self.vllm_config):
-            if layer.name in keys:
+            if layer.name in keys and layer.state is not None:
                 config = layer.state.config.model_copy(update=keys[layer.name])
                 layer.state = replace(layer.state, config=config)
 
