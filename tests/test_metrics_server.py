@@ -138,7 +138,7 @@ def test_a_request_s_counters_from_a_gpu_before_and_after_sleep(tmp_path):
     graphs = {"cudagraph_capture_sizes": [1, 2, 4]}
     with server(
         tmp_path, log, "--dtype", "float16", "--no-enforce-eager", "--enable-sleep-mode",
-        "--kv-cache-memory-bytes", str(256 << 20), "--compilation-config", json.dumps(graphs), VLLM_SERVER_DEV_MODE="1",
+        "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(256 << 20), "--compilation-config", json.dumps(graphs), VLLM_SERVER_DEV_MODE="1",
     ) as (process, port):  # fmt: skip
         before = scrape(port)["0"]
         prompt = stream(port, "tell me " * 30, 20)
