@@ -108,6 +108,14 @@ def test_assign_full_size(rings):
     assert both.seen["rows"] == 8 * 1020
 
 
+def test_assign_leaves_rings_that_only_padding_names():
+    """Whatever is stale in its rows."""
+    both, table = Both(8), RingTable(3, 8, "cpu")
+    table.first[:3], table.last[:3] = torch.tensor([0, 1, 2]), torch.tensor([7, 8, 9])
+    assert both(table, [8, -1, 5], [9, 0, 5], [0, 1, 2], *[[False] * 3] * 3) == [0, 0, 5]
+    assert table.first[:3].tolist() == [0, 1, 2] and table.last[:3].tolist() == [8, 8, 9]
+
+
 @pytest.mark.parametrize("short", ["position", "rings", "flags"])
 def test_assign_needs_room(short):
     ints = lambda n: torch.zeros(n, dtype=torch.int32, device=DEVICE)

@@ -104,6 +104,16 @@ def test_a_ring_is_free_when_its_request_has_finished():
     assert runner.step(["b"], scheduled((), [("b", 8, None)], {"b": 1}, finished=["a"])).ring.tolist() == [0]
 
 
+@pytest.mark.parametrize("ended", [{"finished": ["a"]}, {"preempted": {"a"}}])
+def test_who_shares_all_of_an_ended_request_inherits_its_ring(ended):
+    """The prefix ends in a block that the request was given as it grew."""
+    runner = Runner(True)
+    (ring,) = runner.step(["a"], scheduled([("a", 0, blocks(1, 2))], tokens={"a": 8})).ring
+    runner.step(["a"], scheduled((), [("a", 8, blocks(3))], {"a": 4}))
+    found = runner.step(["b"], scheduled([("b", 12, blocks(1, 2, 3, 4))], tokens={"b": 1}, **ended))
+    assert found.ring.tolist() == [ring] and found.fresh.tolist() == [False]
+
+
 @pytest.mark.parametrize("v2", [False, True])
 def test_each_row_gets_what_its_request_asked_for(v2):
     runner = Runner(v2, audits=True)
@@ -182,6 +192,30 @@ def test_a_request_that_opted_out_takes_over_no_ring_and_lends_none():
     # Of a's blocks, a's ring; of those that b wrote, none.
     found = runner.step(["c"], scheduled([("c", 12, blocks(1, 2, 3, 4))], tokens={"c": 1}, finished=["b"]))
     assert found.ring.tolist() == [ring] and found.fresh.tolist() == [True]
+    assert not requests._followed[runner].asks
+
+
+def test_owners_are_of_the_kv_cache_groups_that_hold_a_served_layer(monkeypatch):
+    """Each with the size of its own blocks; as many batches may be in flight as a pipeline has stages."""
+    config, state = SimpleNamespace(min_context=8), SimpleNamespace(store=SimpleNamespace(rings=3))
+    layer = lambda name, served: SimpleNamespace(name=name, served=served, state=state, config=config, audited=None)
+    group = lambda size, *names: SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=size), layer_names=names)
+    runner = SimpleNamespace(
+        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=2)),
+        kv_cache_config=SimpleNamespace(
+            kv_cache_groups=[group(96, "state"), group(16, "exact"), group(4, "a"), group(8, "b", "exact too")]
+        ),
+    )
+    found = [layer("exact", False), layer("a", True), layer("exact too", False), layer("b", True)]
+    monkeypatch.setattr(requests, "mac_layers", lambda _: found)
+    made = requests._make(runner)
+    owners = made.owners
+    assert made.groups == (2, 3) and owners.block_sizes == (4, 8)
+    assert (owners.rings, owners.min_context, owners.idle_steps) == (3, 8, 2)
+    found[1].served = found[3].served = False
+    assert requests._make(runner).owners is None
+    found.clear()
+    assert requests._make(runner) is None
 
 
 def test_dummy_batches_have_no_requests(monkeypatch):
@@ -204,6 +238,7 @@ def test_dummy_batches_have_no_requests(monkeypatch):
     )
     for _ in range(2):  # each layer asks for it
         requests.follow(SimpleNamespace(use_v2_model_runner=True))
+    assert not hasattr(GPUModelRunner.execute_model.__wrapped__, "followed_by_mac")  # wrapped once
     runner = GPUModelRunner()
     requests._followed[runner] = requests.Followed(RingOwners(1, 8, (4,)), (1,))
     runner.execute_model(scheduled(), None, True)

@@ -113,6 +113,16 @@ def test_a_block_copied_over_lends_no_ring():
     assert first == 6
 
 
+def test_a_copied_block_is_its_new_owner_s():
+    """Whoever shares it afterwards, whole, inherits nothing from the request that had it before."""
+    case = Case(rings=3)
+    old, _ = case.one("a", 0, 8, [1, 2])
+    # b finds 6 tokens of another request, the last two by a copy in a's former block 2.
+    case.one("b", 6, 8, [7, 2], ended=["a"])
+    got, first = case.one("c", 8, 9, [7, 2, 5])
+    assert got != old and first == 8
+
+
 def test_a_request_that_starts_inside_a_block_takes_over_nothing():
     """It shares a's first block, and of its second what a third request had there."""
     case = Case()
@@ -152,6 +162,11 @@ def test_a_shared_block_of_an_older_request_lends_no_ring():
     # c shares with b only what a wrote; b's ring holds more than that, but b is not c.
     got, first = case.one("c", 8, 9, [1, 2, 5], ended=["b"])
     assert got != new and first == 8
+
+
+def test_a_block_that_nobody_was_seen_to_get_lends_no_ring():
+    case = Case()
+    assert case.one("a", 8, 9, [50, 60, 3])[1] == 8
 
 
 def test_a_block_given_away_lends_no_ring():
@@ -195,14 +210,26 @@ def test_the_ring_of_a_running_request_is_not_lent():
     assert got == [(1 - ring, 8), (ring, 0)]
 
 
-def test_every_group_must_agree():
+@pytest.mark.parametrize("ended", [(), ("b",)])
+def test_every_group_must_agree(ended):
     """Two KV-cache groups with blocks of 4 and 8 tokens: a block of each is looked at."""
     case = Case(rings=3, sizes=(4, 8))
     case.owners.begin_step((), [Arrival("a", 0, ([1, 2], [1]))], (), {"a": 8})
     ring, _ = case.owners.ring("a")
     case.owners.begin_step(["a"], [Arrival("b", 0, ([7], [1]))], (), {"b": 3})  # the second group's block is b's
-    case.owners.begin_step((), [Arrival("c", 8, ([1, 2, 3], [1, 2]))], (), {"c": 9})
+    case.owners.begin_step(ended, [Arrival("c", 8, ([1, 2, 3], [1, 2]))], (), {"c": 9})
     assert case.owners.ring("c")[1], "c was lent a ring"
+
+
+@pytest.mark.parametrize("found", [8, 16])
+def test_a_prefix_is_inherited_wherever_it_ends(found):
+    """In blocks that its writer was given when it arrived, or later; in every group."""
+    case = Case(rings=2, sizes=(4, 8))
+    case.owners.begin_step((), [Arrival("a", 0, ([1, 2], [1]))], (), {"a": 8})
+    case.owners.begin_step((), (), [Growth("a", ([3, 4], [2]))], {"a": 16})
+    ring, _ = case.owners.ring("a")
+    case.owners.begin_step(["a"], [Arrival("b", found, ([1, 2, 3, 4, 5], [1, 2, 3]))], (), {"b": 17})
+    assert case.owners.ring("b") == (ring, False)
 
 
 @pytest.mark.parametrize("found", [8, 0])
@@ -254,6 +281,7 @@ def test_tokens_taken_back_are_recorded_anew_before_they_are_read():
 
 def test_no_ring_left():
     case = Case(rings=1)
+    assert case.owners.states() == {"active": 0, "idle": 0, "free": 1}
     assert case.step(("a", 0, 5, [1, 2]), ("b", 0, 5, [3, 4])) == [(0, 0), (-1, 5)]
     assert case.owners.states() == {"active": 1, "idle": 0, "free": 0}
     assert case.one("b", 5, 6, ended=["a"]) == (0, 5)
@@ -294,8 +322,17 @@ def test_a_request_that_is_not_scheduled_gives_its_ring_to_one_that_is():
     assert case.one("a", 4, 5) == (0, 4)  # and has it back once b waits, empty
 
 
+def test_the_request_that_has_not_been_scheduled_longest_gives_its_ring():
+    case = Case(rings=3)
+    (z, _), (a, _), _ = case.step(("z", 0, 4, [1]), ("a", 0, 4, [2]), ("b", 0, 4, [3]))
+    case.step(("a", 4, 5, None), ("b", 4, 5, None))
+    case.one("a", 5, 6)
+    assert case.step(("a", 6, 7, None), ("c", 0, 4, [5])) == [(a, 0), (z, 0)]
+
+
 def test_padding_rows_change_nothing():
     case = Case()
+    case.one("b", 0, 9, [3, 4, 5])
     ring, _ = case.one("a", 0, 8, [1, 2])
     before = case.table.first[:-1].clone(), case.table.last[:-1].clone()
     assert assign(case.table, [8, 0, -1], [8, 0, 0], [-1] * 3, *[[False] * 3] * 3) == [8, 0, 0]

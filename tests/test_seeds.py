@@ -1,4 +1,5 @@
-"""Which tokens of a batch the GPU backend records in rings beside decoding, and at which positions."""
+"""What the GPU backend's builder makes of a batch: which rings its rows read, which tokens are recorded in rings beside
+decoding, and at which positions."""
 
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -10,6 +11,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from support.stub_flashinfer import gpu_backend
 from vllm_mac.counters import OPTED_OUT
+from vllm_mac.requests import RowRings
+from vllm_mac.ring import RingTable
 from vllm_mac.state import Geometry
 
 pytestmark = pytest.mark.cpu
@@ -29,6 +32,7 @@ def seeds(builder):
     planner = gpu_backend().SeedPlanner(geometry, WINDOW, (None, None), MagicMock())
     planner._wrapper = MagicMock()
     return SimpleNamespace(
+        planner=planner,
         plan=lambda common, decodes, rings: planner.plan(common, decodes, rings, torch.from_numpy(rings).int()),
         wrapper=planner._wrapper,
     )
@@ -80,3 +84,108 @@ def test_what_rows_ask_for_is_copied_only_when_it_changes(builder):
         builder._write("slack", rows(1, 1, 0.5))
         builder._write("spared", np.array([-1, -1], dtype=np.int32))
     assert copied == [[1, 0.25, 1], [1, 1, 0.5]] and slack.tolist() == [1, 1, 0.5, 1, 1, 1]
+
+
+@pytest.fixture
+def building(builder, seeds, monkeypatch):
+    """`building(common, rings, executing=True, capture=False)` builds for a batch of which `requests` says `rings`; FlashInfer's
+    backend, below, only says which rows decode."""
+    cuda = gpu_backend()
+    base = cuda.FlashInferMetadataBuilder
+    monkeypatch.setattr(base, "build", lambda self, _, common, fast_build: cuda.FlashInferMetadata(
+        **dict.fromkeys(set(cuda.FlashInferMetadata.__dataclass_fields__))
+        | dict(num_actual_tokens=common.num_actual_tokens, num_decodes=common.decodes, num_decode_tokens=common.decodes,
+               num_prefills=common.num_reqs - common.decodes)
+    ))  # fmt: skip
+    buffers = lambda: torch.full((8,), -77, dtype=torch.int32)
+    builder.decoder = SimpleNamespace(
+        position=buffers(), ring=buffers(), first=buffers(), slack=torch.ones(8), rows=MagicMock(), begin_step=MagicMock(),
+    )  # fmt: skip
+    layer = SimpleNamespace(name="layer")
+    context = {"layer": SimpleNamespace(kv_cache=torch.zeros(0))}
+    vars(builder).update(
+        all_served=False, served=[layer], group=MagicMock(), _planned=MagicMock(), _facts={}, _rows=[buffers() for _ in range(3)],
+        _written={"slack": np.ones(8, dtype=np.float32)}, _seeds=seeds.planner, config=SimpleNamespace(audit=0.0), device="cpu",
+        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context)),
+    )  # fmt: skip
+    builder.group.table = RingTable(5, WINDOW, "cpu")
+
+    def build(common, rings, executing=True, capture=False):
+        monkeypatch.setattr(cuda, "executing", lambda: executing)
+        monkeypatch.setattr(cuda, "row_rings", lambda _: rings)
+        return builder.build_for_cudagraph_capture(common) if capture else builder.build(0, common)
+
+    return build
+
+
+def rows_of(rings, fresh=(), skips=()) -> RowRings:
+    """fresh, skips: the rows that are."""
+    n = len(rings)
+    among = lambda chosen: np.isin(np.arange(n), list(chosen))
+    return RowRings(
+        np.array(rings, dtype=np.int32), among(fresh), among(skips), np.ones(n, dtype=np.float32), among(())
+    )
+
+
+def prepared(counts, lengths, prefilling, decodes) -> CommonAttentionMetadata:
+    common = batch(counts, lengths, lengths)
+    common.is_prefilling, common.decodes = torch.tensor(prefilling), decodes
+    return common
+
+
+def holding(table: RingTable, spans) -> None:
+    for ring, (first, last) in enumerate(spans):
+        table.first[ring], table.last[ring] = first, last
+
+
+def test_rows_read_what_their_requests_may(builder, building):
+    """Of rings that all hold what would fit: a row that was just given its ring reads none of it, nor one that still
+    reads its prompt, nor one that verifies speculated tokens, which records nothing either."""
+    table, decoder = builder.group.table, builder.decoder
+    holding(table, [(70, 89), (60, 99), (40, 69), (50, 79), (90, 119)])
+    common = prepared([1, 1, 1, 1, 9, 4], [91, 101, 71, 81, 80, 124], [False, False, True, False, True], 4)
+    # The host believes that drafts were accepted; the device knows.
+    common.seq_lens_cpu_upper_bound = torch.tensor([93, 103, 71, 83, 80, 126], dtype=torch.int32)
+    metadata = building(common, rows_of([0, 1, 2, -1, 3, 4], fresh=(1,), skips=(5,)))
+    for buffer, expected in (
+        (decoder.position, [90, 100, 70, 80]), (decoder.ring, [0, 1, 2, -1]), (decoder.first, [70, 100, 71, 81]),
+    ):  # fmt: skip
+        assert buffer.tolist() == expected + [-77] * 4
+    recorded = metadata.step.seeding.seeds
+    assert metadata.step.decoder is decoder and recorded.row.unique().tolist() == [4]
+    assert recorded.ring[:6].tolist() == builder._rows[1][:6].tolist() == [0, 1, 2, -1, 3, -1]
+    assert table.first[:5].tolist() == [70, 100, 40, 50, 90] and table.last[:5].tolist() == [90, 100, 70, 79, 119]
+
+
+def test_steps_that_only_decode_write_what_graphs_read(builder, building):
+    """In whatever order rows come, and with padding after them."""
+    table, decoder = builder.group.table, builder.decoder
+    builder.all_served = True
+    vars(builder).update(cache_config=MagicMock(), q_data_type_prefill=None, q_data_type_decode=None)
+    holding(table, [(70, 89), (60, 99), (0, 0), (0, 0), (0, 0)])
+    building(prepared([1, 1, 0], [91, 101, 0], [False, False], 3), rows_of([0, 1, -1]))
+    assert (decoder.ring[:3].tolist(), decoder.first[:3].tolist()) == ([0, 1, -1], [70, 68, 0])
+    building(prepared([1, 1, 0], [102, 92, 0], [False, False], 3), rows_of([1, 0, -1]))
+    assert (decoder.ring[:3].tolist(), decoder.first[:3].tolist()) == ([1, 0, -1], [69, 70, 0])
+    assert decoder.position[:3].tolist() == [101, 91, -1]
+
+
+@pytest.mark.parametrize("executing, capture", [(False, False), (True, True), (False, True)])
+def test_a_batch_of_no_requests_reads_and_records_nothing(builder, building, executing, capture):
+    table, decoder = builder.group.table, builder.decoder
+    holding(table, [(70, 89)] * 5)
+    before = table.first.clone(), table.last.clone()
+    building(prepared([1, 1], [91, 101], [False, False], 2), rows_of([0, 1]), executing, capture)
+    assert set(decoder.position.tolist()) == set(decoder.ring.tolist()) == {-1}
+    assert torch.equal(table.first, before[0]) and torch.equal(table.last, before[1])
+
+
+def test_what_only_a_draft_model_reads_counts_for_no_ring(builder, building):
+    table = builder.group.table
+    holding(table, [(70, 89)] * 5)
+    common = prepared([1, 1], [91, 101], [False, False], 2)
+    building(common, rows_of([0, 1]))
+    before = table.first.clone(), table.last.clone(), builder.decoder.position.clone()
+    assert not hasattr(builder.build_for_drafting(common, 0), "step")
+    now = table.first, table.last, builder.decoder.position
+    assert all(torch.equal(x, y) for x, y in zip(before, now, strict=True))

@@ -1,0 +1,45 @@
+"""What the rows of a batch do on a CPU: which rings they read and are recorded in."""
+
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_mac import cpu, kv_group
+from vllm_mac.requests import RowRings
+from vllm_mac.ring import RingTable
+
+pytestmark = pytest.mark.cpu
+WINDOW = 32
+
+
+def test_rows_read_what_their_requests_may(monkeypatch):
+    """Of rings that all hold what would fit: a row that was just given its ring reads none of it, nor one that still
+    reads its prompt, nor one that verifies speculated tokens, which records nothing either."""
+    group = kv_group.Group([], SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={})), "cpu")
+    group._table = table = RingTable(5, WINDOW, "cpu")
+    table.first[:5], table.last[:5] = torch.tensor([70, 60, 40, 50, 90]), torch.tensor([89, 99, 69, 79, 119])
+    among = lambda *rows: np.isin(np.arange(6), rows)
+    rings = RowRings(np.array([0, 1, 2, -1, 3, 4], dtype=np.int32), among(1), among(5), np.ones(6, np.float32), among())
+    monkeypatch.setattr(kv_group, "row_rings", lambda _: rings)
+    counts, lengths = torch.tensor([1, 1, 1, 1, 9, 4]), torch.tensor([91, 101, 71, 81, 80, 124])
+    begin = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+    step = group.step(SimpleNamespace(
+        num_reqs=6, query_start_loc=begin, seq_lens=lengths,
+        is_prefilling=torch.tensor([False, False, True, False, True, False]),
+    ), torch.arange(6)[:, None])  # fmt: skip
+    assert step.token.tolist() == [0, 1, 2, 3] and step.rows.position.tolist() == [90, 100, 70, 80]
+    assert step.rows.ring.tolist() == [0, 1, 2, -1] and step.rows.first.tolist() == [70, 100, 71, 81]
+    assert step.rows.block_table[:, 0].tolist() == [0, 1, 2, 3]
+    chunks = [(x.begin, x.end, x.chunk.start, x.chunk.ring, int(x.chunk.blocks)) for x in step.chunks]
+    assert chunks == [(4, 13, 71, 3, 4), (13, 17, 120, -1, 5)]
+    assert table.first[:5].tolist() == [70, 100, 40, 50, 90] and table.last[:5].tolist() == [90, 100, 70, 79, 119]
+
+
+def test_what_only_a_draft_model_reads_counts_for_no_ring(monkeypatch):
+    builder, plain = object.__new__(cpu.MacCPUMetadataBuilder), SimpleNamespace()
+    builder.group = MagicMock()
+    monkeypatch.setattr(cpu.CPUAttentionMetadataBuilder, "build", lambda *_, **__: plain)
+    assert builder.build_for_drafting(SimpleNamespace(), 0) is plain and not builder.group.step.called
