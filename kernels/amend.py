@@ -70,7 +70,7 @@ def amend(
     near_total = tl.zeros((BQ,), tl.float32)
     near_acc = tl.zeros((BQ, BD), tl.float32)
     # From 0: Triton 3.7 to 3.9 can lose the alignment of addresses in a loop that begins at a computed value, and then
-    # read KV one element at a time.
+    # read KV one element at a time. The subtraction goes with the last of these Tritons.
     for i in tl.range(0, stop - start, BT, num_stages=STAGES):
         token = start + i + tl.arange(0, BT)
         m_i = token < stop

@@ -217,7 +217,7 @@ class TritonExact:
             self.pdl = properties.major >= 9
         self.tuning = tuning or Tuning.default(geometry.head_size, geometry.dtype, geometry.group, **limits)
         self.programs = programs = programs or sms * self.tuning.per_sm
-        # Triton's interpreter multiplies the bits of bf16 numbers; GPUs take KV's own type.
+        # Triton's interpreter multiplies the bits of bf16 numbers; GPUs take KV's own type. This goes with `partial`'s.
         self._dot = tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[geometry.dtype]
         # Merging in blocks of about the square root of the programs makes two short steps of it;
         # the kernel merges at most twice this many at once.

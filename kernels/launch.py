@@ -1,7 +1,8 @@
 """Launch a kernel with the fastest options under which no register spills.
 
 ptxas 12.8 and 12.9 can lose a spilled register. In `@P0 IADD3 R10, P0, ...; @P0 STL [R1+0x4], R10` the carry of the
-addition overwrites the predicate `P0`, so the store may not happen. The thread later loads garbage, such as an address.
+addition overwrites the predicate `P0`, so the store may not happen. The thread later loads garbage, such as an address. Spills
+may be allowed once no Triton that a supported vLLM installs brings these ptxas.
 """
 
 from collections.abc import Sequence

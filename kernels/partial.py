@@ -35,7 +35,8 @@ def attend(
     value = tl.load(p_key + D, mask=m_kv, other=0.0)  # [BN, BD]
     rounded = value.dtype
     if INTERPRETED:
-        # The interpreter holds bf16 as bare bits, which its matrix product would take for integers.
+        # The interpreter holds bf16 as bare bits, which its matrix product would take for integers. This goes when its
+        # `tl.dot` multiplies bf16.
         q, key, value = q.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
     score = tl.dot(q, tl.trans(key), input_precision="ieee") * log2_scale  # [BQ, BN]
     score = tl.where(m_seen, score, float("-inf"))

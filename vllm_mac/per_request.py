@@ -141,7 +141,10 @@ def _check_parameters(processor) -> None:
 
 def _check_before_streaming() -> None:
     """`AsyncLLM.generate` looks at nothing before its first output is asked for, when a streamed response has begun
-    and its status has been sent. Its module is there if it is used at all: importing it takes 0.4 s."""
+    and its status has been sent. Its module is there if it is used at all: importing it takes 0.4 s.
+
+    The wrapping goes when vLLM checks a request's parameters before it begins to answer.
+    """
     module = sys.modules.get(ASYNC)
     if module is None or hasattr(module.AsyncLLM.generate, "checked_by_mac"):
         return

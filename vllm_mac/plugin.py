@@ -80,7 +80,10 @@ def _restore():
 
 
 def _honour_on_cpu() -> None:
-    """Make the CPU platform, which otherwise ignores the choice, take MAC when it is chosen."""
+    """Make the CPU platform, which otherwise ignores the choice, take MAC when it is chosen.
+
+    The wrapping goes when vLLM's CPU platform takes a registered backend that was chosen.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

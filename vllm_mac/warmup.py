@@ -103,7 +103,10 @@ def watching(kernels: Sequence[triton.JITFunction]) -> Iterator[dict[str, int]]:
 
 @contextmanager
 def _running(kernels: Sequence[triton.JITFunction], run) -> Iterator[None]:
-    """Within it `kernel[grid](...)` calls `run(kernel, ...)`, and so does `kernel.warmup(...)`, with `warmup` true."""
+    """Within it `kernel[grid](...)` calls `run(kernel, ...)`, and so does `kernel.warmup(...)`, with `warmup` true.
+
+    The replacement goes when Triton has a public hook that sees a kernel's variant at each launch.
+    """
     with ExitStack() as stack:
         for kernel in kernels:
             kernel.run = partial(run, kernel)

@@ -73,7 +73,8 @@ def main(spec: dict, send) -> None:
 
     tokenizer = has_tokenizer(spec["llm"]["model"])
     if not tokenizer:
-        # vLLM still tries the chat template, and warns with a traceback. A filter, because vLLM resets log levels.
+        # vLLM still tries the chat template, and warns with a traceback. A filter, because vLLM resets log levels; it
+        # goes when vLLM warms up no template of a model without a tokenizer.
         logging.getLogger("vllm.renderers.base").addFilter(
             lambda record: "Chat template warmup" not in record.getMessage()
         )
