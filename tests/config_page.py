@@ -1,10 +1,13 @@
 """Writes configs/README.md from `MacConfig`: `python tests/config_page.py`. A test compares the two."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's, not a copy that is installed
 
 from vllm_mac.config import LayerSelection, MacConfig, bundled_configs
 

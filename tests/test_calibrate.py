@@ -148,13 +148,9 @@ def test_too_few_tokens_for_a_prefix():
 def test_who_knows_what():
     """vLLM is known to the capture and the engine; torch to the simulation too, and to none of the rest."""
     knows = {name: top(MODULES[f"tools.calibrate.{name}"], f"tools.calibrate.{name}") & {"vllm", "torch"} for name in
-             ("bins", "grid", "measured", "choose", "report", "run", "simulate", "capture")}  # fmt: skip
+             ("bins", "grid", "measured", "choose", "output_files", "calibration", "simulate", "capture")}  # fmt: skip
     assert knows.pop("simulate") == {"torch"} and "vllm" in knows.pop("capture")
     assert not any(knows.values())
-
-
-ERRORS |= {("B", 0.3): (0.1, 0.3), ("B", 0.5): (0.05, 0.2), ("B", 0.7): (0.02, 0.02)}
-READS |= {("B", 0.3): (0.2, 0.2), ("B", 0.5): (0.3, 0.3), ("B", 0.7): (0.6, 0.97)}
 
 
 @pytest.mark.parametrize(

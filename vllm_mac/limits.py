@@ -1,4 +1,7 @@
-"""How near a match must be: the one place where a threshold becomes a limit on squared distances."""
+"""How near a match must be: a threshold becomes a limit on squared distances.
+
+`tools.calibrate.simulate` repeats `relief` for many settings at once.
+"""
 
 from torch import Tensor
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_mac import limits
 from vllm_mac.paged import attend
 from vllm_mac.reference import Partial, merge
 from vllm_mac.ring import narrow
@@ -170,7 +171,7 @@ def simulate(
     band_sink = per((s.band + s.sink for s in settings), torch.int64)[:, None]
     anchored = per((s.reuse == "anchored" for s in settings), torch.bool)[:, None]
     cap = per((s.max_chain or steps + 1 for s in settings), torch.int32)[:, None, None]
-    strict = per((2.0 * (1.0 - c.threshold) ** 2 for c in candidates), dtype)[:, None]
+    strict = per((2.0 * limits.tightness(c.threshold) for c in candidates), dtype)[:, None]
     relative = per((s.distance == "relative" for s in settings), torch.bool)[:, None]
     slot = torch.arange(window, device=device)
     lag_share = (window - slot).to(dtype) / window
