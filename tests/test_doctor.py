@@ -131,7 +131,7 @@ def test_layers_and_rings_are_an_engine_s(models, family):
         ]
         context = vllm_config.compilation_config.static_forward_context
         assert [x.kv_bytes for x in ours] == [2 * context[x.name].num_kv_heads * x.head_size * 4 for x in ours]
-        stores = [layer.store for layer in layers if layer.served]
+        stores = [layer.state.store for layer in layers if layer.served]
         tensors = [t for store in stores for t in (store.query, store.out, store.lse, store.chain)]
         rings = {len(store.query) for store in stores}
         if stores:
