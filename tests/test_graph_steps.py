@@ -10,13 +10,13 @@ again and those that are given out. Queries are planned so that entries of any r
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from support.devices import DEVICE
 from support.ring_model import Engine
+from support.rotations import cosines_and_sines, rotation
 from support.rounding import decode_error, largest_score
 from vllm_mac import paged
 from vllm_mac.config import MacConfig
@@ -25,7 +25,6 @@ from vllm_mac.decoder import Decoder
 from vllm_mac.kernels.assign import FRESH, PREFILLING, assign
 from vllm_mac.kernels.record import record_prefill
 from vllm_mac.ring import RingTable
-from vllm_mac.rope import Rotary
 from vllm_mac.state import Chunk, Geometry, LayerState, RingStore, Rows, Seeds
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -71,11 +70,9 @@ class Plan:
         self.way = torch.randn(pairs, *shape, generator=draw).sign()
         self.kv = torch.randn(4099, LAYERS, setup.kv_heads, 2 * setup.d, generator=draw)
         self.kv[..., : setup.d] *= 2
-        angle = torch.arange(4096)[:, None] * 0.3 ** (torch.arange(setup.d // 2) * 8 / setup.d)
-        cos_sin = torch.cat((angle.cos(), angle.sin()), -1)
-        make = lambda cache: Rotary(SimpleNamespace(cos_sin_cache=cache, rotary_dim=setup.d, is_neox_style=True))
-        self.rotary, self.device_rotary = make(cos_sin), make(cos_sin.to(DEVICE))
-        self.turn = make(cos_sin * torch.tensor([1.0, -1.0]).repeat_interleave(setup.d // 2))
+        cos_sin = cosines_and_sines(4096, setup.d)
+        self.rotary, self.device_rotary = rotation(cos_sin), rotation(cos_sin.to(DEVICE))
+        self.turn = rotation(cos_sin * torch.tensor([1.0, -1.0]).repeat_interleave(setup.d // 2))
         self.known: dict[int, list] = {}  # request -> (state, facts of each position)
 
     def facts(self, request, start: int, stop: int):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from support.devices import DEVICE
 from support.hit_batches import two_stages
 from vllm_mac import paged
 from vllm_mac.kernels import exact
@@ -20,8 +21,7 @@ from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.plan import Plan, capacity, write_pages, write_plan
 from vllm_mac.state import Geometry, Rows
 
-INTERPRETED = not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
+INTERPRETED = DEVICE == "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 

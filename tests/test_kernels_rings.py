@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from support.devices import DEVICE
 from support.ring_model import assign as model_assign
 from support.ring_model import play, random_engine, random_schedule
+from support.rotations import cosines_and_sines, rotation
 from vllm_mac import paged
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
 from vllm_mac.kernels.record import record_prefill
@@ -22,8 +24,7 @@ from vllm_mac.ring import RingTable
 from vllm_mac.rope import Rotary
 from vllm_mac.state import Chunk, LayerState, RingStore, Seeds
 
-INTERPRETED = not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
+INTERPRETED = DEVICE == "cpu"
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 
 
@@ -191,8 +192,7 @@ def check(case: Case) -> Counter:
     query = (case.size * torch.randn(begins[-1], h, d, generator=g)).to(case.dtype)
     longest = max(stop for _, stop in case.chunks)
     rotary = d if case.rotary is None else case.rotary
-    angle = torch.arange(longest)[:, None] * 0.3 ** (torch.arange(rotary // 2) * 8 / max(rotary, 1))
-    cos_sin = (1.1 * torch.cat((angle.cos(), angle.sin()), -1)).to(case.dtype) if rotary else None
+    cos_sin = (1.1 * cosines_and_sines(longest, rotary)).to(case.dtype) if rotary else None
     ring = torch.tensor([-1 if i in case.ringless else rows - i for i in range(rows)])
 
     # Expected, and the prefixes that FlashInfer would give.
@@ -242,10 +242,8 @@ def check(case: Case) -> Counter:
 
     laid = seen_kv if case.head_major else seen_kv.transpose(1, 2).contiguous().transpose(1, 2)
     store = RingStore(**{name: getattr(store, name).to(DEVICE) for name in names})
-    module = None
-    if cos_sin is not None:
-        module = SimpleNamespace(cos_sin_cache=seen_cos_sin.to(DEVICE), is_neox_style=case.neox)
-    layer = LayerState(store, config, Rotary(module), None)
+    rotary = rotation(None if cos_sin is None else seen_cos_sin.to(DEVICE), case.neox)
+    layer = LayerState(store, config, rotary, None)
     seeds = Seeds(*map(ints, (token, row, position, ring, table)))
     prefix = prefix_out.to(DEVICE), prefix_lse.to(DEVICE)
     record_prefill(layer, seeds, seen_query.to(DEVICE)[..., :d], laid.to(DEVICE), *prefix, scale)

@@ -1,17 +1,15 @@
 """A decoder with its layers, and the plans that FlashInfer's engine launches."""
 
-from types import SimpleNamespace
-
 import torch
 
 from support.devices import DEVICE
+from support.rotations import rotation
 from vllm_mac import audit
 from vllm_mac.config import resolve
 from vllm_mac.counters import Count
 from vllm_mac.decoder import Decoder
 from vllm_mac.kernels import plan
 from vllm_mac.ring import RingTable, ring_dtypes
-from vllm_mac.rope import Rotary
 from vllm_mac.state import Geometry, LayerState, RingStore, Rows
 
 
@@ -30,8 +28,7 @@ def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=
         (0, True, 0.4),
     ):
         cache = torch.ones(page * columns, rotary_dim, dtype=dtype, device=DEVICE)
-        module = SimpleNamespace(cos_sin_cache=cache, rotary_dim=rotary_dim, is_neox_style=neox)
-        rotary = Rotary(module if rotary_dim else None)
+        rotary = rotation(cache, neox)
         store = RingStore.allocate(rings, heads, config.window, d, query_dtype, DEVICE, out_dtype)
         paused = None if config.error_budget is None else torch.zeros(1, dtype=torch.int32, device=DEVICE)
         layers.append(LayerState(

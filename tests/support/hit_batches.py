@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
+from support.rotations import cosines_and_sines, rotation
 from support.rounding import FLOAT32, largest_score
 from vllm_mac import reference
 from vllm_mac.counters import OPTED_OUT, Count
@@ -20,7 +21,6 @@ from vllm_mac.kernels.hit import decode_hits
 from vllm_mac.kernels.workspace import Workspace
 from vllm_mac.reference import Entry, Partial
 from vllm_mac.ring import narrow
-from vllm_mac.rope import Rotary
 from vllm_mac.state import Geometry, LayerState, RingStore, Rows
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
@@ -113,8 +113,7 @@ class Batch:
         rotary = d if case.rotary is None else case.rotary
         self.cos_sin = None
         if rotary:
-            angle = torch.arange(int(length.max()))[:, None] * 0.3 ** (torch.arange(rotary // 2) * 8 / rotary)
-            self.cos_sin = (1.1 * torch.cat((angle.cos(), angle.sin()), -1)).to(case.dtype)
+            self.cos_sin = (1.1 * cosines_and_sines(int(length.max()), rotary)).to(case.dtype)
         pre = case.size * randn(b, h, d)
         query = pre if self.cos_sin is None else rotate(pre, self.cos_sin, self.position, case.neox)
         self.query = query.to(case.dtype)
@@ -240,8 +239,7 @@ class Batch:
         )  # fmt: skip
 
     def layer(self, **changes) -> LayerState:
-        module = SimpleNamespace(cos_sin_cache=self.cos_sin, is_neox_style=self.case.neox)
-        rotary = Rotary(None if self.cos_sin is None else module)
+        rotary = rotation(self.cos_sin, self.case.neox)
         return replace(LayerState(self.store, self.config, rotary, self.counters, paused=self.paused), **changes)
 
     def rows(self) -> Rows:
