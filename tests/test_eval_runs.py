@@ -172,7 +172,7 @@ def test_an_interrupt_stops_all_engines(number, tmp_path):
         "import signal, sys, pytest\nsys.path.insert(0, sys.argv.pop(1))\nfrom support import eval_runs\nimport vllm_mac.tools.cli\n"
         # A shell starts what it runs in the background with this signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "test_eval.evaluation.prompts = lambda options: test_eval.made()\n"
+        "import vllm_mac.tools.eval.evaluation as evaluation\nevaluation.prompts = lambda options: eval_runs.made()\n"
         f"first = {hanging(tmp_path, ['two', 'three'])!r}\n"
         "eval_runs.fake_engine(pytest.MonkeyPatch(), 'hangs and count == 2 and hang()', first)\nvllm_mac.tools.cli.main()\n"
     )
