@@ -118,7 +118,7 @@ def test_eval_on_real_engines(tmp_path):
          "--tasks", "niah_single", "--lengths", "1200", "--samples", "1", "--prompts", str(prompts), "--kl", "2",
          *(part for name, some in configurations.items() for part in ("--mac", f"{name}={json.dumps(some)}")),
          "--engine", json.dumps(engine), "--out", str(out), "--no-progress"],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
         env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | quick,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
