@@ -3,6 +3,8 @@
 Knows `paged` and plain values, not vLLM. `decoder` is the same on GPUs.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -26,15 +28,14 @@ def decode(layer: LayerState, rows: Rows, audited: Tensor, query: Tensor, kv: Te
     pre_query = layer.rotary.undo(query, rows.position)
     paused = layer.paused is not None and bool(layer.paused)
     # A layer over its budget records, but may read nothing of what it recorded.
-    read = Rows(rows.position, rows.ring, rows.position, rows.slack, rows.block_table) if paused else rows
+    read = replace(rows, first=rows.position) if paused else rows
     decoded = paged.decode(read, query, pre_query, kv, layer.store, layer.config, scale)
     out = decoded.out.to(query.dtype)
     count(layer, rows, decoded, paused)
     if audited.any():
         wanted = decoded.hit & audited[:, None]
         exact = paged.exact(rows.position, query, kv, rows.block_table, wanted, scale)
-        position = torch.where(audited, rows.position, -1)
-        own = Rows(position, rows.ring, rows.first, rows.slack, rows.block_table)
+        own = replace(rows, position=torch.where(audited, rows.position, -1))
         audit.tally(layer, own, decoded, out, exact, audit.edges(out.device))
     return out
 
