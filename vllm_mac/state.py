@@ -129,6 +129,18 @@ class LayerState:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexRule:
+    """What `lookup` decides by. tolerance: shares of the average token from which on a token is read. scale: factor of
+    the scores. The first `sink` and the last `band` tokens are read always, and all of a row below `min_context`."""
+
+    tolerance: float
+    band: int
+    sink: int
+    min_context: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """What the rows of a decode step do, one token each. Kernels take int32, PyTorch int64.
 

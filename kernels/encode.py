@@ -1,0 +1,73 @@
+"""Index the KV pages that a step completes: the codes of their keys, and the mean of their values.
+
+`key_index.encode` is the oracle. A page is indexed when its last slot is written, so what was written to it before, by
+whomever, is what is indexed.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_mac.kernels.entry import INTERPRETED
+from vllm_mac.kernels.launch import power_of_two
+from vllm_mac.key_index import Maps, PageLayout
+
+
+@triton.jit
+def _direction_codes(key, p_to_key, p_shift, o_d, o_n, m_d, m_n, N: tl.constexpr):
+    """Codes of 4 bits `[PAGE, BN]` int32 of the directions `o_n`. key: `[PAGE, BD]`."""
+    to_key = tl.load(p_to_key + o_d[:, None] * N + o_n[None, :], mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+    shift = tl.load(p_shift + o_n, mask=m_n, other=0.0)  # [BN]
+    if INTERPRETED:  # see `partial.attend`
+        key, to_key = key.to(tl.float32), to_key.to(tl.float32)
+    code = tl.dot(key, to_key, input_precision="ieee") - shift[None, :]
+    return tl.minimum(tl.maximum(tl.floor(code), 0.0), 15.0).to(tl.int32)
+
+
+@triton.jit
+def encode_kernel(
+    p_slot, p_kv, p_codes, p_means, p_to_key, p_shift,
+    s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
+    D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Program `(i_slot, i_k)`: the page of a slot that is its page's last. Without slots, page `i_slot`."""
+    i_slot, i_k = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if p_slot is None:
+        page = i_slot.to(tl.int64)
+    else:
+        slot = tl.load(p_slot + i_slot).to(tl.int64)
+        if (slot < 0) | (slot % PAGE != PAGE - 1):
+            return
+        page = slot // PAGE
+    HALF: tl.constexpr = N // 2
+    o_t, o_d, o_n = tl.arange(0, PAGE), tl.arange(0, BD), tl.arange(0, BN)
+    m_d, m_n = o_d < D, o_n < HALF
+    p_key = p_kv + page * s_kv_page + i_k * s_kv_head + (o_t * s_kv_token)[:, None] + o_d[None, :]
+    key = tl.load(p_key, mask=m_d[None, :], other=0.0)  # [PAGE, BD]
+    value = tl.load(p_key + D, mask=m_d[None, :], other=0.0)  # [PAGE, BD]
+    mean = tl.sum(value.to(tl.float32), 0) / PAGE
+    tl.store(p_means + page * s_mean_page + i_k * D + o_d, mean.to(p_means.dtype.element_ty), mask=m_d)
+    p_map, p_offset = p_to_key + i_k * D * N, p_shift + i_k * N
+    low = _direction_codes(key, p_map, p_offset, o_d, o_n, m_d, m_n, N)
+    high = _direction_codes(key, p_map, p_offset, o_d, o_n + HALF, m_d, m_n, N)
+    p_code = p_codes + page * s_code_page + i_k * HALF * PAGE + o_n[None, :] * PAGE + o_t[:, None]
+    tl.store(p_code, (low | (high << 4)).to(tl.uint8), mask=m_n[None, :])
+
+
+def encode(kv: Tensor, slots: Tensor | None, layout: PageLayout, maps: Maps) -> None:
+    """Index the pages of which `slots` `[n]` holds the last slot; all pages of the cache without slots.
+
+    kv: `[blocks, K, PAGE, 2 D]` with room for the index, see `PageLayout.views`. slots: int64, below 0 for padding.
+    """
+    codes, means = layout.views(kv)
+    s_kv, half = kv.stride(), layout.directions // 2
+    count = len(kv) if slots is None else len(slots)
+    if not count:
+        return
+    encode_kernel[(count, layout.kv_heads)](
+        slots, kv, codes, means, maps.to_key, maps.shift, s_kv[0], s_kv[1], s_kv[2], codes.stride(0), means.stride(0),
+        D=layout.head_size, N=layout.directions, PAGE=layout.page, BD=power_of_two(layout.head_size),
+        BN=max(power_of_two(half), 16), num_warps=4,
+    )  # fmt: skip
+
+

@@ -1,0 +1,165 @@
+"""The index of keys: what each KV page holds beside its keys and values, and the maps that it is made with.
+
+Letters: `K` KV heads, `G` query heads of each, `D` head size, `N` directions of the index, `P` tokens of a page.
+
+Of each key `k` the index holds `N` codes of 4 bits. A code `c` from 0 to 15 stands for `c - 7.5`, and
+`to_query^T q . (code - 7.5) + mean . q` estimates `q . k`. Of each page it holds the mean of its values.
+
+The maps are the best of their rank for `q . k`. With the queries' second moment `L L^T` and the keys' covariance
+`C`, both after RoPE, `B` holds the leading eigenvectors of `L^T C L`; keys are mapped by `L B`, queries by `L^-T B`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEVELS, HALF_LEVEL = 16, 7.5  # of a code of 4 bits
+REACH = 2.8  # standard deviations of a direction that its codes reach to each side: the least error of a Gaussian
+SAMPLE, LAST = 16, 512  # every 16th key and query is sampled, and of the queries the last 512
+
+
+def directions(head_size: int) -> int:
+    """How many directions the index has by default: half the head size, 48 at least, in steps of 16."""
+    return min(max(-(-head_size // 32) * 16, 48), head_size // 16 * 16)
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """Where a page's index lies: behind its keys and values, head by head the codes, then head by head the means.
+
+    codes: `[K, N / 2, P]` uint8 a page; the low half of byte `i` is direction `i`, the high half direction `i + N / 2`.
+    means: `[K, D]` a page, in the cache's dtype.
+    """
+
+    kv_heads: int
+    head_size: int
+    page: int
+    directions: int
+    itemsize: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a page's keys and values."""
+        return self.kv_heads * self.page * 2 * self.head_size * self.itemsize
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a page's codes."""
+        return self.kv_heads * self.directions // 2 * self.page
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of a page's index."""
+        return self.code_bytes + self.kv_heads * self.head_size * self.itemsize
+
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes of a page with its index, a multiple of 128."""
+        return -(-(self.kv_bytes + self.index_bytes) // 128) * 128
+
+    def views(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[blocks, K, N / 2, P]` uint8 and means `[blocks, K, D]` of a cache `[blocks, K, P, 2 D]`.
+
+        Raises ValueError where the pages of `kv` leave no room for them.
+        """
+        blocks, room = len(kv), kv.stride(0) * self.itemsize
+        if room < self.kv_bytes + self.index_bytes and blocks > 1:
+            raise ValueError(f"kv: pages {room} bytes apart, choose {self.padded_bytes} or more")
+        at = kv.storage_offset() + self.kv_bytes // self.itemsize
+        tail = torch.as_strided(kv, (blocks, self.index_bytes // self.itemsize), (kv.stride(0), 1), at)
+        codes = tail[:, : self.code_bytes // self.itemsize].view(torch.uint8)
+        means = tail[:, self.code_bytes // self.itemsize :]
+        shape = self.kv_heads, self.directions // 2, self.page
+        return codes.unflatten(1, shape), means.unflatten(1, (self.kv_heads, self.head_size))
+
+
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """What turns keys into codes and queries into what codes are multiplied with. Written in place by `set`.
+
+    to_key, to_query: `[K, D, N]` in the model's dtype; the code is `floor(to_key^T k - shift)`, from 0 to 15.
+    shift: `[K, N]` float32. mean: `[K, D]` float32, the mean key.
+    ready: `[1]` int32, 0 until the maps are set; nothing is estimated before.
+    """
+
+    to_key: Tensor
+    to_query: Tensor
+    shift: Tensor
+    mean: Tensor
+    ready: Tensor
+
+    @classmethod
+    def allocate(cls, kv_heads: int, head_size: int, n: int, dtype: torch.dtype, device) -> "Maps":
+        """Maps that are not ready."""
+        zeros = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=device)
+        return cls(
+            zeros(kv_heads, head_size, n, dtype=dtype), zeros(kv_heads, head_size, n, dtype=dtype),
+            zeros(kv_heads, n), zeros(kv_heads, head_size), zeros(1, dtype=torch.int32),
+        )  # fmt: skip
+
+    def set(self, moments: "Moments") -> None:
+        """Make the maps of these moments."""
+        n, size = self.shift.shape[1], self.mean.shape[1]
+        key, query = best_maps(moments)
+        key, query = key[..., :n], query[..., :n]
+        deviation = (key * (moments.spread @ key)).sum(1, keepdim=True).clamp(min=0).sqrt()
+        # The floor keeps what half-precision dtypes hold; directions below it change no logit.
+        step = deviation.clamp(min=1e-4 * deviation.amax(-1, keepdim=True).clamp(min=1e-6)) * (REACH / HALF_LEVEL)
+        self.to_key.copy_(key / step)
+        self.to_query.copy_(query * step)
+        self.mean.copy_(moments.mean.view(-1, size))
+        stored = self.to_key.float()  # as it is rounded
+        self.shift.copy_((self.mean[:, None] @ stored)[:, 0] - HALF_LEVEL - 0.5)
+        self.ready.fill_(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Queries' second moment and keys' covariance `[K, D, D]`, mean key `[K, 1, D]`; all float32, after RoPE."""
+
+    second: Tensor
+    spread: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor) -> "Moments":
+        """query `[n, K G, D]`, key `[K, T, D]`."""
+        kv_heads, _, size = key.shape
+        rows = query.float().view(len(query), kv_heads, -1, size).permute(1, 0, 2, 3).flatten(1, 2)
+        key = key.float()
+        mean = key.mean(1, keepdim=True)
+        centred = key - mean
+        moment = lambda x: x.transpose(1, 2) @ x / x.shape[1]
+        return cls(moment(rows), moment(centred), mean)
+
+
+def best_maps(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Maps `[K, D, D]` of keys and of queries, leading directions first: see the module's docstring."""
+    size = moments.second.shape[1]
+    eye = torch.eye(size, device=moments.second.device)
+    scale = moments.second.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None].clamp(min=1e-12)
+    lower = torch.linalg.cholesky(moments.second + 1e-4 * scale * eye)
+    form = lower.transpose(1, 2) @ moments.spread @ lower
+    basis = torch.linalg.eigh(form)[1].flip(2)
+    return lower @ basis, torch.linalg.solve_triangular(lower.transpose(1, 2), basis, upper=True)
+
+
+def sampled_queries(query: Tensor) -> Tensor:
+    """Of a chunk's queries `[n, H, D]` those that maps are learned from: the last ones, and every so many of all."""
+    return torch.cat((query[-LAST:], query[::SAMPLE]))
+
+
+def encode(key: Tensor, value: Tensor, maps: Maps) -> tuple[Tensor, Tensor]:
+    """Codes `[K, N / 2, P]` uint8 and mean value `[K, D]` float32 of pages; key, value `[K, P, D]`."""
+    code = key.float() @ maps.to_key.float() - maps.shift[:, None]
+    code = code.floor().clamp(0, LEVELS - 1).nan_to_num(0).to(torch.uint8).transpose(1, 2)
+    low, high = code.chunk(2, 1)
+    return low | (high << 4), value.float().mean(1)
+
+
+def estimate(query: Tensor, codes: Tensor, maps: Maps) -> Tensor:
+    """Estimated `q . k`, not scaled, `[K, G, T]`, of queries `[K, G, D]` and codes `[K, N / 2, T]`."""
+    code = torch.cat((codes & 15, codes >> 4), 1).float() - HALF_LEVEL
+    narrow = query.float() @ maps.to_query.float()
+    return narrow @ code + query.float() @ maps.mean[..., None]

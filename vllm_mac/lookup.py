@@ -1,0 +1,99 @@
+"""Decoding by the index of keys, over paged KV, in PyTorch: what CPUs run, and the oracle of the GPU kernels.
+
+For a query at position `m` of a row, with the `n = m + 1` tokens `[0, n)`:
+
+1. *Match.* The first and the last tokens are near: `[0, sink)` and `[m + 1 - band, m + 1)`, both widened to whole tiles of
+   `TILE` tokens. Of the others the index estimates the logits `s`. With the near tokens' exact logits they give `Z`,
+   the estimated sum of all `e^logit`. A token is chosen where `e^s / Z >= tolerance / n` in any head of the KV
+   group: where its share of the attention is `tolerance` times an average token's.
+2. *Amend.* The near and the chosen tokens are attended to exactly.
+3. *Complete.* What is left of each page weighs the sum of its `e^s`, and has the mean of the page's values.
+
+Nothing is carried from one query to another, so no error adds up. A row is exact while it has fewer than `min_context`
+tokens, before maps are ready, and where its request asked for it.
+
+Letters as in `key_index` and `paged`; arithmetic is float32, LSE natural log.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_mac.key_index import Maps, PageLayout, encode, estimate
+from vllm_mac.paged import gather
+from vllm_mac.state import IndexRule
+
+TILE = 64  # tokens; a multiple of every page size that is served, or a part of it
+
+
+class Looked(NamedTuple):
+    """One decode step of a batch.
+
+    out: `[B, H, D]` float32. read: `[B, K]` int64, KV tokens read exactly. looked: `[B]` bool, whether the row was
+    looked up rather than read whole.
+    """
+
+    out: Tensor
+    read: Tensor
+    looked: Tensor
+
+
+def near_edges(n: int, rule: IndexRule) -> tuple[int, int]:
+    """`(begin, end)` of the indexed tokens of a row of `n`, in tokens; equal where all are near."""
+    begin = -(-rule.sink // TILE) * TILE
+    end = max((n - rule.band) // TILE * TILE, begin)
+    return begin, end
+
+
+def write_pages(kv: Tensor, pages: Tensor, layout: PageLayout, maps: Maps) -> None:
+    """Index the pages `[n]`, whose tokens are all written."""
+    codes, means = layout.views(kv)
+    for page in pages.tolist():
+        key, value = kv[page].chunk(2, -1)
+        code, mean = encode(key, value, maps)
+        codes[page], means[page] = code, mean.to(means.dtype)
+
+
+def decode(
+    position: Tensor, exact: Tensor, query: Tensor, kv: Tensor, block_table: Tensor, layout: PageLayout, maps: Maps, rule: IndexRule
+) -> Looked:
+    """Decode one token of each row.
+
+    position: `[B]`, -1 for padding. exact: `[B]` bool, rows that are read whole. query: `[B, H, D]` after RoPE.
+    kv: `[blocks, K, P, 2 D]`. block_table: `[B, *]`.
+    """
+    out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    read = torch.zeros(len(query), layout.kv_heads, dtype=torch.int64, device=query.device)
+    looked = torch.zeros(len(query), dtype=torch.bool, device=query.device)
+    codes, means = layout.views(kv)
+    for row, m in enumerate(position.tolist()):
+        if m < 0:
+            continue
+        n = m + 1
+        begin, end = near_edges(n, rule)
+        if exact[row] or n < rule.min_context or not maps.ready.item():
+            end = begin
+        looked[row] = end > begin
+        blocks = block_table[row].long()
+        grouped = query[row].float().view(layout.kv_heads, -1, layout.head_size)
+        key, value = gather(kv, blocks, torch.arange(n, device=kv.device))
+        logit = grouped @ key.transpose(1, 2) * rule.scale  # [K, G, n]
+        chosen = torch.ones(layout.kv_heads, n, dtype=torch.bool, device=kv.device)
+        left = logit.new_zeros(*logit.shape[:2], 0)
+        if end > begin:
+            pages = blocks[begin // layout.page : end // layout.page]
+            code = codes[pages].permute(1, 2, 0, 3).flatten(2)
+            s = estimate(grouped, code, maps) * rule.scale
+            total = torch.logsumexp(torch.cat((logit[..., :begin], s, logit[..., end:]), -1), -1, keepdim=True)
+            share = (s - total).exp()
+            chosen[:, begin:end] = (share >= rule.tolerance / n).any(1)
+            left = torch.where(chosen[:, None, begin:end], -torch.inf, s)
+        seen = logit.masked_fill(~chosen[:, None], -torch.inf)
+        weight = torch.softmax(torch.cat((seen, left), -1), -1)
+        result = weight[..., :n] @ value
+        if end > begin:
+            of_page = weight[..., n:].unflatten(-1, (-1, layout.page)).sum(-1)  # [K, G, pages]
+            result += of_page @ means[pages].float().transpose(0, 1)
+        out[row], read[row] = result.view(-1, layout.head_size), chosen.sum(-1)
+    return Looked(out, read, looked)
