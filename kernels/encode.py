@@ -50,7 +50,7 @@ def encode_kernel(
     p_map, p_offset = p_to_key + i_k * D * N, p_shift + i_k * N
     low = _direction_codes(key, p_map, p_offset, o_d, o_n, m_d, m_n, N)
     high = _direction_codes(key, p_map, p_offset, o_d, o_n + HALF, m_d, m_n, N)
-    p_code = p_codes + page * s_code_page + i_k * HALF * PAGE + o_n[None, :] * PAGE + o_t[:, None]
+    p_code = p_codes + page * s_code_page + i_k * PAGE * HALF + o_t[:, None] * HALF + o_n[None, :]
     tl.store(p_code, (low | (high << 4)).to(tl.uint8), mask=m_n[None, :])
 
 

@@ -28,7 +28,7 @@ def directions(head_size: int) -> int:
 class PageLayout:
     """Where a page's index lies: behind its keys and values, head by head the codes, then head by head the means.
 
-    codes: `[K, N / 2, P]` uint8 a page; the low half of byte `i` is direction `i`, the high half direction `i + N / 2`.
+    codes: `[K, P, N / 2]` uint8 a page; the low half of byte `i` is direction `i`, the high half direction `i + N / 2`.
     means: `[K, D]` a page, in the cache's dtype.
     """
 
@@ -59,7 +59,7 @@ class PageLayout:
         return -(-(self.kv_bytes + self.index_bytes) // 128) * 128
 
     def views(self, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[blocks, K, N / 2, P]` uint8 and means `[blocks, K, D]` of a cache `[blocks, K, P, 2 D]`.
+        """Codes `[blocks, K, P, N / 2]` uint8 and means `[blocks, K, D]` of a cache `[blocks, K, P, 2 D]`.
 
         Raises ValueError where the pages of `kv` leave no room for them.
         """
@@ -70,7 +70,7 @@ class PageLayout:
         tail = torch.as_strided(kv, (blocks, self.index_bytes // self.itemsize), (kv.stride(0), 1), at)
         codes = tail[:, : self.code_bytes // self.itemsize].view(torch.uint8)
         means = tail[:, self.code_bytes // self.itemsize :]
-        shape = self.kv_heads, self.directions // 2, self.page
+        shape = self.kv_heads, self.page, self.directions // 2
         return codes.unflatten(1, shape), means.unflatten(1, (self.kv_heads, self.head_size))
 
 
@@ -151,15 +151,15 @@ def sampled_queries(query: Tensor) -> Tensor:
 
 
 def encode(key: Tensor, value: Tensor, maps: Maps) -> tuple[Tensor, Tensor]:
-    """Codes `[K, N / 2, P]` uint8 and mean value `[K, D]` float32 of pages; key, value `[K, P, D]`."""
+    """Codes `[K, P, N / 2]` uint8 and mean value `[K, D]` float32 of pages; key, value `[K, P, D]`."""
     code = key.float() @ maps.to_key.float() - maps.shift[:, None]
-    code = code.floor().clamp(0, LEVELS - 1).nan_to_num(0).to(torch.uint8).transpose(1, 2)
-    low, high = code.chunk(2, 1)
+    code = code.floor().clamp(0, LEVELS - 1).nan_to_num(0).to(torch.uint8)
+    low, high = code.chunk(2, 2)
     return low | (high << 4), value.float().mean(1)
 
 
 def estimate(query: Tensor, codes: Tensor, maps: Maps) -> Tensor:
-    """Estimated `q . k`, not scaled, `[K, G, T]`, of queries `[K, G, D]` and codes `[K, N / 2, T]`."""
-    code = torch.cat((codes & 15, codes >> 4), 1).float() - HALF_LEVEL
+    """Estimated `q . k`, not scaled, `[K, G, T]`, of queries `[K, G, D]` and codes `[K, T, N / 2]`."""
+    code = torch.cat((codes & 15, codes >> 4), 2).float() - HALF_LEVEL
     narrow = query.float() @ maps.to_query.float()
-    return narrow @ code + query.float() @ maps.mean[..., None]
+    return narrow @ code.transpose(1, 2) + query.float() @ maps.mean[..., None]

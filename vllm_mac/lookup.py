@@ -83,7 +83,7 @@ def decode(
         left = logit.new_zeros(*logit.shape[:2], 0)
         if end > begin:
             pages = blocks[begin // layout.page : end // layout.page]
-            code = codes[pages].permute(1, 2, 0, 3).flatten(2)
+            code = codes[pages].transpose(0, 1).flatten(1, 2)
             s = estimate(grouped, code, maps) * rule.scale
             total = torch.logsumexp(torch.cat((logit[..., :begin], s, logit[..., end:]), -1), -1, keepdim=True)
             share = (s - total).exp()
