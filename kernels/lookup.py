@@ -1,8 +1,8 @@
 """Decode by the index of keys. `lookup.decode` is the oracle; see there for the rule.
 
-Three launches. `weigh_kernel` estimates what all tokens weigh. `list_kernel` estimates it again, since codes are few bytes and
-often still in L2, and lists the tokens that weigh enough; of the others it leaves what each page weighs. `read_kernel`
-reads the listed tokens, adds the others by the pages' mean values, and merges.
+Four launches. `weigh_kernel` estimates what all tokens weigh. `list_kernel` estimates it again, since codes are few bytes and
+often still in L2, and lists the tokens that weigh enough; of the others it leaves what each span of `SPAN` tokens weighs. `read_kernel` reads the
+listed tokens and adds the others by the mean values of their pages. `merge_kernel` merges the programs' results.
 
 The work of a (row, KV head) pair goes round among its `NS` programs, in spans of `SPAN` tokens, so that the near tokens and
 stretches of listed ones are spread over all. A row that is read whole is left to `read_kernel`.
@@ -19,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac import counters
+from vllm_mac import counters, key_index
 from vllm_mac.counters import Count
 from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.launch import power_of_two
 from vllm_mac.kernels.partial import LOG2_E
 from vllm_mac.key_index import Maps, PageLayout
+from vllm_mac.lookup import SPAN as SPAN_TOKENS
 from vllm_mac.lookup import TILE as TILE_TOKENS
 from vllm_mac.state import Geometry, IndexRule, Rows
 
@@ -34,7 +35,7 @@ HIT, NOT_READY = tl.constexpr(Count.HIT.value), tl.constexpr(Count.NO_RING.value
 SHORT_CONTEXT, REQUEST = tl.constexpr(Count.SHORT_CONTEXT.value), tl.constexpr(Count.REQUEST.value)
 READ, SKIPPED = tl.constexpr(Count.READ.value), tl.constexpr(Count.SKIPPED.value)
 TILE = tl.constexpr(TILE_TOKENS)
-BIAS = tl.constexpr(1024 + 7.5)  # what `_halves` adds to the value that a code stands for
+HALF_LEVEL = tl.constexpr(key_index.HALF_LEVEL)
 
 
 @triton.jit
@@ -46,8 +47,16 @@ def _indexed_end(m, ring, ready, BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CO
 
 
 @triton.jit
-def _narrow(p_query, p_map, p_mean, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn, HALF: tl.constexpr, N: tl.constexpr):
-    """A group's queries as codes are multiplied with: `[BN, BQ]` float16 for the low and the high halves, `[BQ]` to add."""
+def _narrow(
+    p_query, p_map, p_mean, log2_scale, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn, HALF: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """A group's queries as codes are multiplied with: `(low, high, factor, constant, base)`.
+
+    low, high: `[BN, BQ]` int32 of 16 bits, for the two halves of the directions. A score is `factor` `[BQ]` times the
+    product of both with the codes, plus `constant` `[BQ]`. base: `[BQ]`, to subtract from scores before `exp2`. It lies
+    half-way between the mean key's score, near which many are, and the highest that codes can give; so no sum overflows,
+    and none is lost.
+    """
     q = tl.load(p_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0)  # [BD, BQ]
     p_direction = p_map + o_d[:, None] * N + o_n[None, :]
     low = tl.load(p_direction, mask=m_dn, other=0.0)  # [BD, BN]
@@ -55,27 +64,40 @@ def _narrow(p_query, p_map, p_mean, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn
     mean = tl.load(p_mean + o_d, mask=m_d, other=0.0)  # [BD]
     if INTERPRETED:  # see `partial.attend`
         q, low, high = q.to(tl.float32), low.to(tl.float32), high.to(tl.float32)
-    q_low = tl.dot(tl.trans(low), q, input_precision="ieee").to(tl.float16)
-    q_high = tl.dot(tl.trans(high), q, input_precision="ieee").to(tl.float16)
-    constant = tl.sum(q.to(tl.float32) * mean[:, None], 0)
-    constant -= BIAS * (tl.sum(q_low.to(tl.float32), 0) + tl.sum(q_high.to(tl.float32), 0))
-    return q_low, q_high, constant
+    q_low = tl.dot(tl.trans(low), q, input_precision="ieee")
+    q_high = tl.dot(tl.trans(high), q, input_precision="ieee")
+    largest = tl.maximum(tl.max(tl.abs(q_low), 0), tl.max(tl.abs(q_high), 0))
+    unit = tl.maximum(largest, 1e-20) / 32512.0  # 127 * 256: what two signed bytes hold
+    low_i = tl.floor(q_low / unit[None, :] + 0.5).to(tl.int32)
+    high_i = tl.floor(q_high / unit[None, :] + 0.5).to(tl.int32)
+    middle, factor = tl.sum(q.to(tl.float32) * mean[:, None], 0) * log2_scale, unit * log2_scale
+    reach = HALF_LEVEL * factor * (tl.sum(tl.abs(low_i), 0) + tl.sum(tl.abs(high_i), 0)).to(tl.float32)
+    constant = middle - HALF_LEVEL * factor * (tl.sum(low_i, 0) + tl.sum(high_i, 0)).to(tl.float32)
+    return low_i, high_i, factor, constant, middle + tl.minimum(reach * 0.5, 90.0)
 
 
 @triton.jit
-def _estimated(q_low, q_high, constant, codes, log2_scale):
-    """Estimated scores `[BT, BQ]`, scaled and base 2, of codes `[BT, BN]` uint8.
+def _estimated(low_i, high_i, factor, constant, codes):
+    """Estimated scores `[BT, BQ]`, scaled and base 2, of codes `[BT, BN]` int8. Other arguments: of `_narrow`.
 
-    The last bits of 1024 + code, in float16, are the code. Lanes that are of no direction have 0 in the query.
+    The products are of integers: codes of 4 bits with the two bytes of each query, 64 of them at most.
     """
-    wide = codes.to(tl.int16)
-    low = ((wide & 15) | 0x6400).to(tl.float16, bitcast=True)
-    high = (((wide >> 4) & 15) | 0x6400).to(tl.float16, bitcast=True)
     if INTERPRETED:
-        low, high, q_low, q_high = low.to(tl.float32), high.to(tl.float32), q_low.to(tl.float32), q_high.to(tl.float32)
-    score = tl.dot(low, q_low, input_precision="ieee")
-    score = tl.dot(high, q_high, score, input_precision="ieee")
-    return (score + constant[None, :]) * log2_scale
+        low, high = codes & 15, (codes >> 4) & 15
+    else:  # four codes an instruction
+        low = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4
+        )  # fmt: skip
+        high = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [codes],
+            dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    upper_low, upper_high = (low_i + 128) >> 8, (high_i + 128) >> 8
+    product = tl.dot(low, upper_low.to(tl.int8), out_dtype=tl.int32)
+    product = tl.dot(high, upper_high.to(tl.int8), product, out_dtype=tl.int32) * 256
+    product = tl.dot(low, (low_i - upper_low * 256).to(tl.int8), product, out_dtype=tl.int32)
+    product = tl.dot(high, (high_i - upper_high * 256).to(tl.int8), product, out_dtype=tl.int32)
+    return product.to(tl.float32) * factor[None, :] + constant[None, :]
 
 
 @triton.jit(do_not_specialize=("s_table_row", "ns"))
@@ -102,22 +124,20 @@ def weigh_kernel(
     p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
     p_row_table = p_table + i_row * s_table_row
     p_head_codes = p_codes + i_k * PAGE * HALF
-    q_low, q_high, constant = _narrow(
-        p_group_query, p_to_query + i_k * D * N, p_mean + i_k * D, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn, HALF, N
-    )
-    peak, total = tl.full([BQ], float("-inf"), tl.float32), tl.zeros([SPAN, BQ], tl.float32)
+    low_i, high_i, factor, constant, base = _narrow(
+        p_group_query, p_to_query + i_k * D * N, p_mean + i_k * D, log2_scale, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn,
+        HALF, N,
+    )  # fmt: skip
+    total = tl.zeros([SPAN, BQ], tl.float32)
     for t in tl.range(i_s * SPAN, end, ns * SPAN, num_stages=STAGES):
         token = t + o_t
         m_t = (token >= BEGIN) & (token < end)
         page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [SPAN]
         p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
         codes = tl.load(p_code, mask=m_t[:, None] & m_n[None, :], other=0)  # [SPAN, BN]
-        score = tl.where(m_t[:, None], _estimated(q_low, q_high, constant, codes, log2_scale), float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 0))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        total = total * tl.exp2(peak - base)[None, :] + tl.exp2(score - base[None, :])
-        peak = new_peak
-    total = tl.sum(total, 0)
+        score = _estimated(low_i, high_i, factor, constant - base, codes)
+        total += tl.where(m_t[:, None], tl.exp2(tl.minimum(score, 100.0)), 0.0)
+    total, peak = tl.sum(total, 0), base
     # Near tiles: [0, BEGIN), then [end, n). Their `t`-th is program `t % NS`'s.
     n = m + 1
     o_tile = tl.arange(0, TILE)
@@ -169,9 +189,10 @@ def list_kernel(
     p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
     p_row_table = p_table + i_row * s_table_row
     p_head_codes = p_codes + i_k * PAGE * HALF
-    q_low, q_high, constant = _narrow(
-        p_group_query, p_to_query + i_k * D * N, p_mean + i_k * D, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn, HALF, N
-    )
+    low_i, high_i, factor, constant, base = _narrow(
+        p_group_query, p_to_query + i_k * D * N, p_mean + i_k * D, log2_scale, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn,
+        HALF, N,
+    )  # fmt: skip
     o_ns = tl.arange(0, BNS)
     p_parts = p_lse2 + (i_bk * ns + o_ns[:, None]) * G + o_q[None, :]
     parts = tl.load(p_parts, mask=(o_ns < ns)[:, None] & m_q[None, :], other=float("-inf"))  # [BNS, BQ]
@@ -181,8 +202,6 @@ def list_kernel(
         tl.store(p_all_lse2 + i_bk * G + o_q, lse2, mask=m_q)
     threshold = tl.where(m_q, lse2 + log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ]
 
-    NP: tl.constexpr = SPAN // PAGE
-    o_np = tl.arange(0, NP)
     p_own = p_slots + (i_bk * ns + i_s) * room * 16
     count = 0
     for t in tl.range(i_s * SPAN, n, ns * SPAN, num_stages=STAGES):
@@ -191,35 +210,34 @@ def list_kernel(
         page = tl.load(p_row_table + token // PAGE, mask=token < n, other=0).to(tl.int64)  # [SPAN]
         p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
         codes = tl.load(p_code, mask=m_t[:, None] & m_n[None, :], other=0)  # [SPAN, BN]
-        score = _estimated(q_low, q_high, constant, codes, log2_scale)
+        score = _estimated(low_i, high_i, factor, constant, codes)
         over = tl.max((score >= threshold[None, :]).to(tl.int32), 1) != 0
         listed = tl.where(m_t, over, token < n).to(tl.int32)
         at = count + tl.cumsum(listed, 0) - 1
         tl.store(p_own + at, (page * PAGE + token % PAGE).to(tl.int32), mask=(listed != 0) & (at < room * 16))
         count += tl.sum(listed, 0)
         left = tl.where((m_t & (listed == 0))[:, None], tl.exp2(score - lse2[None, :]), 0.0)  # [SPAN, BQ]
-        of_page = tl.sum(tl.reshape(left, (NP, PAGE, BQ)), 1)  # [NP, BQ]
-        o_page = t // PAGE + o_np
-        p_w = p_weight + i_bk * s_weight + o_page[:, None] * BQ + o_q[None, :]
-        tl.store(p_w, of_page.to(p_weight.dtype.element_ty), mask=(o_page * PAGE < n)[:, None] & (o_q < BQ)[None, :])
+        # Of each of the span's pages, as if they weighed alike.
+        pages = tl.maximum(tl.minimum(t + SPAN, end) - tl.maximum(t, BEGIN), PAGE) // PAGE
+        weight = tl.sum(left, 0) / pages.to(tl.float32)
+        tl.store(p_weight + i_bk * s_weight + t // SPAN * BQ + o_q, weight.to(p_weight.dtype.element_ty))
     tl.store(p_listed + i_bk * ns + i_s, tl.where(count > room * 16, -1, count))
 
 
 @triton.jit(do_not_specialize=("s_table_row", "room", "s_weight", "ns"))
 def read_kernel(
-    p_query, p_position, p_ring, p_ready, p_table, p_kv, p_means, p_out, p_counters,
-    p_all_lse2, p_slots, p_listed, p_weight, p_part, p_part_acc, p_read, p_arrived,
-    s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_mean_page, s_weight, s_out_row, s_out_head,
-    room, ns, log2_scale,
+    p_query, p_position, p_ring, p_ready, p_table, p_kv, p_means,
+    p_all_lse2, p_slots, p_listed, p_weight, p_part, p_part_acc, p_read,
+    s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_mean_page, s_weight, room, ns, log2_scale,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, INDEX_BYTES: tl.constexpr, KV_BYTES: tl.constexpr,
-    SPAN: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
-    BNS: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
+    SPAN: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: attends to its listed tokens, or to all of its tokens, and adds the rest."""
     # 1. The row, and what this program has to read of it.
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     m = tl.load(p_position + i_row).to(tl.int32)
     if m < 0:
@@ -241,7 +259,7 @@ def read_kernel(
         last = i_s + (spans - 1) * ns
         of_table = tl.where(spans > 0, spans * SPAN - tl.maximum((last + 1) * SPAN - n, 0), 0)
         count = of_table
-    o_q, o_d, o_t, o_ns = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BT), tl.arange(0, BNS)
+    o_q, o_d, o_t = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BT)
     m_q, m_d = o_q < G, o_d < D
     m_dq = m_d[:, None] & m_q[None, :]
     p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
@@ -292,7 +310,7 @@ def read_kernel(
             m_p = (o_page >= BEGIN // PAGE) & (o_page < end // PAGE)
             m_p = m_p & (tl.load(p_listed + i_bk * ns + span % ns, mask=m_p, other=-1) >= 0)
             page = tl.load(p_row_table + o_page, mask=m_p, other=0).to(tl.int64)  # [BP]
-            p_w = p_weight + i_bk * s_weight + o_page[:, None] * BQ + o_q[None, :]
+            p_w = p_weight + i_bk * s_weight + span[:, None] * BQ + o_q[None, :]
             weight = tl.load(p_w, mask=m_p[:, None] & (o_q < BQ)[None, :], other=0.0)  # [BP, BQ]
             p_mean = p_means + (page * s_mean_page + i_k * D)[:, None] + o_d[None, :]
             mean = tl.load(p_mean, mask=m_p[:, None] & m_d[None, :], other=0.0)  # [BP, BD]
@@ -301,41 +319,54 @@ def read_kernel(
         total += tl.sum(rest, 0) * grow
         acc += rest_acc * grow[None, :]
 
-    # 4. The last program of the group merges.
-    if ns > 1:
-        tl.store(p_part + (i_part * G + o_q) * 2, peak, mask=m_q)
-        tl.store(p_part + (i_part * G + o_q) * 2 + 1, total, mask=m_q)
-        p_acc = p_part_acc + (i_part * G + o_q)[None, :] * D + o_d[:, None]
-        tl.store(p_acc, acc, mask=m_dq)
-        tl.store(p_read + i_part, count)
-        tl.debug_barrier()  # all threads' stores precede the one thread's atomic
-        p_count = p_arrived + i_bk
-        if tl.atomic_add(p_count, 1, sem="acq_rel", scope="gpu") != ns - 1:
-            return
-        tl.debug_barrier()
-        tl.store(p_count, 0)  # for the next step
-        p_parts = p_part + ((i_bk * ns + o_ns[:, None]) * G + o_q[None, :]) * 2
-        m_parts = (o_ns < ns)[:, None] & m_q[None, :]
-        peaks = tl.load(p_parts, mask=m_parts, other=float("-inf"))  # [BNS, BQ]
-        totals = tl.load(p_parts + 1, mask=m_parts, other=0.0)  # [BNS, BQ]
-        peak = tl.where(m_q, tl.max(peaks, 0), 0.0)
-        total = tl.sum(tl.exp2(peaks - peak[None, :]) * totals, 0)
-        acc = tl.zeros([BD, BQ], tl.float32)
-        for i in range(ns):
-            o_part = (i_bk * ns + i) * G + o_q
-            weight = tl.exp2(tl.load(p_part + o_part * 2, mask=m_q, other=float("-inf")) - peak)
-            acc += weight[None, :] * tl.load(p_part_acc + o_part[None, :] * D + o_d[:, None], mask=m_dq, other=0.0)
-        count = tl.sum(tl.load(p_read + i_bk * ns + o_ns, mask=o_ns < ns, other=0), 0)
-    out = acc / tl.where(total > 0, total, 1.0)[None, :]
-    p_o = p_out + i_row * s_out_row + ((i_k * G + o_q) * s_out_head)[None, :] + o_d[:, None]
-    tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_dq)
+    # 4. Leave the result to `merge_kernel`.
+    tl.store(p_part + (i_part * G + o_q) * 2, peak, mask=m_q)
+    tl.store(p_part + (i_part * G + o_q) * 2 + 1, total, mask=m_q)
+    tl.store(p_part_acc + (i_part * G + o_q)[None, :] * D + o_d[:, None], acc, mask=m_dq)
+    tl.store(p_read + i_part, count)
 
-    # 5. Count. The index counts as the tokens that have as many bytes.
-    kind = tl.where(ring == OPTED_OUT, REQUEST, tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, tl.where(ready != 0, HIT, NOT_READY)))
-    all_read = count.to(tl.int64) + (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES
-    tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64), sem="relaxed")
-    tl.atomic_add(p_counters + READ, all_read, sem="relaxed")
-    tl.atomic_add(p_counters + SKIPPED, n.to(tl.int64) - all_read, sem="relaxed")
+
+@triton.jit(do_not_specialize=("ns",))
+def merge_kernel(
+    p_position, p_ring, p_ready, p_out, p_counters, p_part, p_part_acc, p_read, s_out_row, s_out_head, ns,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
+    INDEX_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BNS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program `(i_h, i_row)`: the output of a head of the results of its group's programs, `BI` at once; counts."""
+    if PDL:
+        gdc_wait()
+    i_h, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    m = tl.load(p_position + i_row).to(tl.int32)
+    if m < 0:
+        return
+    i_bk, i_g = i_row * K + i_h // G, i_h % G
+    o_d, o_i, o_ns = tl.arange(0, BD), tl.arange(0, BI), tl.arange(0, BNS)
+    p_peak = p_part + (i_bk * ns * G + i_g) * 2
+    peaks = tl.load(p_peak + o_ns * G * 2, mask=o_ns < ns, other=float("-inf"))  # [BNS]
+    totals = tl.load(p_peak + o_ns * G * 2 + 1, mask=o_ns < ns, other=0.0)  # [BNS]
+    peak = tl.max(peaks, 0)
+    total = tl.sum(tl.exp2(peaks - peak) * totals, 0)
+    acc = tl.zeros([BD], tl.float32)
+    for i in range(0, ns, BI):
+        o_part = i + o_i
+        m_i = o_part < ns
+        weight = tl.exp2(tl.load(p_peak + o_part * G * 2, mask=m_i, other=float("-inf")) - peak)  # [BI]
+        p_acc = p_part_acc + ((i_bk * ns + o_part) * G + i_g)[:, None] * D + o_d[None, :]
+        part = tl.load(p_acc, mask=m_i[:, None] & (o_d < D)[None, :], other=0.0)  # [BI, BD]
+        acc += tl.sum(weight[:, None] * part, 0)
+    tl.store(p_out + i_row * s_out_row + i_h * s_out_head + o_d, (acc / total).to(p_out.dtype.element_ty), mask=o_d < D)
+    if i_g == 0:  # The index counts as the tokens that have as many bytes.
+        n = m + 1
+        ring, ready = tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready)
+        end = _indexed_end(m, ring, ready, BAND, BEGIN, MIN_CONTEXT)
+        exact = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, tl.where(ready != 0, HIT, NOT_READY))
+        kind = tl.where(ring == OPTED_OUT, REQUEST, exact)
+        read = tl.sum(tl.load(p_read + i_bk * ns + o_ns, mask=o_ns < ns, other=0), 0).to(tl.int64)
+        read += (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES
+        tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64), sem="relaxed")
+        tl.atomic_add(p_counters + READ, read, sem="relaxed")
+        tl.atomic_add(p_counters + SKIPPED, n.to(tl.int64) - read, sem="relaxed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,24 +374,25 @@ class Tuning:
     """How the work is split. per_sm: programs for each SM. most: programs of one (row, KV head) pair at most. span: tokens
     whose codes are loaded at once. block, pages: tokens and pages that are read at once. The others are launch options."""
 
-    per_sm: int = 3
+    per_sm: int = 4
     most: int = 64
-    span: int = 256
+    span: int = SPAN_TOKENS
     block: int = 64
     pages: int = 32
     warps: int = 4
-    weigh_stages: int = 3
-    list_stages: int = 3
+    weigh_stages: int = 4
+    list_stages: int = 4
     read_stages: int = 4
+    read_registers: int | None = 128
 
 
 @dataclass(slots=True)
 class LookupWork:
     """What one step leaves for its later kernels, for all layers of one geometry.
 
-    slots: int32, the lists of all programs. listed, read: int32, of each program. weight: `[pairs, pages, BQ]`, of pages.
+    slots: int32, the lists of all programs. listed, read: int32, of each program. weight: `[pairs, spans, BQ]`.
     lse2, all_lse2: float32 base 2, of each program's tokens and of all. part, part_acc: float32, of each program.
-    arrived: `[B, K]` int32, 0 between steps. width: `BQ`. programs: how many share a step.
+    width: `BQ`. programs: how many share a step.
     """
 
     slots: Tensor
@@ -371,7 +403,6 @@ class LookupWork:
     all_lse2: Tensor
     part: Tensor
     part_acc: Tensor
-    arrived: Tensor
     programs: int
     width: int
     pdl: bool
@@ -392,9 +423,9 @@ class LookupWork:
         return cls(
             slots=empty(min(max(pairs * tokens // 4, parts * 2048), cls.MOST_SLOTS), dtype=torch.int32),
             listed=empty(parts, dtype=torch.int32), read=empty(parts, dtype=torch.int32),
-            weight=empty(pairs, tokens // g.page_size, width, dtype=g.dtype),
+            weight=empty(pairs, tokens // tuning.span, width, dtype=g.dtype),
             lse2=empty(parts, g.group), all_lse2=empty(pairs, g.group), part=empty(parts, g.group, 2),
-            part_acc=empty(parts, g.group, g.head_size), arrived=torch.zeros(pairs, dtype=torch.int32, device=on),
+            part_acc=empty(parts, g.group, g.head_size),
             programs=programs, width=width, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
         )  # fmt: skip
 
@@ -430,26 +461,31 @@ def look_up(
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
     estimates = dict(
-        p_codes=codes, p_to_query=maps.to_query, p_mean=maps.mean, p_lse2=work.lse2, s_code_page=codes.stride(0),
-        N=layout.directions, BN=max(16, power_of_two(layout.directions // 2)),
+        p_codes=codes.view(torch.int8), p_to_query=maps.to_query, p_mean=maps.mean, p_lse2=work.lse2, s_code_page=codes.stride(0),
+        N=layout.directions, BN=max(32, power_of_two(layout.directions // 2)),
     )  # fmt: skip
     lists = dict(
         p_all_lse2=work.all_lse2, p_slots=work.slots, p_listed=work.listed, p_weight=work.weight,
-        s_weight=work.weight.stride(0), room=room, BNS=power_of_two(tuning.most),
+        s_weight=work.weight.stride(0), room=room,
     )  # fmt: skip
     cache = dict(p_kv=kv, s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2])
-    grid = (ns, kv_heads, count)
+    parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
+    grid, bns = (ns, kv_heads, count), power_of_two(tuning.most)
     weigh_kernel[grid](**everywhere, **estimates, **cache, STAGES=tuning.weigh_stages)
     list_kernel[grid](
-        **everywhere, **estimates, **lists, STAGES=tuning.list_stages,
+        **everywhere, **estimates, **lists, BNS=bns, STAGES=tuning.list_stages,
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
     )  # fmt: skip
     read_kernel[grid](
-        **everywhere, **lists, **cache, p_means=means, p_out=out, p_counters=counts, p_part=work.part,
-        p_part_acc=work.part_acc, p_read=work.read, p_arrived=work.arrived, s_mean_page=means.stride(0),
-        s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,
-        BT=tuning.block, BP=tuning.pages, STAGES=tuning.read_stages,
+        **everywhere, **lists, **cache, **parts, p_means=means, s_mean_page=means.stride(0), BT=tuning.block,
+        BP=tuning.pages, STAGES=tuning.read_stages, maxnreg=tuning.read_registers,
         DOT=tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[query.dtype],
+    )  # fmt: skip
+    shared = ("p_position", "p_ring", "p_ready", "K", "G", "D", "BAND", "BEGIN", "MIN_CONTEXT", "BD", "PDL", "launch_pdl", "ns")
+    merge_kernel[(heads, count)](
+        **{name: everywhere[name] for name in shared if name in everywhere}, **parts, p_out=out, p_counters=counts,
+        s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,
+        BI=16, BNS=bns, num_warps=4,
     )  # fmt: skip
 
 

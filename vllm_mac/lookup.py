@@ -7,7 +7,8 @@ For a query at position `m` of a row, with the `n = m + 1` tokens `[0, n)`:
    the estimated sum of all `e^logit`. A token is chosen where `e^s / Z >= tolerance / n` in any head of the KV
    group: where its share of the attention is `tolerance` times an average token's.
 2. *Amend.* The near and the chosen tokens are attended to exactly.
-3. *Complete.* What is left of each page weighs the sum of its `e^s`, and has the mean of the page's values.
+3. *Complete.* What is left of each span of `SPAN` tokens weighs the sum of its `e^s`, and has the mean of its pages' mean
+   values.
 
 Nothing is carried from one query to another, so no error adds up. A row is exact while it has fewer than `min_context`
 tokens, before maps are ready, and where its request asked for it.
@@ -24,7 +25,7 @@ from vllm_mac.key_index import Maps, PageLayout, encode, estimate
 from vllm_mac.paged import gather
 from vllm_mac.state import IndexRule
 
-TILE = 64  # tokens; a multiple of every page size that is served, or a part of it
+TILE, SPAN = 64, 256  # tokens; every page size that is served divides both
 
 
 class Looked(NamedTuple):
@@ -93,7 +94,9 @@ def decode(
         weight = torch.softmax(torch.cat((seen, left), -1), -1)
         result = weight[..., :n] @ value
         if end > begin:
-            of_page = weight[..., n:].unflatten(-1, (-1, layout.page)).sum(-1)  # [K, G, pages]
+            span = torch.arange(begin, end, layout.page, device=kv.device) // SPAN  # of each page
+            same = (span[:, None] == span).float()
+            of_page = weight[..., n:].unflatten(-1, (-1, layout.page)).sum(-1) @ (same / same.sum(-1))  # [K, G, pages]
             result += of_page @ means[pages].float().transpose(0, 1)
         out[row], read[row] = result.view(-1, layout.head_size), chosen.sum(-1)
     return Looked(out, read, looked)
