@@ -71,7 +71,7 @@ _FUSED = "such a kernel writes keys and values as the platform lays them out, an
 _EXACT = "such layers are exact: the platform's own to run"
 
 BACKEND = {
-    "customize_spec": platform("changes quantised KV caches only"),
+    "customize_spec": own("makes room for the index of keys"),
     "forward_includes_kv_cache_update": lacking(
         "keys and values are written before forward, which reads the cache alone"
     ),
@@ -80,7 +80,7 @@ BACKEND = {
     "get_dtype_for_flashinfer": platform("of quantised KV caches"),
     "get_impl_cls": own("names MAC's class"),
     "get_name": own("MAC"),
-    "get_preferred_block_size": platform("follows the block sizes"),
+    "get_preferred_block_size": own("the index has one mean value a page, so pages should not be small"),
     "get_supported_head_sizes": platform("what the platform runs and MAC does not is exact"),
     "get_supported_kernel_block_sizes": own("pages beyond 64 are read by kernels that return no LSE only"),
     "is_mla": platform("no"),
@@ -133,7 +133,7 @@ BACKEND = {
 
 IMPL = {
     "can_return_lse_for_decode": lacking("what MAC computes of a row without a ring is completed in one launch"),
-    "do_kv_cache_update": own("MAC reads plain rows on CPUs"),
+    "do_kv_cache_update": own("MAC reads plain rows on CPUs, and indexes keys that are written"),
     "do_qk_norm_mrope_kvcache_update": platform("never called"),
     "do_qk_norm_rope_kvcache_update": platform("never called"),
     "do_rope_and_kv_cache_update": platform("never called"),

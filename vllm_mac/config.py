@@ -117,6 +117,22 @@ class MacConfig(_Section):
     """The resolved configuration of one worker. Lengths and positions are in tokens."""
 
     enabled: bool = Field(True, description="Whether MAC runs at all; false is exact attention.")
+    rule: Literal["match", "index"] = Field(
+        "match",
+        description="How reads are saved: by reusing what a query like this one read (match), or by an index of the keys that "
+        "tells which of them matter (index).",
+    )
+    tolerance: float = Field(
+        1.5,
+        ge=0,
+        description="index: a key is read where it gets this many times the attention of an average key, or more; 0 reads all.",
+    )
+    index_size: int | None = Field(
+        None,
+        ge=32,
+        multiple_of=16,
+        description="index: directions that keys are indexed in; null for half the head size, 48 at least.",
+    )
     window: int = Field(512, ge=1, le=65536, description="Ring length: the last tokens a query can match.")
     band: int = Field(256, ge=1, description="The most recent tokens, which no summary contains.")
     sink: int = Field(0, ge=0, description="The leading tokens, which no summary contains.")
@@ -214,6 +230,17 @@ class MacConfig(_Section):
             "a budget needs audits to be judged by: received {received}; set audit to a share of "
             "decode steps above 0, such as 0.01, or error_budget to null",
             {"received": f"error_budget={budget}, audit=0.0", "fields": ("audit", "error_budget")},
+        )
+
+    @field_validator("audit", mode="after")
+    @classmethod
+    def _matches_are_audited(cls, audit: float, info: ValidationInfo) -> float:
+        if not audit or info.data.get("rule") != "index":
+            return audit
+        raise PydanticCustomError(
+            "fields_disagree",
+            "hits are audited, which only rule: match has: received {received}; set audit to 0, or rule to match",
+            {"received": f"rule=index, audit={audit}", "fields": ("rule", "audit")},
         )
 
     def covers(self, layer_name: str, layer_index: int) -> bool:

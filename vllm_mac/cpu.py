@@ -17,9 +17,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_mac import cpu_decoder
+from vllm_mac import cpu_decoder, cpu_lookup
 from vllm_mac.capabilities import BUILDER, pinning
 from vllm_mac.kv_group import Group, Step
+from vllm_mac.key_index import PageLayout
+from vllm_mac.layers import index_rule
 from vllm_mac.mixins import MacImpl, MacSupport
 
 
@@ -74,6 +76,14 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
         slot, size = slot_mapping[token], kv_cache.shape[2]
         rows = torch.cat((key[token], value[token]), -1)
         kv_cache[slot // size, :, slot % size] = rows.to(kv_cache.dtype)
+        if self.mac.index is not None:
+            cpu_lookup.write(self.mac.index, slot_mapping, kv_cache, self._layout(kv_cache))
+
+    def _layout(self, kv_cache: Tensor) -> PageLayout:
+        """Where the index lies in the pages of this layer."""
+        _, heads, page, width = kv_cache.shape
+        size = self.mac.index.maps.shift.shape[1]
+        return PageLayout(heads, width // 2, page, size, kv_cache.itemsize)
 
     def forward(
         self,
@@ -96,6 +106,8 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
         if getattr(attn_metadata, "step", None) is None:
             raise self._unprepared()
         state, step = self.mac.state, attn_metadata.step
+        if self.mac.index is not None:
+            return self._look_up(step, query, kv_cache, output)
         for row in step.chunks:
             tokens = slice(row.begin, row.end)
             output[tokens] = cpu_decoder.prefill(state, row.chunk, query[tokens], kv_cache, self.scale)
@@ -103,4 +115,17 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
             output[step.token] = cpu_decoder.decode(
                 state, step.rows, step.audited, query[step.token], kv_cache, self.scale
             )
+        return output
+
+    def _look_up(self, step: Step, query: Tensor, kv_cache: Tensor, output: Tensor) -> Tensor:
+        """`forward` of a layer that decodes by the index of keys."""
+        index, layout = self.mac.index, self._layout(kv_cache)
+        for row in step.chunks:
+            tokens = slice(row.begin, row.end)
+            output[tokens] = cpu_lookup.prefill(row.chunk, query[tokens], kv_cache, self.scale)
+        if step.learning is not None:
+            cpu_lookup.learn(index, step.learning, query, kv_cache, layout)
+        if len(step.token):
+            rule = index_rule(self.mac)
+            output[step.token] = cpu_lookup.decode(index, step.rows, query[step.token], kv_cache, layout, rule)
         return output

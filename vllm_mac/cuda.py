@@ -21,20 +21,30 @@ from vllm.v1.attention.backends.flashinfer import (
 
 from vllm_mac.capabilities import BUILDER, pinning
 from vllm_mac.decoder import Decoder
+from vllm_mac.index_pages import indexing
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
 from vllm_mac.kv_group import Group
-from vllm_mac.layers import MacLayer, mac_layers
+from vllm_mac.layers import MacLayer, index_rule, mac_layers
+from vllm_mac.learning import of_batch
+from vllm_mac.lookup_decoder import LookupDecoder
 from vllm_mac.mixins import MacImpl, MacSupport
 from vllm_mac.requests import RowRings, executing, row_rings
 from vllm_mac.seeding import Seeding, SeedPlanner
-from vllm_mac.state import Geometry, Rows
+from vllm_mac.state import Geometry, Learning, Rows
 from vllm_mac.warmup import warm_up
+
+
+PREFERRED_PAGE = 64  # tokens, with an index
 
 
 class MacCUDABackend(MacSupport, FlashInferBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
         return [size for size in FlashInferBackend.get_supported_kernel_block_sizes(kv_cache_spec) if size <= 64]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return PREFERRED_PAGE if indexing() else super().get_preferred_block_size(default_block_size)
 
     @staticmethod
     def get_impl_cls() -> type["MacCUDAImpl"]:
@@ -59,11 +69,21 @@ class Step:
     seeding: Seeding | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LookupStep:
+    """The same for layers that decode by the index of keys. learning: the row that maps are learned from, if any."""
+
+    decoder: LookupDecoder
+    rows: Rows
+    rest: FlashInferMetadata | None = None
+    learning: Learning | None = None
+
+
 @dataclass
 class MacCUDAMetadata(FlashInferMetadata):
     """step: None where all layers of the group are exact."""
 
-    step: Step | None = None
+    step: Step | LookupStep | None = None
 
 
 @pinning(BUILDER)
@@ -85,20 +105,6 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         if not self.served:
             return
         self.config = self.served[0].config
-        self.decoder = decoder_of(self.served, self.page_size, layer_names)
-        dtypes = self.q_data_type_prefill, self.kv_cache_dtype
-        self._seeds = SeedPlanner(self.decoder.geometry, self.config.window, dtypes, self._get_workspace_buffer)
-        # Position, ring and first of all rows of a batch; the decoder's hold those that decode, which come first.
-        self._rows = [torch.zeros_like(self.decoder.position) for _ in range(3)]
-        self._facts: dict[str, tuple[bytes, Tensor]] = {}
-        # As the decoder was made; an earlier builder may have written to these buffers.
-        with torch.inference_mode():  # as vLLM profiles, which may have made the decoder
-            self.decoder.slack.fill_(1), self.decoder.spared.fill_(-1)
-        self._written = {name: getattr(self.decoder, name).to("cpu", copy=True).numpy() for name in ("slack", "spared")}
-        # Every engine makes its builders before it takes requests. Eager mode turns vLLM's own warm-up off, but its
-        # first requests would wait for the compiler just as long.
-        if vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager:
-            warm_up(self.decoder, [layer.state for layer in self.served], self.group.new_table())
         self.all_served = len(self.served) == len(layer_names)
         if self.all_served:
             # Nothing runs the base's decode. So it makes the metadata of XQA, which needs no
@@ -108,6 +114,28 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self.use_trtllm_gen_varlen_decode = False
         self.reorder_batch_threshold = 1
         self.supports_draft_decode_metadata_update = False
+        self.decoder = self.group.decoder = decoder_of(self.served, self.page_size, layer_names)
+        self._facts: dict[str, tuple[bytes, Tensor]] = {}
+        warm = vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager
+        if isinstance(self.decoder, LookupDecoder):
+            with torch.inference_mode():
+                self.decoder.ring.fill_(-1)
+                if warm:
+                    self.decoder.warm_up(self.served[0].index)
+            self._written = {"ring": self.decoder.ring.to("cpu", copy=True).numpy()}
+            return
+        dtypes = self.q_data_type_prefill, self.kv_cache_dtype
+        self._seeds = SeedPlanner(self.decoder.geometry, self.config.window, dtypes, self._get_workspace_buffer)
+        # Position, ring and first of all rows of a batch; the decoder's hold those that decode, which come first.
+        self._rows = [torch.zeros_like(self.decoder.position) for _ in range(3)]
+        # As the decoder was made; an earlier builder may have written to these buffers.
+        with torch.inference_mode():  # as vLLM profiles, which may have made the decoder
+            self.decoder.slack.fill_(1), self.decoder.spared.fill_(-1)
+        self._written = {name: getattr(self.decoder, name).to("cpu", copy=True).numpy() for name in ("slack", "spared")}
+        # Every engine makes its builders before it takes requests. Eager mode turns vLLM's own warm-up off, but its
+        # first requests would wait for the compiler just as long.
+        if warm:
+            warm_up(self.decoder, [layer.state for layer in self.served], self.group.new_table())
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -145,6 +173,12 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
                 num_actual_tokens=metadata.num_actual_tokens - metadata.num_decode_tokens,
             )  # fmt: skip
         real = not capture and executing()
+        if isinstance(decoder, LookupDecoder):
+            learning = self._look(common, decodes) if real else None
+            if not real:
+                decoder.position.fill_(-1)
+            metadata.step = LookupStep(decoder, rows, rest, learning)
+            return metadata
         if real:
             seeding = self._assign(common, decodes, mixed)
         else:
@@ -182,6 +216,16 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self._write("spared", np.where(rings.audited, 0, -1).astype(np.int32))
         return seeding
 
+    def _look(self, common: CommonAttentionMetadata, decodes: int) -> Learning | None:
+        """Write what the rows of a batch of requests do into the decoder's buffers; choose what maps are learned from."""
+        decoder = self.decoder
+        decoder.position[:decodes].copy_(common.seq_lens[:decodes] - 1)
+        self._write("ring", row_rings(common).ring[:decodes])
+        learning = of_batch(common, decodes, decoder.learned, self.config.min_context)
+        if learning is not None:
+            decoder.learned = learning.length
+        return learning
+
     def _of_decodes(self, common: CommonAttentionMetadata) -> MacCUDAMetadata:
         """The base's metadata of a batch without prefills, where nothing of the base's own is to run: what it prepares
         would take host time in every step."""
@@ -214,7 +258,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             getattr(self.decoder, name)[: len(array)].copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
 
 
-def decoder_of(layers: list[MacLayer], page_size: int, layer_names: list[str]) -> Decoder:
+def decoder_of(layers: list[MacLayer], page_size: int, layer_names: list[str]) -> Decoder | LookupDecoder:
     """The decoder of a KV-cache group: the one made at load for these layers, where it fits.
 
     vLLM makes builders more than once, and after it has measured its memory. So buffers that are
@@ -231,7 +275,7 @@ def decoder_of(layers: list[MacLayer], page_size: int, layer_names: list[str]) -
     return first.decoder
 
 
-def make_decoder(layer: MacLayer, page_size: int, device: torch.device) -> Decoder:
+def make_decoder(layer: MacLayer, page_size: int, device: torch.device) -> Decoder | LookupDecoder:
     config, model = layer.vllm_config, layer.vllm_config.model_config
     rows = max(config.scheduler_config.max_num_seqs, config.compilation_config.max_cudagraph_capture_size or 0)
     geometry = Geometry(
@@ -239,6 +283,8 @@ def make_decoder(layer: MacLayer, page_size: int, device: torch.device) -> Decod
         page_size=page_size, max_blocks=-(-model.max_model_len // page_size), dtype=model.dtype,
         band=layer.config.band, sink=layer.config.sink, scale=layer.scale,
     )  # fmt: skip
+    if layer.config.rule == "index":
+        return LookupDecoder(geometry, index_rule(layer), layer.config.index_size, device)
     return Decoder(geometry, layer.config, device)
 
 
@@ -251,6 +297,11 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         if mac.served and all(x.decoder is None for x in mac_layers(mac.vllm_config)):
             mac.decoder = make_decoder(mac, mac.vllm_config.cache_config.block_size, torch.device(device))
             mac.keep(**mac.decoder.lasting())
+
+    def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.mac.index is not None and self.mac.group is not None:
+            self.mac.group.decoder.write(self.mac.index, slot_mapping, kv_cache)
 
     def forward(
         self,
@@ -272,6 +323,14 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         if step is None:
             raise self._unprepared()
         state, decodes = self.mac.state, attn_metadata.num_decodes
+        if isinstance(step, LookupStep):
+            if attn_metadata.num_prefills:
+                super().forward(layer, query[decodes:], key, value, kv_cache, step.rest, output[decodes:])
+            if step.learning is not None:
+                step.decoder.learn(self.mac.index, step.learning, query, kv_cache)
+            if decodes:
+                step.decoder.decode(self.mac.index, step.rows, query[:decodes], kv_cache, output[:decodes])
+            return output
         if attn_metadata.num_prefills:
             super().forward(layer, query[decodes:], key, value, kv_cache, step.rest, output[decodes:])
             if step.seeding is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 LEVELS, HALF_LEVEL = 16, 7.5  # of a code of 4 bits
 REACH = 2.8  # standard deviations of a direction that its codes reach to each side: the least error of a Gaussian
+LEAST_QUERIES, GROWTH = 64, 1.25  # see `worth_learning`
 SAMPLE, LAST = 16, 512  # every 16th key and query is sampled, and of the queries the last 512
 
 
@@ -143,6 +144,25 @@ def best_maps(moments: Moments) -> tuple[Tensor, Tensor]:
     form = lower.transpose(1, 2) @ moments.spread @ lower
     basis = torch.linalg.eigh(form)[1].flip(2)
     return lower @ basis, torch.linalg.solve_triangular(lower.transpose(1, 2), basis, upper=True)
+
+
+def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int) -> None:
+    """Set the maps by a row of `length` tokens. query: `[n, H, D]`, of the row's last tokens, after RoPE.
+
+    kv: `[blocks, K, P, 2 D]`. blocks: the row's block table.
+    """
+    token = torch.arange(0, length, SAMPLE, device=kv.device)
+    page = blocks[token // kv.shape[2]].long()
+    key = kv[page, :, token % kv.shape[2], : kv.shape[3] // 2].transpose(0, 1)
+    maps.set(Moments.of(sampled_queries(query), key))
+
+
+def worth_learning(length: int, count: int, learned: int) -> bool:
+    """Whether maps of a row of `length` tokens, `count` of them in this step, replace those of a row of `learned`.
+
+    Where keys lie depends on how far positions reach, since RoPE turns them. So longer rows have better maps.
+    """
+    return count >= LEAST_QUERIES and length >= GROWTH * learned
 
 
 def sampled_queries(query: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_mac.audit import Audit
 from vllm_mac.layers import mac_layers
+from vllm_mac.learning import choose
 from vllm_mac.publisher import publish
-from vllm_mac.requests import row_rings
+from vllm_mac.requests import executing, row_rings
 from vllm_mac.ring import RingTable
-from vllm_mac.state import Chunk, Rows
+from vllm_mac.state import Chunk, Learning, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,15 @@ class Step:
     """What the rows of a batch do.
 
     token: `[B]` int64, of each row of one token its token's index in the batch. rows: what they do, int64.
-    audited: `[B]` bool, whether the row's hits are audited. chunks: the other rows.
+    audited: `[B]` bool, whether the row's hits are audited. chunks: the other rows. learning: the row that maps of the index
+    are learned from, if any.
     """
 
     token: Tensor
     rows: Rows
     audited: Tensor
     chunks: list[ChunkRow]
+    learning: Learning | None = None
 
 
 class Group:
@@ -54,6 +57,8 @@ class Group:
         self.windowed = {layer.sliding_window: 0 for layer in self.layers if layer.sliding_window}
         for layer in self.layers:
             layer.group = self
+        self.decoder = None  # on GPUs, what decodes for these layers
+        self.learned = 0  # on CPUs, tokens of the row that maps of the index were learned from
         self._device = device
         self._table: RingTable | None = None
         audited = {layer.name: layer.state for layer in self.layers if layer.audited is not None}
@@ -68,13 +73,13 @@ class Group:
     @property
     def table(self) -> RingTable | None:
         """What the rings hold; None where all layers of the group are exact."""
-        if self._table is None and any(layer.served for layer in self.layers):
+        if self._table is None and any(layer.state is not None for layer in self.layers):
             self._table = self.new_table()
         return self._table
 
     def new_table(self) -> RingTable:
         """A table of rings that hold nothing; some layer must have rings."""
-        store = next(layer.state.store for layer in self.layers if layer.served)
+        store = next(layer.state.store for layer in self.layers if layer.state is not None)
         return RingTable(store.rings, store.window, self._device)
 
     def step(self, common: CommonAttentionMetadata, block_table: Tensor) -> Step | None:
@@ -91,10 +96,19 @@ class Group:
         prefilling = count > 1 if prefilling is None else prefilling[:rows]
         decodes = count == 1
         self._tally(length[decodes].numpy())
-        if self.table is None:
+        index = next((layer for layer in self.layers if layer.index is not None), None)
+        if self.table is None and index is None:
             return None
         ring, fresh, skips, slack, audited = (torch.from_numpy(x) for x in row_rings(common))
-        first = self.table.assign(start, length, ring.long(), fresh, prefilling, skips)
+        first, learning = torch.full_like(start, -1), None
+        if self.table is not None:
+            first = self.table.assign(start, length, ring.long(), fresh, prefilling, skips)
+        elif executing():
+            many = (count > 1).numpy() & ~skips.numpy()
+            learning = choose(
+                begin.numpy(), length.numpy(), many, block_table, self.learned, index.config.min_context
+            )
+            self.learned = learning.length if learning is not None else self.learned
         ring = torch.where(skips, -1, ring.long())
         row = decodes.nonzero()[:, 0]
         chunks = [
@@ -104,7 +118,7 @@ class Group:
         if len(row) and self.begin_decodes():
             audited = torch.ones_like(audited)
         decoded = Rows(start[row], ring[row], first[row], slack[row], block_table[row])
-        return Step(begin[row], decoded, audited[row], chunks)
+        return Step(begin[row], decoded, audited[row], chunks, learning)
 
     def tally_host(self, common: CommonAttentionMetadata) -> None:
         """Count a batch from what the CPU knows of it (lengths may be upper bounds)."""

@@ -23,9 +23,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_mac import capabilities
 from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.counters import Count
+from vllm_mac.key_index import Maps, directions
 from vllm_mac.ring import ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
-from vllm_mac.state import LayerState, RingStore
+from vllm_mac.state import IndexRule, IndexState, LayerState, RingStore
 from vllm_mac.totals import allocate
 
 logger = init_logger("vllm.mac")
@@ -41,7 +42,8 @@ class MacLayer:
     exact: why no step of the layer uses MAC, or None where MAC runs it; final once `settled`.
         Reasons that depend on the row of a batch instead (`short_context`, `no_ring`, `request`), or come and
         go (`error_budget`), are counted, not kept.
-    state: what the steps of the layer read and write; None for a layer that is exact, and before it is loaded.
+    state: what the steps of the layer read and write with `rule: match`; None for a layer that is exact, and before it is
+        loaded. index: the same with `rule: index`.
     counts: `[len(Count)]` int64 on the layer's device, see `counters.Count`.
     audited: the histograms of audited steps (`audit.histograms`); None where no step is audited.
     totals: `[n]` int64, the memory that `counts` and `audited` of all layers of the worker are views of.
@@ -76,7 +78,7 @@ class MacLayer:
             "micro_batches": vllm_config.parallel_config.use_ubatching,
             "sliding_window": sliding_window is not None,
             **special,
-            "head_size": head_size not in HEAD_SIZES,
+            "head_size": head_size not in HEAD_SIZES or (self.config.rule == "index" and (self.config.index_size or 0) > head_size),
         }
         self.exact: str | None = next((reason for reason, holds in own.items() if holds), None)
         self.settled = False
@@ -84,6 +86,7 @@ class MacLayer:
         self.holder: nn.Module | None = None
         self.rotary: Rotary | None = None
         self.state: LayerState | None = None
+        self.index: IndexState | None = None
         self.counts: Tensor | None = None
         self.audited: Tensor | None = None
         self.totals: Tensor | None = None
@@ -97,8 +100,8 @@ class MacLayer:
 
     @property
     def served(self) -> bool:
-        """Whether MAC runs the layer: it has rings."""
-        return self.state is not None
+        """Whether MAC runs the layer."""
+        return self.state is not None or self.index is not None
 
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Settle whether MAC runs the layer, and make its state; `dtype` is the model's.
@@ -113,10 +116,16 @@ class MacLayer:
             settle([layer for layer in layers if not layer.settled], dtype)
         if self.exact is not None:
             return
-        query_dtype, out_dtype = ring_dtypes(self.config, dtype)
-        check_device(query_dtype, device)
         if self.counts is None:
             count([layer for layer in layers if layer.exact is None], device)
+        if self.config.rule == "index":
+            size = self.config.index_size or directions(self.head_size)
+            maps = Maps.allocate(self.num_kv_heads, self.head_size, size, dtype, device)
+            self.keep(counts=self.counts, **{f"index_{name}": getattr(maps, name) for name in Maps.__slots__})
+            self.index = IndexState(maps, self.counts)
+            return
+        query_dtype, out_dtype = ring_dtypes(self.config, dtype)
+        check_device(query_dtype, device)
         paused = None if self.config.error_budget is None else torch.zeros(1, dtype=torch.int32, device=device)
         kept = {"counts": self.counts, "audited": self.audited, "paused": paused}
         self.keep(**{name: tensor for name, tensor in kept.items() if tensor is not None})
@@ -149,6 +158,12 @@ def count(served: list[MacLayer], device: torch.device) -> None:
     every, counts, histograms = allocate(len(Count), [layer.num_heads for layer in served], audited, device)
     for i, layer in enumerate(served):
         layer.totals, layer.counts, layer.audited = every, counts[i], histograms[i] if audited else None
+
+
+def index_rule(layer: MacLayer) -> IndexRule:
+    """What a layer's decoding by the index of keys decides by."""
+    config = layer.config
+    return IndexRule(config.tolerance, config.band, max(config.sink, 16), config.min_context, layer.scale)
 
 
 def configuration(vllm_config: VllmConfig) -> MacConfig:
@@ -190,7 +205,7 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
             layer.exact = "local_attention"
         if layer.exact is None and not config.covers(layer.name, extract_layer_index(layer.name)):
             layer.exact = "excluded"
-        if layer.exact is None:
+        if layer.exact is None and config.rule == "match":
             try:
                 layer.rotary = find_rotary(
                     layer.holder, has_rope, layer.head_size, model.max_model_len, model.supports_multimodal_inputs
@@ -213,6 +228,13 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     exact = f"; exact: {', '.join(f'{n} ({r})' for r, n in reasons.items())}" if reasons else ""
     if not served:
         logger.warning("MAC serves none of %d attention layers%s", len(layers), exact)
+        return
+    if config.rule == "index":
+        sizes = sorted({config.index_size or directions(layer.head_size) for layer in served})
+        logger.info(
+            "MAC serves %d of %d attention layers%s; keys indexed in %s directions",
+            len(served), len(layers), exact, " and ".join(map(str, sizes)),
+        )  # fmt: skip
         return
     rings = ring_count(layers, dtype)
     size = rings * sum(_ring_bytes(layer, dtype) for layer in served)

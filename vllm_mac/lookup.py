@@ -31,7 +31,7 @@ TILE, SPAN = 64, 256  # tokens; every page size that is served divides both
 class Looked(NamedTuple):
     """One decode step of a batch.
 
-    out: `[B, H, D]` float32. read: `[B, K]` int64, KV tokens read exactly. looked: `[B]` bool, whether the row was
+    out: `[B, H, D]` float32. read: `[B, K]` int64, KV tokens read, the index among them. looked: `[B]` bool, whether the row was
     looked up rather than read whole.
     """
 
@@ -40,10 +40,11 @@ class Looked(NamedTuple):
     looked: Tensor
 
 
-def near_edges(n: int, rule: IndexRule) -> tuple[int, int]:
+def near_edges(n: int, rule: IndexRule, page: int = TILE) -> tuple[int, int]:
     """`(begin, end)` of the indexed tokens of a row of `n`, in tokens; equal where all are near."""
-    begin = -(-rule.sink // TILE) * TILE
-    end = max((n - rule.band) // TILE * TILE, begin)
+    tile = max(TILE, page)
+    begin = -(-rule.sink // tile) * tile
+    end = max((n - rule.band) // tile * tile, begin)
     return begin, end
 
 
@@ -72,7 +73,7 @@ def decode(
         if m < 0:
             continue
         n = m + 1
-        begin, end = near_edges(n, rule)
+        begin, end = near_edges(n, rule, layout.page)
         if exact[row] or n < rule.min_context or not maps.ready.item():
             end = begin
         looked[row] = end > begin
@@ -98,5 +99,7 @@ def decode(
             same = (span[:, None] == span).float()
             of_page = weight[..., n:].unflatten(-1, (-1, layout.page)).sum(-1) @ (same / same.sum(-1))  # [K, G, pages]
             result += of_page @ means[pages].float().transpose(0, 1)
-        out[row], read[row] = result.view(-1, layout.head_size), chosen.sum(-1)
+        # The index counts as the tokens that have as many bytes.
+        index = (end - begin) * layout.index_bytes // layout.kv_bytes
+        out[row], read[row] = result.view(-1, layout.head_size), chosen.sum(-1) + index
     return Looked(out, read, looked)

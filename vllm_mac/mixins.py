@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from vllm_mac import capabilities
 from vllm_mac.capabilities import ATTENTION_TYPES, BACKEND, IMPL, KV_CACHE_DTYPES, pinning, refusals
+from vllm_mac.index_pages import note, with_index
 from vllm_mac.layers import MacLayer
 from vllm_mac.requests import follow
 
@@ -22,6 +23,10 @@ class MacSupport:
     @staticmethod
     def get_name() -> str:
         return "MAC"
+
+    @classmethod
+    def customize_spec(cls, spec):
+        return with_index(super().customize_spec(spec))
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype) -> bool:
@@ -95,6 +100,8 @@ class MacImpl:
                 "kv_sharing": kv_sharing_target_layer_name is not None,
             },
         )
+
+        note(self.mac.settings)
 
     def _unprepared(self) -> RuntimeError:
         """What `forward` raises for a layer that MAC runs, in a batch whose metadata has no step for it: otherwise

@@ -206,7 +206,7 @@ def prefill(
     token = torch.arange(start + n)
     position = token[start:]
     keys = *gather(kv, chunk.blocks, token), token
-    out = _causal(query, *keys, start, scale)
+    out = causal(query, *keys, start, scale)
     if chunk.ring >= 0:
         kept = slice(max(n - config.window, 0), n)
         position = position[kept]
@@ -219,7 +219,7 @@ def prefill(
     return out
 
 
-def _causal(query, key, value, token, start: int, scale: float) -> Tensor:
+def causal(query, key, value, token, start: int, scale: float) -> Tensor:
     """Causal attention of queries `[n, H, D]` from position `start` on, `[n, H, D]` float32, by PyTorch's own kernel."""
     n, heads, _ = query.shape
     key, value = (x.repeat_interleave(heads // len(x), 0) for x in (key, value))

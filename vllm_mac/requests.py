@@ -42,13 +42,14 @@ class Batch:
 
 @dataclass
 class Followed:
-    """What is kept of a runner. owners: None where all layers are exact. groups: the KV-cache groups with a layer
+    """What is kept of a runner. owners: None where no layer has rings. served: whether MAC runs a layer. groups: the KV-cache groups with a layer
     that MAC runs. layer: one of its layers. audits: whether hits may be audited. asks: what running requests asked
     for, of those that asked for something."""
 
     owners: RingOwners | None
     groups: tuple[int, ...]
     layer: MacLayer | None = None
+    served: bool = False
     audits: bool = False
     asks: dict[str, Ask] = field(default_factory=dict)
 
@@ -117,7 +118,8 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
     if _batch is not None:
         followed, verifying = _followed[_batch.runner], _batch.scheduled.scheduled_spec_decode_tokens
         for row, request in enumerate(_batch.inputs.req_ids):  # without the padding at the end
-            rings.ring[row], rings.fresh[row] = followed.owners.ring(request)
+            if followed.owners is not None:
+                rings.ring[row], rings.fresh[row] = followed.owners.ring(request)
             rings.skips[row] = request in verifying
             if (ask := followed.asks.get(request)) is not None:
                 rings.slack[row], rings.audited[row] = ask.slack, ask.audited
@@ -140,7 +142,7 @@ def _executing(runner, scheduled: SchedulerOutput) -> Iterator[None]:
     if (followed := _followed[runner]) is None:
         yield
         return
-    if followed.owners is not None:
+    if followed.served:
         _note(followed, scheduled)
         _batch = Batch(runner, scheduled, getattr(runner, "input_batch", None))  # V1 has one, which it edits
     try:
@@ -168,8 +170,10 @@ def _make(runner) -> Followed | None:
     sizes = tuple(all_groups[i].kv_cache_spec.block_size for i in groups)
     # With pipeline stages that many batches are in flight, each with its own requests.
     stages = runner.vllm_config.parallel_config.pipeline_parallel_size
-    owners = RingOwners(served[0].state.store.rings, served[0].config.min_context, sizes, stages)
-    return Followed(owners, groups, layers[0], served[0].audited is not None)
+    owners = None
+    if served[0].state is not None:
+        owners = RingOwners(served[0].state.store.rings, served[0].config.min_context, sizes, stages)
+    return Followed(owners, groups, layers[0], True, served[0].audited is not None)
 
 
 def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
@@ -190,6 +194,8 @@ def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
             ask = Ask(exact=True)
         if ask != NOTHING:
             asks[x.req_id] = ask
+    if followed.owners is None:
+        return
     arrived = [Arrival(x.req_id, x.num_computed_tokens, of_groups(x.block_ids)) for x in scheduled.scheduled_new_reqs]
     grown, length = [], {x.req_id: x.num_computed_tokens for x in scheduled.scheduled_new_reqs}
     for request, blocks, computed in zip(

@@ -156,6 +156,6 @@ def host_values(groups: Sequence, rings: dict[str, int], ring_bytes: int) -> lis
 
 def ring_memory(layers: Sequence[MacLayer]) -> tuple[int, int]:
     """Rings of a worker's layers, and bytes of all of them."""
-    stores = [layer.state.store for layer in layers if layer.served]
+    stores = [layer.state.store for layer in layers if layer.state is not None]
     tensors = [tensor for store in stores for tensor in (store.query, store.out, store.lse, store.chain)]
     return stores[0].rings if stores else 0, sum(tensor.nbytes for tensor in tensors)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
+from vllm_mac.key_index import Maps
 from vllm_mac.rope import Rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -138,6 +139,30 @@ class IndexRule:
     sink: int
     min_context: int
     scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class IndexState:
+    """All that the steps of one layer read and write beside the KV cache, where it decodes by the index of keys.
+
+    maps: `key_index.Maps`. counts: `[len(Count)]` int64, added to, see `counters.Count`.
+    """
+
+    maps: Maps
+    counts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """The row that the maps are learned from: its tokens `[begin, end)` of the batch, the last of `length`.
+
+    blocks: `[*]` int32, its block table.
+    """
+
+    begin: int
+    end: int
+    length: int
+    blocks: Tensor
 
 
 @dataclass(frozen=True, slots=True)

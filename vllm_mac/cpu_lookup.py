@@ -1,0 +1,51 @@
+"""Decoding by the index of keys on a CPU: the steps of one layer, in PyTorch, with their counters.
+
+Knows `lookup` and plain values, not vLLM. `lookup_decoder` is the same on GPUs.
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_mac import key_index, lookup, paged
+from vllm_mac.counters import OPTED_OUT, Count
+from vllm_mac.key_index import PageLayout
+from vllm_mac.state import Chunk, IndexRule, IndexState, Learning, Rows
+
+
+def write(layer: IndexState, slots: Tensor, kv: Tensor, layout: PageLayout) -> None:
+    """Index the pages of which `slots` `[n]` holds the last slot, after keys and values were written."""
+    last = slots[(slots >= 0) & (slots % layout.page == layout.page - 1)]
+    lookup.write_pages(kv, last // layout.page, layout, layer.maps)
+
+
+def learn(layer: IndexState, learning: Learning, query: Tensor, kv: Tensor, layout: PageLayout) -> None:
+    """Set the layer's maps, and index all pages anew. query: `[N, H, D]` of the whole batch."""
+    key_index.learn(layer.maps, query[learning.begin : learning.end], kv, learning.blocks, learning.length)
+    lookup.write_pages(kv, torch.arange(len(kv)), layout, layer.maps)
+
+
+def prefill(chunk: Chunk, query: Tensor, kv: Tensor, scale: float) -> Tensor:
+    """Exact attention of one row's chunk. query: `[n, H, D]`, after RoPE. Returns the like."""
+    token = torch.arange(chunk.start + len(query))
+    return paged.causal(query, *paged.gather(kv, chunk.blocks, token), token, chunk.start, scale).to(query.dtype)
+
+
+def decode(layer: IndexState, rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, rule: IndexRule) -> Tensor:
+    """One token of each row. query: `[B, H, D]`, after RoPE. rows: position, ring and block_table. Returns `[B, H, D]`."""
+    exact = rows.ring == OPTED_OUT
+    looked = lookup.decode(rows.position, exact, query, kv, rows.block_table, layout, layer.maps, rule)
+    length, heads = rows.position + 1, query.shape[1]
+    short = ~exact & (length < rule.min_context)
+    able = ~exact & ~short
+    ready = bool(layer.maps.ready)
+    read = looked.read.sum()
+    for counter, number in (
+        (Count.HIT, able.sum() * heads * ready),
+        (Count.NO_RING, able.sum() * heads * (not ready)),
+        (Count.SHORT_CONTEXT, short.sum() * heads),
+        (Count.REQUEST, exact.sum() * heads),
+        (Count.READ, read),
+        (Count.SKIPPED, length.sum() * layout.kv_heads - read),
+    ):
+        layer.counts[counter] += number
+    return looked.out.to(query.dtype)

@@ -1,0 +1,36 @@
+"""The room that KV pages have for the index of their keys: vLLM pads them, and copies and frees them with it."""
+
+from dataclasses import replace
+
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_mac.config import MacConfig
+from vllm_mac.key_index import PageLayout, directions
+from vllm_mac.layers import HEAD_SIZES, configuration
+
+_last: MacConfig | None = None  # of the engine that this process runs
+
+
+def note(config: MacConfig) -> None:
+    """Remember a worker's configuration: vLLM asks for specs where it has none at hand."""
+    global _last
+    _last = config
+
+
+def indexing() -> MacConfig | None:
+    """The configuration of the engine that this process runs, where it decodes by the index of keys; else None."""
+    vllm_config: VllmConfig | None = get_current_vllm_config_or_none()
+    config = _last if vllm_config is None else configuration(vllm_config)
+    return config if config is not None and config.enabled and config.rule == "index" else None
+
+
+def with_index(spec):
+    """The spec of a layer's KV cache, with room for the index where the configuration asks for one."""
+    config = indexing()
+    plain = type(spec) is FullAttentionSpec and spec.page_size_padded is None and spec.head_size == spec.head_size_v
+    if config is None or not plain or spec.head_size not in HEAD_SIZES:
+        return spec
+    size = config.index_size or directions(spec.head_size)
+    layout = PageLayout(spec.num_kv_heads, spec.head_size, spec.block_size, size, spec.dtype.itemsize)
+    return replace(spec, page_size_padded=layout.padded_bytes)

@@ -1,0 +1,79 @@
+"""Decoding by the index of keys on an NVIDIA GPU, for one group of layers.
+
+Knows kernels and buffers, not vLLM. `cpu_lookup` is the same in PyTorch.
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_mac import key_index
+from vllm_mac.kernels.encode import encode
+from vllm_mac.kernels.lookup import LookupWork, look_up
+from vllm_mac.key_index import PageLayout, directions
+from vllm_mac.state import Geometry, IndexRule, IndexState, Learning, Rows
+
+
+class LookupDecoder:
+    """Decodes for all layers that share their block tables and shapes.
+
+    `decode` neither allocates nor waits for the device, and may be captured in a CUDA graph. Calls must not overlap.
+
+    position: `[max_rows]` int32, position that each row decodes, -1 for padding. ring: `[max_rows]` int32,
+    `counters.OPTED_OUT` for rows that are read whole, -1 for others; written only where it changes. learned: tokens of
+    the row that maps were learned from.
+    """
+
+    def __init__(self, geometry: Geometry, rule: IndexRule, size: int | None, device: torch.device):
+        """size: directions of the index, by default `key_index.directions`."""
+        self.geometry, self.rule = geometry, rule
+        self.names: tuple[str, ...] | None = None  # of the layers it decodes for
+        self.warm = False
+        self.learned = 0
+        self.layout = PageLayout(
+            geometry.kv_heads, geometry.head_size, geometry.page_size, size or directions(geometry.head_size),
+            geometry.dtype.itemsize,
+        )  # fmt: skip
+        rows = geometry.max_rows
+        self.position = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self.ring = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self._work = LookupWork.allocate(geometry, device)
+
+    def lasting(self) -> dict[str, Tensor]:
+        """By name, the buffers that a step must find as the step before left them; see `decoder.Decoder.lasting`."""
+        return {"ring": self.ring}
+
+    def rows(self, block_table: Tensor) -> Rows:
+        """The first rows of the decoder's buffers, as many as `block_table` `[B, *]` int32 has."""
+        n = len(block_table)
+        unused = self.position[:n]
+        return Rows(self.position[:n], self.ring[:n], unused, unused, block_table)
+
+    def write(self, layer: IndexState, slots: Tensor, kv: Tensor) -> None:
+        """Index the pages of which `slots` `[n]` int64 holds the last slot, after keys and values were written."""
+        encode(kv, slots, self.layout, layer.maps)
+
+    def decode(self, layer: IndexState, rows: Rows, query: Tensor, kv: Tensor, out: Tensor) -> None:
+        """One layer's step. query, out: `[B, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`, with its index."""
+        look_up(rows, query, kv, self.layout, layer.maps, self.rule, self._work, (out, layer.counts))
+
+    def learn(self, layer: IndexState, learning: Learning, query: Tensor, kv: Tensor) -> None:
+        """Set the layer's maps, and index all pages anew. query: `[N, H, D]` of the whole batch."""
+        key_index.learn(layer.maps, query[learning.begin : learning.end], kv, learning.blocks, learning.length)
+        encode(kv, None, self.layout, layer.maps)
+
+    def warm_up(self, layer: IndexState) -> None:
+        """Compile the kernels of all steps, and set up the solver that `learn` needs; once."""
+        if self.warm:
+            return
+        self.warm = True
+        g, layout, device = self.geometry, self.layout, self.position.device
+        page = torch.zeros(1, layout.padded_bytes // g.dtype.itemsize, dtype=g.dtype, device=device)
+        kv = page[:, : layout.kv_bytes // g.dtype.itemsize].unflatten(1, (g.kv_heads, g.page_size, 2 * g.head_size))
+        self.write(layer, torch.full((1,), -1, dtype=torch.int64, device=device), kv)
+        encode(kv, None, layout, layer.maps)
+        self.position.fill_(-1)
+        query = torch.zeros(g.max_rows, g.heads, g.head_size, dtype=g.dtype, device=device)
+        table = torch.zeros(g.max_rows, 1, dtype=torch.int32, device=device)
+        for n in {1, g.max_rows}:
+            self.decode(layer, self.rows(table[:n]), query[:n], kv, torch.empty_like(query[:n]))
+        key_index.best_maps(key_index.Moments.of(query[:1], page[:, : g.kv_heads * g.head_size].view(g.kv_heads, 1, -1)))
