@@ -1,8 +1,8 @@
 """Decode by the index of keys. `lookup.decode` is the oracle; see there for the rule.
 
-Four launches. `weigh_kernel` estimates what all tokens weigh. `list_kernel` estimates it again, since codes are few bytes and
-often still in L2, and lists the tokens that weigh enough; of the others it leaves what each span of `SPAN` tokens weighs. `read_kernel` reads the
-listed tokens and adds the others by the mean values of their pages. `merge_kernel` merges the programs' results.
+Four launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `list_kernel` estimates the tokens one by one and
+lists those that weigh enough; of the others it leaves what each span of `SPAN` tokens weighs. `read_kernel` reads the listed
+tokens and adds the others by the mean values of their pages. `merge_kernel` merges the programs' results.
 
 The work of a (row, KV head) pair goes round among its `NS` programs, in spans of `SPAN` tokens, so that the near tokens and
 stretches of listed ones are spread over all. A row that is read whole is left to `read_kernel`.
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac import counters, key_index
+from vllm_mac import counters, key_index, lookup
 from vllm_mac.counters import Count
 from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.launch import power_of_two
@@ -34,7 +34,7 @@ OPTED_OUT = tl.constexpr(counters.OPTED_OUT)
 HIT, NOT_READY = tl.constexpr(Count.HIT.value), tl.constexpr(Count.NO_RING.value)
 SHORT_CONTEXT, REQUEST = tl.constexpr(Count.SHORT_CONTEXT.value), tl.constexpr(Count.REQUEST.value)
 READ, SKIPPED = tl.constexpr(Count.READ.value), tl.constexpr(Count.SKIPPED.value)
-TILE = tl.constexpr(TILE_TOKENS)
+TILE, PIECE, SAMPLE = tl.constexpr(TILE_TOKENS), tl.constexpr(lookup.PIECE), tl.constexpr(lookup.SAMPLE)
 HALF_LEVEL = tl.constexpr(key_index.HALF_LEVEL)
 
 
@@ -54,8 +54,8 @@ def _narrow(
 
     low, high: `[BN, BQ]` int32 of 16 bits, for the two halves of the directions. A score is `factor` `[BQ]` times the
     product of both with the codes, plus `constant` `[BQ]`. base: `[BQ]`, to subtract from scores before `exp2`. It lies
-    half-way between the mean key's score, near which many are, and the highest that codes can give; so no sum overflows,
-    and none is lost.
+    half-way between the mean key's score, near which many are, and the highest that codes can give, or higher, so that no
+    sum overflows.
     """
     q = tl.load(p_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0)  # [BD, BQ]
     p_direction = p_map + o_d[:, None] * N + o_n[None, :]
@@ -73,7 +73,7 @@ def _narrow(
     middle, factor = tl.sum(q.to(tl.float32) * mean[:, None], 0) * log2_scale, unit * log2_scale
     reach = HALF_LEVEL * factor * (tl.sum(tl.abs(low_i), 0) + tl.sum(tl.abs(high_i), 0)).to(tl.float32)
     constant = middle - HALF_LEVEL * factor * (tl.sum(low_i, 0) + tl.sum(high_i, 0)).to(tl.float32)
-    return low_i, high_i, factor, constant, middle + tl.minimum(reach * 0.5, 90.0)
+    return low_i, high_i, factor, constant, middle + tl.maximum(reach * 0.5, reach - 100.0)
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def weigh_kernel(
     if end <= BEGIN:
         return
     HALF: tl.constexpr = N // 2
-    o_q, o_d, o_n, o_t = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, SPAN)
+    o_q, o_d, o_n, o_t = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, PIECE)
     m_q, m_d, m_n = o_q < G, o_d < D, o_n < HALF
     m_dq, m_dn = m_d[:, None] & m_q[None, :], m_d[:, None] & m_n[None, :]
     p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
@@ -128,16 +128,21 @@ def weigh_kernel(
         p_group_query, p_to_query + i_k * D * N, p_mean + i_k * D, log2_scale, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn,
         HALF, N,
     )  # fmt: skip
-    total = tl.zeros([SPAN, BQ], tl.float32)
-    for t in tl.range(i_s * SPAN, end, ns * SPAN, num_stages=STAGES):
+    total = tl.zeros([PIECE, BQ], tl.float32)
+    for t in tl.range(i_s * PIECE * SAMPLE, end, ns * PIECE * SAMPLE, num_stages=STAGES):
         token = t + o_t
         m_t = (token >= BEGIN) & (token < end)
-        page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [SPAN]
+        page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [PIECE]
         p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
-        codes = tl.load(p_code, mask=m_t[:, None] & m_n[None, :], other=0)  # [SPAN, BN]
+        codes = tl.load(p_code, mask=m_t[:, None] & m_n[None, :], other=0)  # [PIECE, BN]
         score = _estimated(low_i, high_i, factor, constant - base, codes)
-        total += tl.where(m_t[:, None], tl.exp2(tl.minimum(score, 100.0)), 0.0)
-    total, peak = tl.sum(total, 0), base
+        total += tl.where(m_t[:, None], tl.exp2(score), 0.0)
+    # The sample's pieces are whole but the first, where the indexed tokens begin, and perhaps the last.
+    pieces = tl.cdiv(end, PIECE * SAMPLE)
+    last = (pieces - 1) * PIECE * SAMPLE
+    sampled = pieces * PIECE - BEGIN - tl.maximum(last + PIECE - end, 0)
+    total = tl.sum(total, 0) * ((end - BEGIN).to(tl.float32) / sampled.to(tl.float32))
+    peak = base
     # Near tiles: [0, BEGIN), then [end, n). Their `t`-th is program `t % NS`'s.
     n = m + 1
     o_tile = tl.arange(0, TILE)
@@ -211,12 +216,14 @@ def list_kernel(
         p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
         codes = tl.load(p_code, mask=m_t[:, None] & m_n[None, :], other=0)  # [SPAN, BN]
         score = _estimated(low_i, high_i, factor, constant, codes)
-        over = tl.max((score >= threshold[None, :]).to(tl.int32), 1) != 0
-        listed = tl.where(m_t, over, token < n).to(tl.int32)
+        # Near tokens are listed whatever they weigh, tokens beyond the row are not.
+        edge = tl.where(token < n, float("inf"), float("-inf"))  # [SPAN]
+        score = tl.where(m_t[:, None], score, edge[:, None])
+        listed = tl.max((score >= threshold[None, :]).to(tl.int32), 1)
         at = count + tl.cumsum(listed, 0) - 1
         tl.store(p_own + at, (page * PAGE + token % PAGE).to(tl.int32), mask=(listed != 0) & (at < room * 16))
         count += tl.sum(listed, 0)
-        left = tl.where((m_t & (listed == 0))[:, None], tl.exp2(score - lse2[None, :]), 0.0)  # [SPAN, BQ]
+        left = tl.where((listed == 0)[:, None], tl.exp2(score - lse2[None, :]), 0.0)  # [SPAN, BQ]
         # Of each of the span's pages, as if they weighed alike.
         pages = tl.maximum(tl.minimum(t + SPAN, end) - tl.maximum(t, BEGIN), PAGE) // PAGE
         weight = tl.sum(left, 0) / pages.to(tl.float32)
@@ -374,7 +381,7 @@ class Tuning:
     """How the work is split. per_sm: programs for each SM. most: programs of one (row, KV head) pair at most. span: tokens
     whose codes are loaded at once. block, pages: tokens and pages that are read at once. The others are launch options."""
 
-    per_sm: int = 4
+    per_sm: int = 5
     most: int = 64
     span: int = SPAN_TOKENS
     block: int = 64
@@ -382,7 +389,7 @@ class Tuning:
     warps: int = 4
     weigh_stages: int = 4
     list_stages: int = 4
-    read_stages: int = 4
+    read_stages: int = 3
     read_registers: int | None = 128
 
 
@@ -478,7 +485,7 @@ def look_up(
     )  # fmt: skip
     read_kernel[grid](
         **everywhere, **lists, **cache, **parts, p_means=means, s_mean_page=means.stride(0), BT=tuning.block,
-        BP=tuning.pages, STAGES=tuning.read_stages, maxnreg=tuning.read_registers,
+        BP=tuning.pages, STAGES=tuning.read_stages, maxnreg=tuning.read_registers if d <= 128 else None,
         DOT=tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[query.dtype],
     )  # fmt: skip
     shared = ("p_position", "p_ring", "p_ready", "K", "G", "D", "BAND", "BEGIN", "MIN_CONTEXT", "BD", "PDL", "launch_pdl", "ns")

@@ -3,9 +3,10 @@
 For a query at position `m` of a row, with the `n = m + 1` tokens `[0, n)`:
 
 1. *Match.* The first and the last tokens are near: `[0, sink)` and `[m + 1 - band, m + 1)`, both widened to whole tiles of
-   `TILE` tokens. Of the others the index estimates the logits `s`. With the near tokens' exact logits they give `Z`,
-   the estimated sum of all `e^logit`. A token is chosen where `e^s / Z >= tolerance / n` in any head of the KV
-   group: where its share of the attention is `tolerance` times an average token's.
+   `TILE` tokens. Of the others the index estimates the logits `s`. The near tokens' exact logits and the estimates of a
+   sample of the others give `Z`, about the sum of all `e^logit`. A token is chosen where `e^s / Z >= tolerance / n` in any
+   head of the KV group: where its share of the attention is `tolerance` times an average token's. The sample, every
+   `SAMPLE`-th piece of `PIECE` tokens, costs little. Where it misses much of the attention `Z` is too small, and more is read.
 2. *Amend.* The near and the chosen tokens are attended to exactly.
 3. *Complete.* What is left of each span of `SPAN` tokens weighs the sum of its `e^s`, and has the mean of its pages' mean
    values.
@@ -16,6 +17,7 @@ tokens, before maps are ready, and where its request asked for it.
 Letters as in `key_index` and `paged`; arithmetic is float32, LSE natural log.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from vllm_mac.paged import gather
 from vllm_mac.state import IndexRule
 
 TILE, SPAN = 64, 256  # tokens; every page size that is served divides both
+PIECE, SAMPLE = 256, 8
 
 
 class Looked(NamedTuple):
@@ -87,7 +90,11 @@ def decode(
             pages = blocks[begin // layout.page : end // layout.page]
             code = codes[pages].transpose(0, 1).flatten(1, 2)
             s = estimate(grouped, code, maps) * rule.scale
-            total = torch.logsumexp(torch.cat((logit[..., :begin], s, logit[..., end:]), -1), -1, keepdim=True)
+            token = torch.arange(begin, end, device=kv.device)
+            some = s[..., token // PIECE % SAMPLE == 0]
+            if some.shape[-1]:
+                some = some + math.log((end - begin) / some.shape[-1])
+            total = torch.logsumexp(torch.cat((logit[..., :begin], some, logit[..., end:]), -1), -1, keepdim=True)
             share = (s - total).exp()
             chosen[:, begin:end] = (share >= rule.tolerance / n).any(1)
             left = torch.where(chosen[:, None, begin:end], -torch.inf, s)
