@@ -31,7 +31,7 @@ from vllm_mac.state import Geometry, IndexRule, Rows
 
 OPTED_OUT = tl.constexpr(counters.OPTED_OUT)
 # Device code reads no enumeration.
-HIT, NOT_READY = tl.constexpr(Count.HIT.value), tl.constexpr(Count.NO_RING.value)
+HIT, NO_MAPS = tl.constexpr(Count.HIT.value), tl.constexpr(Count.NO_MAPS.value)
 SHORT_CONTEXT, REQUEST = tl.constexpr(Count.SHORT_CONTEXT.value), tl.constexpr(Count.REQUEST.value)
 READ, SKIPPED = tl.constexpr(Count.READ.value), tl.constexpr(Count.SKIPPED.value)
 TILE, PIECE, SAMPLE = tl.constexpr(TILE_TOKENS), tl.constexpr(lookup.PIECE), tl.constexpr(lookup.SAMPLE)
@@ -367,7 +367,7 @@ def merge_kernel(
         n = m + 1
         ring, ready = tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready)
         end = _indexed_end(m, ring, ready, BAND, BEGIN, MIN_CONTEXT)
-        exact = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, tl.where(ready != 0, HIT, NOT_READY))
+        exact = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, tl.where(ready != 0, HIT, NO_MAPS))
         kind = tl.where(ring == OPTED_OUT, REQUEST, exact)
         read = tl.sum(tl.load(p_read + i_bk * ns + o_ns, mask=o_ns < ns, other=0), 0).to(tl.int64)
         read += (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES

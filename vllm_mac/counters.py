@@ -12,7 +12,7 @@ class Count(IntEnum):
     Every query head of a row is counted once, by its outcome. KV tokens are counted once for each KV head.
     """
 
-    HIT = 0  # the head reused a summary
+    HIT = 0  # the head reused a summary, or its keys were looked up in the index
     MISS = 1  # it tried to; its KV group read everything
     SHORT_CONTEXT = 2  # below `min_context`
     NO_RING = 3  # its request holds no ring
@@ -20,6 +20,7 @@ class Count(IntEnum):
     REQUEST = 5  # its request asked for exact decoding, whatever its length
     READ = 6  # KV tokens read
     SKIPPED = 7  # KV tokens that full attention would have read too
+    NO_MAPS = 8  # with `rule: index`: no prompt was long enough yet to learn the index's maps from
 
 
 # Heads that did not try to match, and the reason as a label of the metrics.
@@ -28,6 +29,7 @@ REASONS = {
     Count.NO_RING: "no_ring",
     Count.OVER_BUDGET: "error_budget",
     Count.REQUEST: "request",
+    Count.NO_MAPS: "no_maps",
 }
 
 # In place of a ring, for a row that has none because its request opted out; -1 for any other row without one.

@@ -41,7 +41,7 @@ def decode(layer: IndexState, rows: Rows, query: Tensor, kv: Tensor, layout: Pag
     read = looked.read.sum()
     for counter, number in (
         (Count.HIT, able.sum() * heads * ready),
-        (Count.NO_RING, able.sum() * heads * (not ready)),
+        (Count.NO_MAPS, able.sum() * heads * (not ready)),
         (Count.SHORT_CONTEXT, short.sum() * heads),
         (Count.REQUEST, exact.sum() * heads),
         (Count.READ, read),

@@ -129,7 +129,7 @@ def describe(layers: Sequence[MacLayer]) -> Series:
             ]
     sums += [Sum(EXACT, {"reason": reason}, terms) for reason, terms in exact.items()]
     rings = []
-    if served:
+    if any(layer.state is not None for layer in served):
         rings = [Sum(RINGS, {"state": state}, [(size + i, 1)]) for i, state in enumerate(RING_STATES)]
         sums.append(Sum(RING_BYTES, {}, [(size + len(RING_STATES), 1)]))
         size += len(RING_STATES) + 1
