@@ -27,20 +27,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WINDOW, BAND, RANK, SAMPLE = 512, 256, 32, 16  # entries, newest tokens always read, match dims, key stride
+HEAD, SHORT = 4096, 8192  # tokens: of a prompt's head and of random text; at most, of a text of the source `short`
 PART = 512  # a long reduction in one piece would occupy two SMs and no more
+OWN, RANDOM = ("own", "all", "head"), "random"  # sources, see `IndexRule`
+SOURCES = (*OWN, "pool", "short", "one", RANDOM, "true")
 CODES = {"cuda": (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION), "cpu": (SDPBackend.FLASH_ATTENTION,) * 2}
 
 
 @dataclass(frozen=True)
 class IndexRule:
     """Read the tokens whose estimated share of the attention reaches `threshold` (or the `tokens` best), by a narrow
-    index of the keys; estimate the rest. With `unread` a head's threshold follows its attention. Blocks of `run` adjacent tokens are read together, by their sum."""
+    index of the keys; estimate the rest. With `unread` a head's threshold follows its attention. Blocks of `run`
+    adjacent tokens are read together, by their sum.
+
+    `source` says what the maps and scales of the index are learned from:
+
+    own     this prompt's keys and its last WINDOW queries
+    all     half of it as `own`, half from its keys and every SAMPLE-th query
+    head    keys and every SAMPLE-th query of its first HEAD tokens
+    pool    each prompt of another kind as in `all`, all alike; "manual-8000" is of the kind "manual"
+    short   of these prompts the ones of at most SHORT tokens
+    one     of these prompts the first in the file
+    random  HEAD random tokens, as in `all`
+    true    nothing: exact logits in place of the index
+    """
 
     name: str
-    source: str = (
-        "own"  # true: exact logits; basis from this prompt's keys and last queries (own), from its keys and all
-    )
-    # its queries (all), or from all other kinds of text among the prompts (pool): "manual-8000" is of the kind "manual"
+    source: str = "own"
     dims: tuple = ((32, 4),)  # ((dimensions, bits), ...) of a code, leading directions first
     threshold: float = 0.0
     times: float = 0.0  # threshold as a multiple of the average token's share
@@ -91,8 +104,8 @@ class Decoder:
         return self.model.lm_head(self.model.model.norm(x)).float()
 
     def prefill(self, ids: torch.Tensor, code: SDPBackend) -> tuple:
-        """Hidden states [T, E]; keys and values [K, T, d], the last WINDOW queries and every SAMPLE-th [*, H, d] of each
-        layer."""
+        """Hidden states [T, E]; of each layer keys and values [K, T, d], the last WINDOW queries and every SAMPLE-th
+        [*, H, d]."""
         x, cache, queries = self.embed(ids), [], []
         positions = torch.arange(len(ids), device=self.device)
         for i in range(len(self.layers)):
@@ -142,7 +155,7 @@ def covariance(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a basis is made of: the queries' second moment and the keys' covariance [K, d, d], the mean key [K, 1, d]."""
+    """What maps are made of: the queries' second moment and the keys' covariance [K, d, d], the mean key [K, 1, d]."""
 
     second: torch.Tensor
     spread: torch.Tensor
@@ -211,13 +224,21 @@ class KeyIndex:
 def levels(share: torch.Tensor, unread: float) -> torch.Tensor:
     """Which shares [K, V, G, T] reach their head's threshold: the greatest 2^-n, n up to 31, below which at most
     `unread` lies in all."""
-    n = (
-        (-share.clamp(min=2.0**-40).log2()).ceil().clamp(0, 31).long()
-    )  # share is in (2^-n - 1, 2^-n], above 2^-n at n - 1
+    # A share in (2^-n - 1, 2^-n] is at n, one above 2^-n at n - 1.
+    n = (-share.clamp(min=2.0**-40).log2()).ceil().clamp(0, 31).long()
     mass = torch.zeros(*share.shape[:3], 32, device=share.device).scatter_add_(3, n, share)
     rest = mass.flip(3).cumsum(3).flip(3)  # what lies in n and beyond
     first = (rest > unread).sum(3, keepdim=True)  # rest falls with n: levels before `first` have to be read
     return n < first
+
+
+def other_texts(source: str, name: str, prompts: dict[str, list[int]]) -> list[str]:
+    """Names of the texts, of all but this prompt's kind, that maps of `source` are learned from; none of its own."""
+    if source == RANDOM:
+        return [RANDOM]
+    others = [other for other in prompts if other.split("-")[0] != name.split("-")[0]]
+    short = [other for other in others if len(prompts[other]) <= SHORT]
+    return {"pool": others, "short": short, "one": others[:1]}.get(source, [])
 
 
 class Own:
@@ -247,11 +268,12 @@ class Own:
 class IndexLayer:
     """One layer under all index rules; the first row is exact attention."""
 
-    def __init__(self, rules: list[IndexRule], queries, keys, values, steps: int, pool: Moments):
-        """queries: the last WINDOW, and a sample of all. pool: of other texts."""
+    def __init__(self, rules: list[IndexRule], queries, keys, values, steps: int, others: dict):
+        """queries: the last WINDOW, and a sample of all. others: moments of other texts by source."""
         self.rules, self.own = rules, Own(keys, values, len(rules) + 1, steps)
         own, every = (Moments.of(q, keys) for q in queries)
-        sources = {"own": own, "all": Moments.pooled([own, every]), "pool": pool}
+        head = Moments.of(queries[1][: HEAD // SAMPLE], keys[:, :HEAD])
+        sources = dict(zip(OWN, (own, Moments.pooled([own, every]), head), strict=True)) | others
         self.index = {name: KeyIndex(keys, m) for name, m in sources.items() if any(r.source == name for r in rules)}
         sizes, d = {r.block for r in rules}, keys.shape[2]
         padded = {b: F.pad(values, (0, 0, 0, -values.shape[1] % b)) for b in sizes}  # what is padded is in the band
@@ -393,13 +415,16 @@ def compare(base: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     return {"kl": kl.mean().item(), "kl_p99": kl.quantile(0.99).item(), "same": same.float().mean().item()}
 
 
-def simulate(model: Decoder, ids: list[int], index: list, match: list, steps: int, pool, stop: list[int]) -> dict:
-    """Decode `steps` tokens after the prompt under every rule; -> a record with one row a rule."""
+def simulate(model: Decoder, ids: list[int], index: list, match: list, steps: int, others, stop: list[int]) -> dict:
+    """Decode `steps` tokens after the prompt under every rule; -> a record with one row a rule.
+
+    others: of each layer the moments of other texts by source. stop: tokens that the text does not take.
+    """
     model.model.float()
     dev, prompt = model.device, torch.tensor(ids, device=model.device)
     cut, n = 1 + len(index), 1 + len(index) + len(match)
     x, cache, queries = model.prefill(prompt, CODES[dev][0])
-    first = [IndexLayer(index, queries[i], *cache[i], steps, pool and pool[i]) for i in range(len(model.layers))]
+    first = [IndexLayer(index, queries[i], *cache[i], steps, others[i]) for i in range(len(model.layers))]
     rings = [MatchLayer(match, queries[i][0], *cache[i], steps) for i in range(len(model.layers)) if match]
     logits = model.logits(x[-1:])[0].clone()
     barred = torch.zeros_like(logits)
@@ -415,7 +440,8 @@ def simulate(model: Decoder, ids: list[int], index: list, match: list, steps: in
         for i in range(len(model.layers)):
             q, k, v = model.qkv(i, x, p)
             q, k, v = (t.transpose(0, 1) for t in (q.view(n, model.groups, -1, model.size), k, v))
-            out, tokens, exact = first[i].step(q[:, :cut].contiguous(), k[:, :cut], v[:, :cut], p)  # noqa: F821 - deleted below
+            mine = (q[:, :cut].contiguous(), k[:, :cut], v[:, :cut])
+            out, tokens, exact = first[i].step(*mine, p)  # noqa: F821 - deleted below
             if match:
                 more = rings[i].step(q[:, cut:].contiguous(), k[:, cut:], v[:, cut:], p)  # noqa: F821
                 out, tokens, exact = (torch.cat(pair, 1) for pair in zip((out, tokens, exact), more, strict=False))
@@ -457,6 +483,12 @@ def simulate(model: Decoder, ids: list[int], index: list, match: list, steps: in
     }  # fmt: skip
 
 
+def learn(model: Decoder, ids: torch.Tensor) -> list[Moments]:
+    """Of each layer what the source `all` takes from a text; ids [T]."""
+    _, cache, queries = model.prefill(ids.to(model.device), CODES[model.device][0])
+    return [Moments.pooled([Moments.of(q, k) for q in both]) for both, (k, _) in zip(queries, cache, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -478,22 +510,29 @@ def main() -> None:
         message = [{"role": "user", "content": entry["prompt"]}]
         chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
         prompts[entry["name"]] = chat["input_ids"]
-    if any(r.source == "pool" for r in index):
-        model.model.float()
-        for name, ids in prompts.items():
-            _, cache, queries = model.prefill(torch.tensor(ids, device=args.device), CODES[args.device][0])
-            seen[name] = [
-                Moments.pooled([Moments.of(q, k) for q in both]) for both, (k, _) in zip(queries, cache, strict=True)
-            ]
-            del cache, queries
+    texts = {n: {r.source: other_texts(r.source, n, prompts) for r in index} for n in prompts}
+    for rule in index:
+        if rule.source not in SOURCES:
+            parser.error(f"source: received {rule.source!r}; choose {', '.join(SOURCES)}")
+        for name, of in texts.items():
+            if rule.source not in (*OWN, "true") and not of[rule.source]:
+                parser.error(f"source: received {rule.source!r}; no other prompt has maps for {name}")
+    # Up to 100,000: rare tokens and the marks of chat templates come last in a vocabulary.
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, min(100_000, model.model.config.vocab_size), (HEAD,), generator=random)
+    model.model.float()
+    for name in {text for of in texts.values() for names in of.values() for text in names}:
+        seen[name] = learn(model, tokens if name == RANDOM else torch.tensor(prompts[name]))
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     record = {"model": args.model.name, "device": device, "torch": torch.__version__, "steps": args.steps}
     record |= {"rules": [asdict(r) for r in (*index, *match)], "cases": {}}
     stop = [t for t in (tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None]
     for name, ids in prompts.items():
-        others = [m for other, m in seen.items() if other.split("-")[0] != name.split("-")[0]]
-        pool = [Moments.pooled(list(layer)) for layer in zip(*others, strict=True)]
-        case = record["cases"][name] = simulate(model, ids, index, match, args.steps, pool, stop)
+        others = [
+            {source: Moments.pooled([seen[n][i] for n in names]) for source, names in texts[name].items() if names}
+            for i in range(len(model.layers))
+        ]
+        case = record["cases"][name] = simulate(model, ids, index, match, args.steps, others, stop)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
         yard = case["yardstick"]["two bf16 codes"]
         print(f"{name}: {case['tokens']} tokens, {case['seconds']:.0f} s; yardstick KL {yard['kl']:.5f}, "
