@@ -464,7 +464,7 @@ def look_up(
         s_query_row=s_query[0], s_query_head=s_query[1], s_table_row=rows.block_table.stride(0),
         log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, D=d, PAGE=page,
         BAND=rule.band, BEGIN=begin, MIN_CONTEXT=rule.min_context, ns=ns, SPAN=tuning.span,
-        BQ=work.width, BD=power_of_two(d), PDL=work.pdl, num_warps=tuning.warps,
+        BQ=work.width, BD=power_of_two(d), PDL=work.pdl, num_warps=tuning.warps if d <= 128 else 2 * tuning.warps,
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
     estimates = dict(
@@ -484,8 +484,9 @@ def look_up(
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
     )  # fmt: skip
     read_kernel[grid](
-        **everywhere, **lists, **cache, **parts, p_means=means, s_mean_page=means.stride(0), BT=tuning.block,
-        BP=tuning.pages, STAGES=tuning.read_stages, maxnreg=tuning.read_registers if d <= 128 else None,
+        **everywhere, **lists, **cache, **parts, p_means=means, s_mean_page=means.stride(0), STAGES=tuning.read_stages,
+        BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages,
+        maxnreg=tuning.read_registers if d <= 128 and work.pdl else None,  # elsewhere it would spill
         DOT=tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[query.dtype],
     )  # fmt: skip
     shared = ("p_position", "p_ring", "p_ready", "K", "G", "D", "BAND", "BEGIN", "MIN_CONTEXT", "BD", "PDL", "launch_pdl", "ns")
