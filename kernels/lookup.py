@@ -464,7 +464,7 @@ def look_up(
         s_query_row=s_query[0], s_query_head=s_query[1], s_table_row=rows.block_table.stride(0),
         log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, D=d, PAGE=page,
         BAND=rule.band, BEGIN=begin, MIN_CONTEXT=rule.min_context, ns=ns, SPAN=tuning.span,
-        BQ=work.width, BD=power_of_two(d), PDL=work.pdl, num_warps=tuning.warps if d <= 128 else 2 * tuning.warps,
+        BQ=work.width, BD=power_of_two(d), PDL=work.pdl, num_warps=tuning.warps if work.width * power_of_two(d) <= 1024 else 2 * tuning.warps,
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
     estimates = dict(
