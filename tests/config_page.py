@@ -27,8 +27,9 @@ vllm serve MODEL --attention-backend MAC --additional-config '{"mac": {"config":
 """
 
 KEYS = """
-A wrong key, type or value stops the start with an error that names it and the choices. Lengths are in tokens. `default.yaml`
-says more about each key. This table is generated from the code (`python tests/config_page.py`).
+A wrong key, type or value stops the start with an error that names it and the choices. Lengths are in tokens. `match:` and
+`index:` begin what is said of a key that only that `rule` reads. `default.yaml` says more about each key. This table is
+generated from the code (`python tests/config_page.py`).
 
 | key | values | default | |
 | --- | --- | --- | --- |
@@ -69,16 +70,20 @@ def _values(field) -> str:
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{kind}`" for kind in kinds)
     limits = {
-        name: getattr(rule, name) for rule in field.metadata for name in ("ge", "gt", "le") if hasattr(rule, name)
+        name: getattr(rule, name)
+        for rule in field.metadata
+        for name in ("ge", "gt", "le", "multiple_of")
+        if hasattr(rule, name)
     }
     words = [f"at least {limits['ge']:g}"] if "ge" in limits else []
     words += [f"above {limits['gt']:g}"] if "gt" in limits else []
     words += [f"at most {limits['le']:g}"] if "le" in limits else []
     name = {bool: "true, false", int: "whole number", float: "number"}.get(kinds[0])
+    words += [f"in steps of {limits['multiple_of']}"] if "multiple_of" in limits else []
     if name is None:  # the keys below `layers`
         name = (
             "patterns, each with a number from 0 to 1"
-            if "Thresholds" in (field.description or "")
+            if "thresholds of layers" in (field.description or "")
             else "list of patterns"
         )
     nullable = " or `null`" if type(None) in get_args(field.annotation) else ""

@@ -255,6 +255,7 @@ def test_the_file_is_read_back_and_says_where_it_came_from(tmp_path):
         plot,
     )
     assert result.exit_code == 0, result.output
+    assert "\nrule: match\n" in out.read_text()
     config = resolve({"config": str(out)}, {})
     assert (config.band, config.reuse, config.layers.exclude) == (128, "anchored", (1,))
     assert config.for_layer("model.layers.0.attn", 0).threshold == 0.5
@@ -301,6 +302,10 @@ def test_one_prompt_is_said_to_flatter(tmp_path):
         ),
         (["--model", "m", "--tasks", "ruler", "--saving", "0.9", "--budget", "0.1"], "--saving: received 0.9"),
         (["--model", "m", "--tasks", "ruler", "--bands", "4096"], "band + sink must be less than min_context - 1"),
+        (
+            ["--model", "m", "--tasks", "ruler", "--mac", '{"rule": "index"}'],
+            "rule: received 'index'; what is calibrated are thresholds, which only match has",
+        ),
         (
             ["--model", "m", "--tasks", "ruler", "--mac", '{"band": 64}'],
             "band is calibrated; give the values to try with --bands",

@@ -157,6 +157,36 @@ def test_block_sizes_foreseen_are_those_that_classes_take(classes, platform, blo
     assert reason is None or f"--block-size is {block_size}" in reason
 
 
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 96, 128, 256, 512])
+def test_pages_with_an_index_are_read_whole(classes, monkeypatch, platform, block_size):
+    """vLLM splits no padded page, so a kernel must read it; and it divides the spans that are completed."""
+    from vllm.v1.worker.utils import select_common_block_size
+
+    from vllm_mac.lookup import SPAN
+
+    backend = classes[platform][0]
+    base = backend.__mro__[2]
+    if platform == "gpu":  # as FlashInfer's backend of the supported versions says
+        monkeypatch.setattr(base, "get_supported_kernel_block_sizes", staticmethod(lambda spec=None: [16, 32, 64]))
+    try:
+        whole = select_common_block_size(block_size, [backend]) == block_size and SPAN % block_size == 0
+    except ValueError:
+        whole = False
+    reason = capabilities.refused_block_size(block_size, {"gpu": "cuda"}.get(platform, platform), "index")
+    assert whole == (reason is None)
+    assert reason is None or reason.startswith(f"--block-size is {block_size}, and rule: index takes one of ")
+
+
+@pytest.mark.parametrize("size, head, refused", [(None, 32, False), (64, 64, False), (80, 64, True), (64, 48, True)])
+def test_an_index_has_no_more_directions_than_keys_have_numbers(size, head, refused):
+    reason = capabilities.refused_index_size(size, head)
+    assert (reason is not None) == refused
+    if reason is not None:
+        assert f"index_size: received {size}, more than the head size {head}" in reason
+        assert f"a multiple of 16 from 32 to {head}" in reason
+
+
 def test_what_a_user_chose_can_be_undone():
     """Of the refusals that are no property of the model, each says what to leave out."""
     of_the_model = {"use_mm_prefix", "use_per_head_quant_scales", "use_rswa"}

@@ -44,8 +44,8 @@ def test_is_frozen_hashable_and_survives_a_process_boundary():
     assert hash(copy) == hash(config)
 
 
-INTEGERS = ["window", "band", "sink", "min_context", "max_chain", "max_sequences"]
-FLOATS = ["threshold", "lag_weight", "ring_memory_gib", "audit"]
+INTEGERS = ["window", "band", "sink", "min_context", "max_chain", "max_sequences", "index_size"]
+FLOATS = ["threshold", "lag_weight", "ring_memory_gib", "audit", "tolerance"]
 
 
 @pytest.mark.parametrize("field", INTEGERS)
@@ -76,7 +76,7 @@ def test_a_truth_value_takes_nothing_else(value):
 
 @pytest.mark.parametrize(
     "field",
-    ["window", "band", "sink", "distance", "min_context", "reuse", "ring_dtype", "layers"],
+    ["rule", "window", "band", "sink", "distance", "min_context", "reuse", "ring_dtype", "layers"],
 )
 def test_null_only_where_it_has_a_meaning(field):
     assert f"{field}: received None (NoneType)" in refusal({field: None})
@@ -85,6 +85,9 @@ def test_null_only_where_it_has_a_meaning(field):
 # Ranges
 
 BOUNDS = [
+    ("rule", ["match", "index"], ["Index", "both", 1], "one of match, index"),
+    ("tolerance", [0, 1.5, 40], [-0.1], "a finite number of at least 0"),
+    ("index_size", [None, 32, 64, 256], [0, 16, 40], "an integer of at least 32 in steps of 16 or null"),
     ("window", [1, 65536], [0, -1, 65537], "an integer from 1 to 65536"),
     ("band", [1, 2046], [0, -256], "an integer of at least 1"),
     ("sink", [0, 1790], [-1], "an integer of at least 0"),
@@ -146,6 +149,18 @@ def test_disagreeing_fields_name_the_origin_of_each(yaml_file):
     assert f"band from {INLINE}, sink from {path} (named by {INLINE}.config)" in message
     assert "min_context from the defaults" in message
     assert resolve({"config": path, "band": 2042}, {}).band == 2042
+
+
+@pytest.mark.parametrize("key, value, none", [("audit", 0.01, "0"), ("error_budget", 0.1, "null")])
+def test_an_index_has_no_hits_to_audit(key, value, none):
+    message = refusal({"rule": "index", key: value})
+    assert (
+        f"which only rule: match has: received rule=index, {key}={value}; set {key} to {none}, or rule to match"
+        in message
+    )
+    assert f"rule from {INLINE}, {key} from {INLINE}" in message and "needs audits" not in message
+    both = refusal({"rule": "index", "audit": 0.01, "error_budget": 0.1})
+    assert both.count("which only rule: match has") == 2
 
 
 def test_an_error_budget_needs_audits(yaml_file):
@@ -285,7 +300,7 @@ def test_an_unknown_key_names_the_nearest_and_all_known(key, nearest):
 def test_an_unknown_key_like_no_other_has_no_suggestion():
     message = refusal({"zzz": 7})
     assert "did you mean" not in message
-    assert "Known keys: enabled, window" in message
+    assert "Known keys: enabled, rule" in message
 
 
 def test_keys_that_are_not_text_are_unknown():
@@ -308,7 +323,7 @@ def test_all_errors_are_reported_at_once(yaml_file):
 def test_inline_keys_come_as_a_mapping(value):
     message = refusal(value)
     assert f"{INLINE}: received {value!r} ({type(value).__name__})" in message
-    assert "must be a mapping with keys from enabled, window" in message
+    assert "must be a mapping with keys from enabled, rule" in message
 
 
 # The round trip
@@ -390,7 +405,7 @@ def test_describe_is_one_line_with_every_key():
     layers = {"include": ["0-3", 5], "threshold": {5: 0.5, "0-3": 1}}
     line = resolve({"max_chain": 3, "layers": layers}, {}).describe()
     assert "\n" not in line
-    assert line.startswith("enabled=true window=512 band=256 sink=0 threshold=0.85 ")
+    assert line.startswith("enabled=true rule=match tolerance=1.5 index_size=null window=512 band=256 ")
     assert "reuse=anchored max_chain=3 mass_floor=0.2 ring_dtype=auto max_sequences=null" in line
     assert line.endswith('layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}')
     assert all(f"{key}=" in line for key in DEFAULTS if key != "layers")

@@ -79,7 +79,7 @@ def test_a_missing_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for message in (refusal({"config": "nope.yaml"}), refusal(None, {ENV_VAR: "nope.yaml"})):
         assert f"received 'nope.yaml': no file at {tmp_path / 'nope.yaml'}" in message
-        assert "one of the bundled default, long_reasoning" in message
+        assert "one of the bundled default, index, long_reasoning" in message
     assert message.startswith(f"{ENV_VAR}: ")
 
 
@@ -165,13 +165,14 @@ def test_the_default_file_states_every_default_and_explains_it():
 
 def test_the_long_reasoning_file_states_only_what_it_changes():
     keys = yaml.safe_load(bundled_configs()["long_reasoning"].read_text())
-    assert keys == {key: value for key, value in keys.items() if value != DEFAULTS[key]}
+    # The rule stands there so that it stays when the default changes.
+    assert keys == {key: value for key, value in keys.items() if key == "rule" or value != DEFAULTS[key]}
     config = resolve({"config": "long_reasoning"}, {})
     assert keys_of(config) == DEFAULTS | keys
     assert config.lag_weight > 0
 
 
-@pytest.mark.parametrize("name", ["default", "long_reasoning", "paper"])
+@pytest.mark.parametrize("name", ["default", "index", "long_reasoning", "paper"])
 def test_every_key_of_a_bundled_file_has_a_comment_above_it(name):
     lines = bundled_configs()[name].read_text().splitlines()
     bare = [
@@ -180,6 +181,12 @@ def test_every_key_of_a_bundled_file_has_a_comment_above_it(name):
         if re.match(r"\s*\w+:", line) and not before.lstrip().startswith("#")
     ]
     assert bare == []
+
+
+@pytest.mark.parametrize("name", ["index", "long_reasoning", "paper"])
+def test_a_bundled_file_keeps_its_rule_when_the_default_changes(name):
+    assert yaml.safe_load(bundled_configs()[name].read_text())["rule"] == ("index" if name == "index" else "match")
+    assert resolve({"config": name}, {}).rule == ("index" if name == "index" else "match")
 
 
 def test_a_bundled_name_yields_to_a_file_but_not_to_a_directory(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +19,8 @@ from support.engine import ENVIRONMENT, engine, worker
 from vllm_mac.tools import cli
 from vllm_mac.tools.doctor import checks, show, versions
 from vllm_mac.tools.doctor.checks import OK, PROBLEM, UNCHECKED, WARNING, Finding
-from vllm_mac.tools.doctor.estimate import LAG, estimate, measured_bandwidth
-from vllm_mac.tools.doctor.model import Examined, Layer, examine, groups
+from vllm_mac.tools.doctor.estimate import LAG, READ, estimate, measured_bandwidth
+from vllm_mac.tools.doctor.model import Examined, IndexRoom, Layer, examine, groups
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HERE = {
@@ -148,6 +149,36 @@ def test_layers_and_rings_are_an_engine_s(models, family):
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("family, options", [("llama", {}), ("gemma3", {}), ("gemma3", {"block_size": 64})])
+def test_the_room_for_an_index_is_an_engine_s(models, family, options):
+    """Pages, directions and the loss of room, as an engine makes them where it chooses the page too."""
+    from vllm_mac.layers import mac_layers
+
+    mac, options = SMALL | {"rule": "index", "index_size": 32}, {"max_model_len": 512, "dtype": "float32"} | options
+    seen = examine(str(models(family)), mac, options, max_num_seqs=8)
+    assert seen.refused is None and seen.ring is None
+    with engine(
+        models(family), "v1", "MAC", {"mac": mac}, **{"block_size": None, "max_model_len": 512} | options
+    ) as llm:
+        layers = mac_layers(worker(llm).vllm_config)
+        assert [layer.exact for layer in layers] == [layer.reason for layer in seen.layers] == FAMILIES[family]
+        served = [(layer, told) for layer, told in zip(layers, seen.layers, strict=True) if layer.served]
+        assert {layer.index.maps.shift.shape[1] for layer, _ in served} == {32} and seen.index.directions == (32,)
+        config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+        specs = [group.kv_cache_spec for group in config.kv_cache_groups for _ in group.layer_names]
+        assert {spec.block_size for spec in specs} == {seen.index.page}
+        assert sum(spec.page_size_bytes for spec in specs) == seen.index.padded
+        assert sum(spec.unpadded_page_size_bytes for spec in specs) == seen.index.plain
+        # Of a page: half a byte a direction and token, and the mean of its values.
+        page = seen.index.page
+        heads = served[0][0].num_kv_heads
+        assert {told.index_bytes * page for _, told in served} == {heads * (32 // 2 * page + 32 * 4)}
+    (found,) = show.of_index(seen)
+    assert found.mark == OK and f"in 32 directions, in pages of {page} tokens" in found.text
+    assert f"{1 - seen.index.plain / seen.index.padded:.1%} fewer tokens" in found.text
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "family, mac, options, reason",
     [
@@ -155,6 +186,8 @@ def test_layers_and_rings_are_an_engine_s(models, family):
         ("llama", {"windw": 3}, {}, "did you mean 'window'?"),
         ("llama", {}, {"kv_cache_dtype": "fp8"}, "give --kv-cache-dtype bfloat16"),
         ("llama", {"ring_memory_gib": 0.0001}, {}, "ring_memory_gib: 0.0001 holds no ring"),
+        ("llama", {"rule": "index", "index_size": 48}, {}, "index_size: received 48, more than the head size 32"),
+        ("lfm2", {"rule": "index"}, {}, "set rule to match"),
     ],
 )
 def test_what_an_engine_would_refuse(models, family, mac, options, reason):
@@ -258,6 +291,36 @@ def test_rows_without_a_ring_and_short_contexts_are_exact():
     assert estimate(model_of(), 100_000, 6, 0.0, 1e12).gain < 1
 
 
+def indexed() -> Examined:
+    """The model of `model_of` with an index of 60 bytes a token and layer."""
+    model = model_of()
+    layers = [replace(layer, index_bytes=60.0 * (layer.state == "MAC")) for layer in model.layers]
+    config = model.config.model_copy(update={"rule": "index"})
+    return replace(model, layers=layers, ring=None, index=IndexRoom((64,), 64, 100, 107), config=config)
+
+
+def test_the_estimate_with_an_index_adds_up():
+    row = estimate(indexed(), context=100_000, batch=8, hit_rate=0.0, bandwidth=1e12)
+    assert (row.hit_rate, row.ringed, row.ring_bytes) == (None, 0, 0)
+    assert row.exact_kv_bytes == 8 * 1000 * (2 * 100_000 + 128)
+    assert row.mac_kv_bytes == pytest.approx(8 * 1000 * (2 * READ * 100_000 + 128))
+    assert row.index_bytes == pytest.approx(8 * 2 * 60 * 100_000)
+    assert row.mac_ms == pytest.approx((row.weight_bytes + row.mac_kv_bytes + row.index_bytes) / 1e9)
+    near = estimate(indexed(), 2048, 1, 0.0, 1e12)
+    assert near.mac_kv_bytes == pytest.approx(1000 * (2 * 256 + 128))  # the band alone is more than READ of them
+    short = estimate(indexed(), 2047, 8, 0.0, 1e12)
+    assert (short.index_bytes, short.mac_kv_bytes, short.gain) == (0, short.exact_kv_bytes, 1.0)
+
+
+def test_what_an_index_costs_is_said():
+    (found,) = show.of_index(indexed())
+    assert found.mark == OK and "in 64 directions, in pages of 64 tokens: 120 bytes a token" in found.text
+    assert "6.0% of their keys and values" in found.text and "holds 6.5% fewer tokens" in found.text
+    assert show.of_index(model_of()) == [] and show.of_rings(indexed()) == []
+    (no,) = show.of_estimates(indexed(), [estimate(indexed(), 2047, 1, 0.0, 1e12)], judged=True)
+    assert no.mark == WARNING and "hit" not in no.text + no.cure
+
+
 def test_it_says_when_mac_will_not_pay():
     rows = [estimate(model_of(), 10**6, 32, rate, 1e12) for rate in (0.0, 1.0)]
     no, yes = show.of_estimates(model_of(), rows, judged=True)
@@ -303,6 +366,23 @@ def test_the_command(models, tmp_path):
     ]
     assert told["bandwidth"] == {"bytes_per_second": 1e12, "how": "as given"}
     assert all(one["text"] in done.output for one in told["findings"])
+
+
+@pytest.mark.cpu
+def test_the_command_with_an_index(models, tmp_path):
+    out = tmp_path / "report.json"
+    command = [
+        "doctor", str(models("gemma3")), "--context", "4096,8192", "--hit-rate", "0,1", "--bandwidth", "1000",
+        "--mac", json.dumps(SMALL | {"rule": "index"}), "--json", str(out),
+    ]  # fmt: skip
+    done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "120"})
+    told = json.loads(out.read_text())
+    assert [one["section"] for one in told["findings"] if one["section"] in ("rings", "index")] == ["index"], (
+        done.output
+    )
+    assert [(row["context"], row["hit_rate"]) for row in told["estimates"]] == [(4096, None), (8192, None)]
+    assert told["model"]["index"]["directions"] == [32] and "ring_bytes" not in told["model"]
+    assert "an assumption measured on two models" in done.output and "index GB" in done.output
 
 
 @pytest.mark.cpu

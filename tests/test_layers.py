@@ -6,7 +6,14 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SinkFullAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SinkFullAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_mac import layers
 from vllm_mac.config import MacConfigError, resolve
@@ -22,7 +29,7 @@ def load(monkeypatch):
 
     after: the layers of a model that has been loaded, which this one drafts for. backend: by name, the one that
     `speculative_config` chooses for the draft model. holders: the modules that hold them. media: whether
-    the model takes images. specs: the kinds of KV cache of some, by their index.
+    the model takes images. specs: the KV caches of some, or their kinds, by the layer's index.
     """
     monkeypatch.setattr(layers, "find_rotary", lambda *_: Rotary(None))
 
@@ -47,7 +54,9 @@ def load(monkeypatch):
             made.append(layer)
             attention = torch.nn.Module()
             attention.impl = SimpleNamespace(mac=layer)
-            attention.get_kv_cache_spec = lambda _, kind=specs.get(i, FullAttentionSpec): object.__new__(kind)
+            kind = specs.get(i, FullAttentionSpec)
+            spec = kind if isinstance(kind, KVCacheSpec) else object.__new__(kind)
+            attention.get_kv_cache_spec = lambda _, spec=spec: spec
             vllm_config.compilation_config.static_forward_context[layer.name] = attention
         for layer in made:
             layer.load(dtype, torch.device(device))
@@ -220,3 +229,41 @@ def test_layers_of_chunked_local_attention_are_exact(load):
     made = load(3, {}, specs={1: ChunkedLocalAttentionSpec, 2: SinkFullAttentionSpec})
     assert [layer.exact for layer in made] == [None, "local_attention", "local_attention"]
     assert [layer.served for layer in made] == [True, False, False]
+
+
+def test_an_index_of_more_directions_than_keys_have_numbers_is_refused(load):
+    name = NAME.format(0)
+    with pytest.raises(
+        MacConfigError, match=f"^{name}: index_size: received 48, more than the head size 32; must be null"
+    ):
+        load(1, {"rule": "index", "index_size": 48})
+    assert [layer.exact for layer in load(2, {"rule": "index", "index_size": 48}, exact=(0, 1))] == [
+        "sliding_window"
+    ] * 2
+    (layer,) = load(1, {"rule": "index", "index_size": 32})
+    assert layer.index.maps.shift.shape == (1, 32)
+
+
+def page(kind=FullAttentionSpec, block=32, heads=1, **fields):
+    return kind(block_size=block, num_kv_heads=heads, head_size=32, dtype=torch.float32, **fields)
+
+
+WINDOW = {"kind": SlidingWindowSpec, "sliding_window": 8}
+STATES = MambaSpec(block_size=32, shapes=((2, 32),), dtypes=(torch.float32,), page_size_padded=page().page_size_bytes)
+
+
+@pytest.mark.parametrize("other, refused", [
+    (page(**WINDOW), False), (page(**WINDOW, block=64), False), (page(heads=2), False), (page(**WINDOW, heads=2), True),
+    (STATES, True),
+])  # fmt: skip
+def test_no_index_lies_where_other_layers_have_their_keys(load, other, refused):
+    """Layers of several kinds share their memory page by page; those of one kind have memory of their own."""
+    made = lambda rule, exact=(1,): load(2, {"rule": rule}, specs={0: page(), 1: other}, exact=exact)
+    if refused:
+        with pytest.raises(
+            MacConfigError, match=r"rule: .* those of model.layers.1.* differ from .*0.*; set rule to match"
+        ):
+            made("index")
+    else:
+        assert made("index")[0].served
+    assert made("match")[0].served and not any(layer.served for layer in made("index", (0, 1)))

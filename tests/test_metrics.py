@@ -88,6 +88,18 @@ def values(samples) -> dict:
     return {(name, *labels.values()): value for name, labels, value in samples}
 
 
+def test_layers_with_an_index_publish_no_rings(folders):
+    layers = worker()
+    for layer in layers:
+        layer.state = None
+    publisher.publish(layers)
+    count(layers)
+    layers[0].publisher.after_batch({})
+    found = values(metrics.published())
+    assert found[metrics.HEADS, "model.layers.0", "hit", "tiny", "0"] == NAMES[Count.HIT]
+    assert not {name for name, *_ in found} & {metrics.RINGS, metrics.RING_BYTES}
+
+
 def test_a_batch_is_published_when_it_is_over(folders):
     layers = worker()
     publisher.publish(layers)

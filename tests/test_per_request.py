@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_mac import startup
+from vllm_mac.config import MacConfig
 from vllm_mac.per_request import NOTHING, Ask, RequestError, read
 
 pytestmark = pytest.mark.cpu
+AUDITED, INDEXED = MacConfig(audit=0.01), MacConfig(rule="index")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.cpu
     ],
 )
 def test_what_may_be_asked_for(sent, asked):
-    assert read(sent, audits=True) == asked
+    assert read(sent, AUDITED) == asked
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_what_may_be_asked_for(sent, asked):
 )
 def test_everything_else_is_refused_with_field_value_and_choices(sent, texts):
     with pytest.raises(RequestError) as refused:
-        read(sent, audits=True)
+        read(sent, AUDITED)
     assert all(text in str(refused.value) for text in texts), str(refused.value)
     # HTTP 400 by vLLM's classes, and by Python's in process.
     assert refused.value.parameter == "vllm_xargs" and isinstance(refused.value, ValueError)
@@ -63,8 +65,26 @@ def test_everything_else_is_refused_with_field_value_and_choices(sent, texts):
 
 def test_audits_need_buffers():
     with pytest.raises(RequestError, match=r"mac: received 'audit', .* no buffers.*with audit at 0.*'on', 'off'"):
-        read({"mac": "audit"}, audits=False)
-    assert read({"mac": "off", "mac_threshold": 0.5}, audits=False) == Ask(exact=True, slack=0.25)
+        read({"mac": "audit"}, MacConfig())
+    assert read({"mac": "off", "mac_threshold": 0.5}, MacConfig()) == Ask(exact=True, slack=0.25)
+
+
+@pytest.mark.parametrize("sent, asked", [({}, NOTHING), ({"mac": "on"}, NOTHING), ({"mac": "off"}, Ask(exact=True))])
+def test_what_may_be_asked_of_an_index(sent, asked):
+    assert read(sent, INDEXED) == asked
+
+
+@pytest.mark.parametrize("sent, text", [
+    ({"mac": "audit"}, "mac: received 'audit', and an engine with rule: index has no hits to audit; choose from 'on', 'off'"),
+    ({"mac": "maybe"}, "mac: received 'maybe' (str); must be one of 'on', 'off'"),
+    ({"mac_threshold": 0.9}, "mac_threshold: received 0.9 (float), and an engine with rule: index has no thresholds; leave it out"),
+    ({"mac_threshold": 2}, "mac_threshold: received 2 (int), and an engine with rule: index has no thresholds; leave it out"),
+    ({"mac": "off", "mac_threshold": 0.0}, "or choose mac from 'on', 'off'"),
+])  # fmt: skip
+def test_what_only_matches_have(sent, text):
+    with pytest.raises(RequestError) as refused:
+        read(sent, INDEXED)
+    assert text in str(refused.value)
 
 
 @pytest.mark.parametrize("names, served", [

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_mac import requests
+from vllm_mac.config import MacConfig
 from vllm_mac.counters import OPTED_OUT
 from vllm_mac.owners import RingOwners
 
@@ -37,7 +38,8 @@ class Runner:
         if not v2:
             self.input_batch = SimpleNamespace(req_ids=self.rows)
         # The second of three KV-cache groups is MAC's.
-        requests._followed[self] = requests.Followed(RingOwners(rings, 8, (4,)), (1,), audits=audits)
+        settings = MacConfig(audit=0.01 if audits else 0.0)
+        requests._followed[self] = requests.Followed(RingOwners(rings, 8, (4,)), (1,), settings=settings)
 
     def step(self, rows: list[str], output, padding: int = 0) -> requests.RowRings:
         self.rows[:] = rows

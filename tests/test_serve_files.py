@@ -70,6 +70,7 @@ def test_vllm_serve_takes_each_file(serve, name):
     assert args.additional_config == keys["additional-config"]
     config = resolve(args.additional_config["mac"], {})
     assert config.enabled and config.ring_memory_gib == keys["additional-config"]["mac"]["ring_memory_gib"]
+    assert args.additional_config["mac"]["rule"] == "match"  # which has rings, whatever the default becomes
 
 
 @pytest.mark.parametrize("name", FILES)

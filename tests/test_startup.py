@@ -131,6 +131,46 @@ REFUSED = [
 ]  # fmt: skip
 
 
+INDEX = {"rule": "index"}
+REFUSED_INDEX = [
+    ("llama", {}, {"block_size": 96},
+     "--block-size is 96, and rule: index takes one of 32, 64, 128, 256: leave out --block-size"),
+    ("llama", {"index_size": 48}, {},
+     "index_size: received 48, more than the head size 32; must be null or a multiple of 16 from 32 to 32: choose"),
+    ("lfm2", {}, {}, "where rule: index writes an index: set rule to match"),
+    ("llama", {}, {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "1"]},
+     "--kv-cache-dtype-skip-layers gives KV pages of two sizes, and rule: index takes one: set rule to match"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, keys, options, reason", REFUSED_INDEX)
+def test_what_an_index_cannot_serve(make, family, keys, options, reason):
+    message = refused(make, family, additional_config={"mac": INDEX | keys}, **options)
+    assert reason in message and len(message.splitlines()) == 1
+    for other in ({"rule": "match"}, {"enabled": False}):
+        make(family, attention_backend="MAC", additional_config={"mac": INDEX | keys | other}, **options)
+
+
+@pytest.mark.parametrize("layout, serves", [("NHD", True), ("LBHNC", True), ("LHBNC", False), ("BLHNC", False)])
+def test_layouts_of_pages_that_an_index_takes(make, monkeypatch, layout, serves):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    index = {"additional_config": {"mac": INDEX}}
+    if serves:
+        make(attention_backend="MAC", **index)
+    else:
+        message = refused(make, **index)
+        assert (
+            f"VLLM_KV_CACHE_LAYOUT is {layout}, and rule: index takes one of LBNHC, LBHNC, NHD, HND: unset" in message
+        )
+    make(attention_backend="MAC")
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 64}])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_an_index_serves(make, family, options):
+    make(family, attention_backend="MAC", additional_config={"mac": INDEX | {"index_size": 32}}, **options)
+
+
 @pytest.mark.parametrize("options, reason", REFUSED)
 def test_what_mac_cannot_serve(make, options, reason):
     message = refused(make, **options)

@@ -21,6 +21,10 @@ KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 ATTENTION_TYPES = ("decoder",)
 # What --block-size has to be a multiple of: the smallest page that the platform's kernels read.
 BLOCK_SIZES = {"cpu": 32, "cuda": 16}
+# The same with `rule: index`: pages that it pads are read whole, and divide its spans of tokens.
+INDEX_BLOCK_SIZES = {"cpu": (32, 64, 128, 256), "cuda": (16, 32, 64)}
+# What VLLM_KV_CACHE_LAYOUT may be with `rule: index`: pages in one part, and those of other layers not between them.
+INDEX_LAYOUTS = ("LBNHC", "LBHNC", "NHD", "HND")
 # Compute capabilities.
 GPUS_FROM, FLOAT8_RINGS_FROM = (8, 0), (8, 9)
 
@@ -208,8 +212,12 @@ def refused_kv_cache_dtype(kv_cache_dtype: str) -> str:
     return f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(KV_CACHE_DTYPES)}"
 
 
-def refused_block_size(block_size: int, platform: str) -> str | None:
+def refused_block_size(block_size: int, platform: str, rule: str = "match") -> str | None:
     """Why KV blocks of so many tokens, chosen by the user, are refused, or None. platform: a key of `BLOCK_SIZES`."""
+    if rule == "index":
+        sizes = INDEX_BLOCK_SIZES[platform]
+        choices = f"and rule: index takes one of {', '.join(map(str, sizes))}"
+        return None if block_size in sizes else f"--block-size is {block_size}, {choices}"
     unit = BLOCK_SIZES[platform]
     return f"--block-size is {block_size}, and MAC takes multiples of {unit}" if block_size % unit else None
 
@@ -232,6 +240,17 @@ def refused_ring_dtype(ring_dtype: str, capability: tuple[int, int], choices: It
     return (
         f"ring_dtype: received {ring_dtype!r}, which needs a GPU of {_sm(FLOAT8_RINGS_FROM)} or later, "
         f"and this one is {_sm(capability)}; must be one of {others}"
+    )
+
+
+def refused_index_size(index_size: int | None, head_size: int) -> str | None:
+    """Why keys of so many numbers are not indexed in so many directions, or None."""
+    if index_size is None or index_size <= head_size:
+        return None
+    most = head_size // 16 * 16
+    return (
+        f"index_size: received {index_size}, more than the head size {head_size}; "
+        f"must be null or a multiple of 16 from 32 to {most}"
     )
 
 

@@ -97,6 +97,14 @@ def _pattern_matches(pattern: int | str, name: str, index: int) -> bool:
     return fnmatchcase(name, pattern)
 
 
+def _only_of_matches(what: str, key: str, value: float, none: str) -> PydanticCustomError:
+    return PydanticCustomError(
+        "fields_disagree",
+        f"{what}, which only rule: match has: received {{received}}; set {key} to {none}, or rule to match",
+        {"received": f"rule=index, {key}={value}", "fields": ("rule", key)},
+    )
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -108,7 +116,7 @@ class LayerSelection(_Section):
     exclude: LayerPatterns = Field((), description="Layers to leave exact, whatever `include` says.")
     threshold: LayerThresholds = Field(
         (),
-        description="Thresholds of layers by pattern, instead of the top-level one; of several "
+        description="match: thresholds of layers by pattern, instead of the top-level one; of several "
         "patterns that match a layer the last counts.",
     )
 
@@ -119,32 +127,34 @@ class MacConfig(_Section):
     enabled: bool = Field(True, description="Whether MAC runs at all; false is exact attention.")
     rule: Literal["match", "index"] = Field(
         "match",
-        description="How reads are saved: by reusing what a query like this one read (match), or by an index of the keys that "
-        "tells which of them matter (index).",
+        description="How reads are saved: by reusing what a query like this one read (match), or by an index of the "
+        "keys that tells which of them matter (index).",
     )
     tolerance: float = Field(
         1.5,
         ge=0,
-        description="index: a key is read where it gets this many times the attention of an average key, or more; 0 reads all.",
+        description="index: a key is read where it gets this many times the attention of an average key, or more; "
+        "0 reads all.",
     )
     index_size: int | None = Field(
         None,
         ge=32,
         multiple_of=16,
-        description="index: directions that keys are indexed in; null for half the head size, 48 at least.",
+        description="index: directions that keys are indexed in, at most the head size; null for half the head size, "
+        "48 at least.",
     )
-    window: int = Field(512, ge=1, le=65536, description="Ring length: the last tokens a query can match.")
-    band: int = Field(256, ge=1, description="The most recent tokens, which no summary contains.")
-    sink: int = Field(0, ge=0, description="The leading tokens, which no summary contains.")
+    window: int = Field(512, ge=1, le=65536, description="match: ring length, the last tokens a query can match.")
+    band: int = Field(256, ge=1, description="The most recent tokens, always attended to exactly.")
+    sink: int = Field(0, ge=0, description="The leading tokens, always attended to exactly; by index 16 at least.")
     threshold: float = Field(
         0.85,
         ge=0,
         le=1,
-        description="Hit when |q-q'|^2 < 2 d (1-threshold)^2; higher is stricter, 1 never hits.",
+        description="match: hit when |q-q'|^2 < 2 d (1-threshold)^2; higher is stricter, 1 never hits.",
     )
     distance: Literal["absolute", "relative"] = Field(
         "absolute",
-        description="What a query's distance is measured by: d, the squared norm of a standard "
+        description="match: what a query's distance is measured by: d, the squared norm of a standard "
         "normal query (absolute), or the query's own squared norm (relative).",
     )
     # Validated as a default too: the check below needs the three fields together.
@@ -152,47 +162,51 @@ class MacConfig(_Section):
         2048,
         ge=1,
         validate_default=True,
-        description="Context length, the token being decoded included, from which queries are recorded and matched.",
+        description="Context length, the token being decoded included, from which reads are saved.",
     )
     lag_weight: float = Field(
         0.0,
         ge=0,
-        description="Among candidates under the threshold the lowest "
+        description="match: among candidates under the threshold the lowest "
         "d^2/thr^2 + lag_weight*lag/window wins; 0 takes the nearest query.",
     )
     reuse: Literal["anchored", "chained"] = Field(
         "anchored",
-        description="Match against the query that read the prefix (anchored) "
+        description="match: against the query that read the prefix (anchored) "
         "or against the one that last reused it (chained).",
     )
     max_chain: int | None = Field(
-        None, ge=1, description="Longest chain of hits built on one exact read; null for no cap."
+        None, ge=1, description="match: longest chain of hits built on one exact read; null for no cap."
     )
     mass_floor: float | None = Field(
         0.2,
         ge=1e-3,
-        description="Lets a match of little weight be farther off: the limit on |q-q'| is multiplied by "
+        description="match: lets a match of little weight be farther off: the limit on |q-q'| is multiplied by "
         "(1+mass_floor)/(mass+mass_floor), mass being the share of the softmax that the reused part has beside "
         "band and sink. null: the limit is the same for all, as in the paper.",
     )
     ring_dtype: RingDtype = Field(
         "auto",
-        description="What rings are stored in; auto is the model's dtype. With float8_e4m3fn only "
+        description="match: what rings are stored in; auto is the model's dtype. With float8_e4m3fn only "
         "the queries are float8, and the outputs in the model's dtype.",
     )
-    max_sequences: int | None = Field(None, ge=1, description="Rings to allocate; null for as many as max_num_seqs.")
+    max_sequences: int | None = Field(
+        None, ge=1, description="match: rings to allocate; null for as many as max_num_seqs."
+    )
     ring_memory_gib: float = Field(
-        4.0, gt=0, description="Most GiB the rings of one worker may take, over all its layers."
+        4.0, gt=0, description="match: most GiB the rings of one worker may take, over all its layers."
     )
     miss_engine: Literal["flashinfer", "triton"] = Field(
-        "triton", description="What reads the prefix for missed heads on GPUs."
+        "triton", description="match: what reads the prefix for missed heads on GPUs."
     )
-    audit: float = Field(0.0, ge=0, le=1, description="Share of decode steps whose hits are computed exactly too.")
+    audit: float = Field(
+        0.0, ge=0, le=1, description="match: share of decode steps whose hits are computed exactly too."
+    )
     error_budget: float | None = Field(
         None,
         ge=1e-4,
         le=1,
-        description="Relative attention error; a layer whose audited p95 stays above it goes "
+        description="match: relative attention error; a layer whose audited p95 stays above it goes "
         "exact. null for no budget.",
     )
     layers: LayerSelection = Field(LayerSelection(), description="Which attention layers MAC serves.")
@@ -223,6 +237,8 @@ class MacConfig(_Section):
     @field_validator("error_budget", mode="after")
     @classmethod
     def _errors_are_audited(cls, budget: float | None, info: ValidationInfo) -> float | None:
+        if budget is not None and info.data.get("rule") == "index":
+            raise _only_of_matches("a budget is of hits", "error_budget", budget, "null")
         if budget is None or info.data.get("audit") != 0:  # absent: wrong by itself and reported so
             return budget
         raise PydanticCustomError(
@@ -237,11 +253,7 @@ class MacConfig(_Section):
     def _matches_are_audited(cls, audit: float, info: ValidationInfo) -> float:
         if not audit or info.data.get("rule") != "index":
             return audit
-        raise PydanticCustomError(
-            "fields_disagree",
-            "hits are audited, which only rule: match has: received {received}; set audit to 0, or rule to match",
-            {"received": f"rule=index, audit={audit}", "fields": ("rule", "audit")},
-        )
+        raise _only_of_matches("audits are of hits", "audit", audit, "0")
 
     def covers(self, layer_name: str, layer_index: int) -> bool:
         """Whether `layers` selects the layer of this full name and 0-based index."""
@@ -431,7 +443,8 @@ def _in_words(schema: dict) -> str:
     if "maximum" in schema:
         return f"{text} from {schema['minimum']} to {schema['maximum']}"
     if "minimum" in schema:
-        return f"{text} of at least {schema['minimum']}"
+        steps = f" in steps of {schema['multipleOf']}" if "multipleOf" in schema else ""
+        return f"{text} of at least {schema['minimum']}{steps}"
     if "exclusiveMinimum" in schema:
         return f"{text} greater than {schema['exclusiveMinimum']}"
     return text

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_mac import capabilities
 from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
@@ -78,7 +78,7 @@ class MacLayer:
             "micro_batches": vllm_config.parallel_config.use_ubatching,
             "sliding_window": sliding_window is not None,
             **special,
-            "head_size": head_size not in HEAD_SIZES or (self.config.rule == "index" and (self.config.index_size or 0) > head_size),
+            "head_size": head_size not in HEAD_SIZES,
         }
         self.exact: str | None = next((reason for reason, holds in own.items() if holds), None)
         self.settled = False
@@ -180,7 +180,8 @@ def mac_layers(vllm_config: VllmConfig) -> list[MacLayer]:
 def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     """Decide which layers of one model MAC runs, find their rotations, and log all of it once.
 
-    Raises MacConfigError where `speculative_config` chooses MAC for the draft model.
+    Raises MacConfigError where `speculative_config` chooses MAC for the draft model, and where a layer that MAC would run
+    cannot have an index.
     """
     vllm_config, config = layers[0].vllm_config, layers[0].config
     if reason := capabilities.refused_draft_backend(vllm_config.speculative_config):
@@ -217,6 +218,8 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     served = [layer for layer in layers if layer.exact is None]
     for layer in served:
         layer.config = config.for_layer(layer.name, extract_layer_index(layer.name))
+    if config.rule == "index" and served:
+        _check_index(served, vllm_config)
     logger.info("MAC configuration: %s", config.describe())
     if config.enabled and vllm_config.parallel_config.pipeline_parallel_size == 1:
         _warn_of_idle_patterns(config, layers)
@@ -242,6 +245,35 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
         "MAC serves %d of %d attention layers%s; %d rings, %.1f MiB",
         len(served), len(layers), exact, rings, size / 2**20,
     )  # fmt: skip
+
+
+def _check_index(served: list[MacLayer], vllm_config: VllmConfig) -> None:
+    """Raise MacConfigError where keys have fewer numbers than the index directions, and where it could overwrite other keys.
+
+    Layers that do not see everything have pages of the same memory as those that do, and maps that are learned anew index
+    all of it. An index lies behind as many bytes as the keys and values of its own layer take.
+    """
+    for layer in served:
+        if reason := capabilities.refused_index_size(layer.config.index_size, layer.head_size):
+            raise MacConfigError(f"{layer.name}: {reason}")
+    modules = vllm_config.compilation_config.static_forward_context.items()
+    specs = {name: x.get_kv_cache_spec(vllm_config) for name, x in modules if hasattr(x, "get_kv_cache_spec")}
+    specs = {name: spec for name, spec in specs.items() if spec is not None}
+    if all(type(spec) is FullAttentionSpec for spec in specs.values()):
+        return  # one group, in which each layer has memory of its own
+    first = served[0].name
+    own = _token_bytes(specs[first])
+    others = [name for name, spec in specs.items() if _token_bytes(spec) != own]
+    if others:
+        raise MacConfigError(
+            f"rule: received 'index', for which all layers need KV pages of one size, and those of {others[0]} differ from "
+            f"those of {first}; set rule to match"
+        )
+
+
+def _token_bytes(spec) -> int | None:
+    """Bytes of a token's keys and values; None for what is no attention's."""
+    return spec.real_page_size_bytes // spec.block_size if isinstance(spec, AttentionSpec) else None
 
 
 def _warn_of_idle_patterns(config: MacConfig, layers: list[MacLayer]) -> None:

@@ -9,6 +9,9 @@ and value of one token for one KV head, so that read + skipped is what full atte
     vllm_mac_rings{state="active|idle|free"}                 rings, each serving all layers
     vllm_mac_ring_bytes                                      bytes of all rings
 
+With `rule: index` heads hit where the index was used, none misses, and there are no rings; read includes the index, as
+the KV tokens that have as many bytes.
+
 Where `audit` is above 0, of the query heads that hit in audited steps, or in any step of a request that asked for
 audits (`per_request`), histograms as Prometheus
 has them (`_bucket{layer, le}`, cumulative, and `_count{layer}`), which `histograms` reads back.

@@ -4,13 +4,16 @@ A client sends it as `vllm_xargs` of an OpenAI request (`extra_body={"vllm_xargs
 client), a program as `SamplingParams(extra_args={...})`:
 
     {"mac": "on"}               what every request gets that asks for nothing
-    {"mac": "off"}              the request is decoded exactly: it holds no ring, and neither reads nor writes one.
+    {"mac": "off"}              the request is decoded exactly. With `rule: match` it holds no ring, and neither reads
+                                nor writes one; with `rule: index` all its keys are read, and indexed for others.
                                 Its heads are counted under the reason `request`.
     {"mac": "audit"}            the hits of all its decode steps are computed exactly too, and counted in the
                                 histograms of errors, lags and chains, by which `error_budget` judges as well. For
                                 servers that are started with `audit` above 0; others have no buffers for it.
+                                Only `rule: match` has hits.
     {"mac_threshold": 0.95}     its matches need at least this threshold, a number from 0 to 1. A layer whose own
-                                threshold is stricter keeps that. 1 reuses nothing, but still records.
+                                threshold is stricter keeps that. 1 reuses nothing, but still records. Only
+                                `rule: match` has thresholds.
 
 A key that looks like these (`mac_x`, `Mac`, `macthreshold`) is an error, as are other values: HTTP 400, or ValueError in
 process. Both are found before the engine sees the request. Without MAC as attention backend vLLM ignores all of these, as
@@ -34,7 +37,7 @@ from typing import NamedTuple
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_mac.config import resolve
+from vllm_mac.config import MacConfig, resolve
 from vllm_mac.startup import chosen_by
 
 MODE, THRESHOLD = KEYS = ("mac", "mac_threshold")
@@ -61,8 +64,8 @@ class RequestError(VLLMValidationError, ValueError):
     """A request asks for what does not exist. The message lists every problem found."""
 
 
-def read(extra_args: Mapping | None, audits: bool) -> Ask:
-    """What a request asks for. audits: whether there are buffers for audits. Raises RequestError."""
+def read(extra_args: Mapping | None, config: MacConfig) -> Ask:
+    """What a request asks for, of an engine with this configuration. Raises RequestError."""
     if not extra_args:
         return NOTHING
     problems = []
@@ -73,9 +76,15 @@ def read(extra_args: Mapping | None, audits: bool) -> Ask:
             received = _show(extra_args[key])
             problems.append(f"{key}: unknown key, received {received}; {hint}must be one of {', '.join(KEYS)}")
     mode, threshold = extra_args.get(MODE, ON), extra_args.get(THRESHOLD, 0.0)
-    if mode not in MODES:
-        problems.append(f"{MODE}: received {_show(mode)}; must be one of {', '.join(map(repr, MODES))}")
-    elif mode == AUDIT and not audits:
+    index = config.rule == "index"
+    modes = (ON, OFF) if index else MODES
+    if mode == AUDIT and index:
+        problems.append(
+            f"{MODE}: received {AUDIT!r}, and an engine with rule: index has no hits to audit; choose from {ON!r}, {OFF!r}"
+        )
+    elif mode not in modes:
+        problems.append(f"{MODE}: received {_show(mode)}; must be one of {', '.join(map(repr, modes))}")
+    elif mode == AUDIT and not config.audit:
         problems.append(
             f"{MODE}: received {AUDIT!r}, for which there are no buffers, as the engine was started with audit at 0; "
             'start it with --additional-config \'{"mac": {"audit": 0.01}}\' or another audit above 0, '
@@ -83,7 +92,12 @@ def read(extra_args: Mapping | None, audits: bool) -> Ask:
         )
     # bool is an int to Python. NaN is in no range.
     number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not number or not 0 <= threshold <= 1:
+    if index and THRESHOLD in extra_args:
+        problems.append(
+            f"{THRESHOLD}: received {_show(threshold)}, and an engine with rule: index has no thresholds; leave it out, or "
+            f"choose {MODE} from {ON!r}, {OFF!r}"
+        )
+    elif not number or not 0 <= threshold <= 1:
         problems.append(f"{THRESHOLD}: received {_show(threshold)}; must be a number from 0 to 1")
     if problems:
         raise RequestError("; ".join(problems), parameter="vllm_xargs")
@@ -124,12 +138,12 @@ def check_requests() -> None:
 
 
 def _check_parameters(processor) -> None:
-    audits = resolve((processor.vllm_config.additional_config or {}).get("mac")).audit > 0
+    config = resolve((processor.vllm_config.additional_config or {}).get("mac"))
     validate = processor._validate_params
 
     def check(params: object) -> None:
         if isinstance(params, SamplingParams):
-            read(params.extra_args, audits)
+            read(params.extra_args, config)
 
     @functools.wraps(validate)
     def _validate_params(params, *args, **kwargs):

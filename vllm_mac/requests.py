@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_mac.config import MacConfig
 from vllm_mac.counters import OPTED_OUT
 from vllm_mac.layers import MacLayer, mac_layers
 from vllm_mac.owners import Arrival, Growth, RingOwners
@@ -42,15 +43,14 @@ class Batch:
 
 @dataclass
 class Followed:
-    """What is kept of a runner. owners: None where no layer has rings. served: whether MAC runs a layer. groups: the KV-cache groups with a layer
-    that MAC runs. layer: one of its layers. audits: whether hits may be audited. asks: what running requests asked
+    """What is kept of a runner. owners: None where no layer has rings. groups: the KV-cache groups with a layer
+    that MAC runs. layer: one of its layers. settings: the configuration of one of those that MAC runs. asks: what running requests asked
     for, of those that asked for something."""
 
     owners: RingOwners | None
     groups: tuple[int, ...]
     layer: MacLayer | None = None
-    served: bool = False
-    audits: bool = False
+    settings: MacConfig = field(default_factory=MacConfig)
     asks: dict[str, Ask] = field(default_factory=dict)
 
 
@@ -142,7 +142,7 @@ def _executing(runner, scheduled: SchedulerOutput) -> Iterator[None]:
     if (followed := _followed[runner]) is None:
         yield
         return
-    if followed.served:
+    if followed.groups:
         _note(followed, scheduled)
         _batch = Batch(runner, scheduled, getattr(runner, "input_batch", None))  # V1 has one, which it edits
     try:
@@ -173,7 +173,7 @@ def _make(runner) -> Followed | None:
     owners = None
     if served[0].state is not None:
         owners = RingOwners(served[0].state.store.rings, served[0].config.min_context, sizes, stages)
-    return Followed(owners, groups, layers[0], True, served[0].audited is not None)
+    return Followed(owners, groups, layers[0], served[0].config)
 
 
 def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
@@ -186,7 +186,7 @@ def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
         asks.pop(x.req_id, None)
         # Pooling requests have no such parameters.
         try:
-            ask = read(x.sampling_params.extra_args if x.sampling_params else None, followed.audits)
+            ask = read(x.sampling_params.extra_args if x.sampling_params else None, followed.settings)
         except (
             RequestError
         ) as error:  # from a front end that checks nothing, such as vLLM's in Rust: other requests must go on

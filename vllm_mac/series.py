@@ -81,7 +81,8 @@ class Series(NamedTuple):
 
 
 def describe(layers: Sequence[MacLayer]) -> Series:
-    """The series of a worker's layers, which are all that MAC has there, exact ones included.
+    """The series of a worker's layers, which are all that MAC has there, exact ones included. With `rule: index` there
+    are no rings.
 
     To be made anew when their KV-cache groups are.
     """

@@ -27,6 +27,7 @@ VARIABLE = "VLLM_ATTENTION_BACKEND"  # no vLLM that is supported reads it; older
 KEYS = (*MacConfig.model_fields, FILE_KEY)
 # KV-cache kinds by which vLLM looks a layer's backend up in `backend_per_kind`.
 PLAIN, MLA = ("full_attention", "sliding_window"), ("mla_attention", "sliding_window_mla")
+TO_MATCH = "set rule to match"
 ENCODERS = {"encoder_only": ("encoder_only_attention",), "encoder_decoder": ("cross_attention",)}
 
 
@@ -116,8 +117,12 @@ def refusals(
     dtype = cache.cache_dtype
     if dtype == "auto" and _kv_cache_scheme(vllm_config) is not None:
         dtype = "fp8"  # what vLLM's layers make of it
+    served = capabilities.serves_kv_cache_dtype(dtype)
+    rule = config.rule if config.enabled else "match"
+    if rule == "index":
+        yield from _against_index(model, config, not served and bool(cache.kv_cache_dtype_skip_layers))
     # Which layers the list spares, they know.
-    if not capabilities.serves_kv_cache_dtype(dtype) and not cache.kv_cache_dtype_skip_layers:
+    if not served and not cache.kv_cache_dtype_skip_layers:
         reason = capabilities.refused_kv_cache_dtype(dtype)
         whose = ", which is the checkpoint's choice" if kv_cache_dtype == "auto" else ""
         own = str(model.dtype).removeprefix("torch.")
@@ -126,9 +131,32 @@ def refusals(
     if (
         cache.user_specified_block_size
         and platform
-        and (reason := capabilities.refused_block_size(cache.block_size, platform))
+        and (reason := capabilities.refused_block_size(cache.block_size, platform, rule))
     ):
         yield reason, "leave out --block-size"
+
+
+def _against_index(model, config: MacConfig, two_dtypes: bool) -> Iterator[tuple[str, str | None]]:
+    """The same for `rule: index`, whose pages are larger than those that vLLM reckons with.
+
+    model: vLLM's configuration of it. two_dtypes: whether some layers have a quantised KV cache and others do not.
+    """
+    import vllm.envs as envs
+
+    if model.is_hybrid:
+        yield (
+            "the model is hybrid: pages of its other layers are as large as those of attention, where rule: index "
+            "writes an index",
+            TO_MATCH,
+        )
+    if (layout := envs.VLLM_KV_CACHE_LAYOUT) not in (None, *capabilities.INDEX_LAYOUTS):
+        choices = ", ".join(capabilities.INDEX_LAYOUTS)
+        yield f"VLLM_KV_CACHE_LAYOUT is {layout}, and rule: index takes one of {choices}", "unset VLLM_KV_CACHE_LAYOUT"
+    if two_dtypes:
+        yield "--kv-cache-dtype-skip-layers gives KV pages of two sizes, and rule: index takes one", TO_MATCH
+    # Where heads differ by layer, each layer's own is checked once it is built.
+    if reason := capabilities.refused_index_size(config.index_size, model.get_head_size()):
+        yield reason, "choose another index_size"
 
 
 def asked(vllm_config: VllmConfig) -> dict[str, bool]:

@@ -10,6 +10,9 @@ from vllm_mac.config import (
 
 DEFAULTS = {
     "enabled": True,
+    "rule": "match",
+    "tolerance": 1.5,
+    "index_size": None,
     "window": 512,
     "band": 256,
     "sink": 0,

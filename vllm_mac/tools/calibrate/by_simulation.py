@@ -107,7 +107,10 @@ def collect(measured: Measured, rule: Rule, budget: float | None, saving: float 
 
     Raises CalibrateError where no layer saves KV reads within the budget, or no choice reaches the saving.
     """
-    config, about = resolve(measured.source["mac"], {}), measured.source | {"command": environment["command"]}
+    config, about = (
+        resolve({"rule": "match"} | measured.source["mac"], {}),
+        measured.source | {"command": environment["command"]},
+    )
     chooser = Chooser(measured, rule)
     if saving is not None:
         choice, budget = chooser.saving(saving)

@@ -163,6 +163,11 @@ def calibrate(
     for key, option in _CALIBRATED.items():
         if key in keys:
             raise typer.BadParameter(f"{key} is calibrated; give the values to try with {option}", param_hint="--mac")
+    if keys.get("rule", "match") != "match":
+        raise typer.BadParameter(
+            f"rule: received {keys['rule']!r}; what is calibrated are thresholds, which only match has: choose match, or "
+            "leave it out", param_hint="--mac",
+        )  # fmt: skip
     tried = _tried(texts)
     if (model is None) == (measured is None):
         raise typer.BadParameter("choose --model to measure, or --measured to choose from a file", param_hint="--model")
@@ -290,7 +295,7 @@ def _config_and_grid(keys: dict, tried: dict[str, tuple], steps: int, kl: bool):
     from vllm_mac.tools.calibrate.grid import Grid
 
     # These replace what a file named by --mac says of the calibrated keys.
-    base = keys | {"band": min(tried["bands"]), "sink": min(tried["sinks"])}
+    base = keys | {"rule": "match", "band": min(tried["bands"]), "sink": min(tried["sinks"])}
     if kl:
         fields = {
             "reuse": "reuse", "distance": "distances", "lag_weight": "lag_weights", "max_chain": "max_chains",

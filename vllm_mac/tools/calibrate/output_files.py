@@ -28,6 +28,7 @@ def config_with(
     if base.layers.include is not None:
         layers = {"include": list(base.layers.include)} | layers
     found = {
+        "rule": base.rule,  # thresholds are of this one, whatever the default becomes
         "window": base.window,
         "min_context": base.min_context,
         **keys,

@@ -26,7 +26,9 @@ def doctor(
     batch: Annotated[str, typer.Option(help="Rows that decode together, for the estimate.")] = "1",
     hit_rate: Annotated[
         str,
-        typer.Option(help="Share of heads that hit, for the estimate. Measure your own with vllm_mac_heads_total."),
+        typer.Option(
+            help="Share of heads that hit, for the estimate with rule: match. Measure yours with vllm_mac_heads_total."
+        ),
     ] = "0.5",
     bandwidth: Annotated[
         float | None,
@@ -41,7 +43,7 @@ def doctor(
 
     Versions, devices and vLLM's way to the plugin are checked on any machine. With a MODEL, vLLM builds it without
     weights, whatever its size, and each layer is decided as in an engine: MAC, exact (and why), or refused. The rings
-    and an estimate from bytes and bandwidth follow; --context, --batch and --hit-rate take lists separated by commas.
+    (with rule: index, the room for the index) and an estimate from bytes and bandwidth follow; --context, --batch and --hit-rate take lists separated by commas.
     The command cannot see what depends on the weights (the kernels of a quantisation, for instance) or on other
     machines. Without a GPU the model is the one that vLLM's CPU engine builds: a GPU may decide otherwise on attention
     sinks and on head sizes other than 64, 128 and 256, and a quantisation that CPUs lack cannot be built.
@@ -85,8 +87,8 @@ def doctor(
                 examined = examine(model, keys, arguments, max_num_seqs)
                 facts["model"] = show.facts(model, examined)
                 findings += show.of_layers(examined)
-                if examined.ring is not None:  # MAC serves a layer
-                    findings += show.of_rings(examined)
+                if examined.ring is not None or examined.index is not None:  # MAC serves a layer
+                    findings += show.of_rings(examined) + show.of_index(examined)
                     report("bandwidth")
                     findings += _of_estimates(examined, workload, facts)
     status = show.status(findings)
@@ -115,7 +117,8 @@ def _of_estimates(examined, workload: Workload, facts: dict) -> list:
     from vllm_mac.tools.doctor.estimate import estimate, measured_bandwidth
 
     speed, how = (workload.bandwidth, "as given") if workload.bandwidth else measured_bandwidth()
-    combinations = product(workload.contexts, workload.batches, workload.hit_rates)
+    rates = workload.hit_rates if examined.index is None else (0.0,)  # an index has none
+    combinations = product(workload.contexts, workload.batches, rates)
     rows = [estimate(examined, context, batch, rate, speed) for context, batch, rate in combinations]
     facts["bandwidth"] = {"bytes_per_second": speed, "how": how}
     facts["estimates"] = [asdict(row) | {"gain": row.gain, "pays": row.pays} for row in rows]

@@ -7,6 +7,13 @@
     MAC            in layers that use MAC, a KV head that hits reads band + lag tokens; one that misses reads the context
     rings          each query head reads the `window` queries of its ring to find a match
 
+With `rule: index` there are no rings, and hits have no rate:
+
+    MAC            in layers that use MAC, each row reads READ of the KV tokens, and at least band + sink
+    index          in these layers, each row reads the index of the whole context
+
+READ is an assumption: about what two models read in simulations, above their index, at 30,000 tokens.
+
 Assumptions: the rows of a batch have one length; each layer has the same hit rate; the match is LAG tokens back; rows
 without a ring decode exactly, and so do contexts below min_context. Kernel launches, sampling and the host are left
 out. They add the same time to both; MAC's own launches add a few microseconds a layer. So the gain is an upper bound.
@@ -18,21 +25,23 @@ from dataclasses import dataclass
 from vllm_mac.tools.doctor.model import Examined
 
 LAG = 64  # tokens; the benchmarks' mean lag
+READ = 0.10  # of the KV tokens; see above
 PAYS = 1.05  # below it, the launches that are left out decide
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one decode step, and milliseconds a token. ringed: rows with a ring."""
+    """Bytes of one decode step, and milliseconds a token. hit_rate: None with `rule: index`. ringed: rows with a ring."""
 
     context: int
     batch: int
-    hit_rate: float
+    hit_rate: float | None
     ringed: int
     weight_bytes: float
     exact_kv_bytes: float
     mac_kv_bytes: float
     ring_bytes: float
+    index_bytes: float
     exact_ms: float
     mac_ms: float
 
@@ -46,7 +55,10 @@ class Estimate:
 
 
 def estimate(model: Examined, context: int, batch: int, hit_rate: float, bandwidth: float) -> Estimate:
-    """bandwidth: bytes per second. hit_rate: heads that hit over heads decoded, as in the counters."""
+    """bandwidth: bytes per second. hit_rate: heads that hit over heads decoded, as in the counters; nothing to
+    `rule: index`."""
+    if model.index is not None:
+        return _by_index(model, context, batch, bandwidth)
     tokens = lambda layer: min(context, layer.window or context)
     exact = sum(layer.kv_bytes * tokens(layer) for layer in model.layers)
     with_mac = [layer for layer in model.layers if layer.state == "MAC"]
@@ -62,7 +74,21 @@ def estimate(model: Examined, context: int, batch: int, hit_rate: float, bandwid
     weights = model.weight_bytes(batch)
     exact_kv, mac_kv, rings = batch * exact, ringed * one_row + (batch - ringed) * exact, ringed * ring
     exact_ms, mac_ms = (1000 * (weights + size) / bandwidth for size in (exact_kv, mac_kv + rings))
-    return Estimate(context, batch, hit_rate, ringed, weights, exact_kv, mac_kv, rings, exact_ms, mac_ms)
+    return Estimate(context, batch, hit_rate, ringed, weights, exact_kv, mac_kv, rings, 0.0, exact_ms, mac_ms)
+
+
+def _by_index(model: Examined, context: int, batch: int, bandwidth: float) -> Estimate:
+    exact = sum(layer.kv_bytes * min(context, layer.window or context) for layer in model.layers)
+    one_row, index, config = exact, 0.0, model.config
+    if config is not None and context >= config.min_context:
+        read = min(context, max(READ * context, config.band + config.sink))
+        with_mac = [layer for layer in model.layers if layer.state == "MAC"]
+        one_row = exact - sum(layer.kv_bytes * (context - read) for layer in with_mac)
+        index = context * sum(layer.index_bytes for layer in with_mac)
+    weights = model.weight_bytes(batch)
+    exact_kv, mac_kv, indexed = batch * exact, batch * one_row, batch * index
+    exact_ms, mac_ms = (1000 * (weights + size) / bandwidth for size in (exact_kv, mac_kv + indexed))
+    return Estimate(context, batch, None, 0, weights, exact_kv, mac_kv, 0.0, indexed, exact_ms, mac_ms)
 
 
 def measured_bandwidth() -> tuple[float, str]:

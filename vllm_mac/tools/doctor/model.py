@@ -25,7 +25,8 @@ class Layer:
     """One attention layer of one worker. state: MAC, exact, or other (another backend's).
 
     reason: why it is exact, or the other backend's name. heads: query heads. kv_bytes: of one token's keys and values,
-    over all KV heads; 0 where the cache has something else. window: tokens of a sliding window.
+    over all KV heads; 0 where the cache has something else. window: tokens of a sliding window. index_bytes: of one
+    token's part of the index of keys; 0 without one.
     """
 
     name: str
@@ -36,6 +37,20 @@ class Layer:
     head_size: int
     kv_bytes: int
     window: int | None
+    index_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class IndexRoom:
+    """What the index of keys takes. directions: by layer, each number once. page: tokens of a KV page.
+
+    plain, padded: bytes of one page of each layer, all layers together, without and with room for an index.
+    """
+
+    directions: tuple[int, ...]
+    page: int
+    plain: int
+    padded: int
 
 
 @dataclass
@@ -43,7 +58,7 @@ class Examined:
     """A model from MAC's view.
 
     ring: bytes of one ring over all layers with MAC, how many rings `ring_memory_gib` holds, how many are wanted; None
-    where no layer uses MAC. refused: why an engine would not start. unbuilt: why the model could not be built here; an
+    where no layer uses MAC, and with `rule: index`. index: with that rule, where a layer uses MAC. refused: why an engine would not start. unbuilt: why the model could not be built here; an
     engine may still build it. With either of them, the other fields may be incomplete. notes: MAC's own warnings.
     """
 
@@ -52,6 +67,7 @@ class Examined:
     layers: list[Layer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ring: tuple[int, int, int] | None = None
+    index: IndexRoom | None = None
     dense_bytes: int = 0
     experts: list[tuple[int, float]] = field(default_factory=list)  # bytes, share of them that one token reads
     kv_cache_dtype: str = ""
@@ -181,16 +197,20 @@ def _settle(found: Examined, vllm_config, ranks: int) -> None:
 
     from vllm_mac.layers import mac_layers, ring_room, settle
     from vllm_mac.ring import ring_dtypes
+    from vllm_mac.tools.doctor.index_room import index_room
 
     dtype = vllm_config.model_config.dtype
-    layers = mac_layers(vllm_config)
+    layers, indexed = mac_layers(vllm_config), {}
     for layer in layers:
         layer.num_heads, layer.num_kv_heads = max(1, layer.num_heads // ranks), max(1, layer.num_kv_heads // ranks)
     if layers:
         settle(layers, dtype)
         found.config = layers[0].config
         found.ring_element = ring_dtypes(layers[0].config, dtype)[0].itemsize
-        if any(layer.exact is None for layer in layers):
+        served = any(layer.exact is None for layer in layers)
+        if served and found.config.rule == "index":
+            found.index, indexed = index_room(layers, vllm_config, ranks)
+        elif served:
             found.ring = ring_room(layers, dtype)
     for name, module in vllm_config.compilation_config.static_forward_context.items():
         if not isinstance(module, AttentionLayerBase):
@@ -204,7 +224,8 @@ def _settle(found: Examined, vllm_config, ranks: int) -> None:
             heads, kv_heads = (max(1, n // ranks) for n in (module.num_heads, module.num_kv_heads))
             size, window = module.head_size, module.sliding_window
             kv_bytes = kv_heads * 2 * size * module.kv_cache_torch_dtype.itemsize
-        found.layers.append(Layer(name, extract_layer_index(name), state, reason, heads, size, kv_bytes, window))
+        index = indexed.get(name, 0.0)
+        found.layers.append(Layer(name, extract_layer_index(name), state, reason, heads, size, kv_bytes, window, index))
 
 
 def _weigh(found: Examined, built: torch.nn.Module, ranks: int) -> None:

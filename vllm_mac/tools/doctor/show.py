@@ -1,5 +1,6 @@
 """The findings of the doctor, as text and tables."""
 
+from dataclasses import asdict
 from itertools import groupby
 
 from rich.console import Console
@@ -7,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_mac.tools.doctor.checks import OK, PROBLEM, UNCHECKED, WARNING, Finding
-from vllm_mac.tools.doctor.estimate import LAG, PAYS, Estimate
+from vllm_mac.tools.doctor.estimate import LAG, PAYS, READ, Estimate
 from vllm_mac.tools.doctor.model import Examined, groups
 
 COLOURS = {OK: "green", WARNING: "yellow", PROBLEM: "red", UNCHECKED: "dim"}
@@ -27,10 +28,11 @@ def on_gpu() -> bool:
 def facts(name: str, model: Examined) -> dict:
     """A model's part of the report, as plain data for JSON."""
     ring = dict(zip(("ring_bytes", "rings_that_fit", "rings_wanted"), model.ring, strict=True)) if model.ring else {}
+    room = {} if model.index is None else {"index": asdict(model.index)}
     return {
         "name": name, "refused": model.refused, "unbuilt": model.unbuilt, "max_model_len": model.max_model_len,
         "kv_cache_dtype": model.kv_cache_dtype,
-        "weight_bytes": model.weight_bytes(1), "notes": model.notes, **ring,
+        "weight_bytes": model.weight_bytes(1), "notes": model.notes, **ring, **room,
         "layers": [
             {"name": layer.name, "index": layer.index, "state": layer.state, "reason": layer.reason}
             for layer in model.layers
@@ -82,6 +84,20 @@ def of_rings(model: Examined) -> list[Finding]:
     ]  # fmt: skip
 
 
+def of_index(model: Examined) -> list[Finding]:
+    if model.index is None:
+        return []
+    room, served = model.index, [layer for layer in model.layers if layer.state == "MAC"]
+    index, kv = sum(layer.index_bytes for layer in served), sum(layer.kv_bytes for layer in served)
+    sizes = " and ".join(map(str, room.directions))
+    text = (
+        f"keys are indexed in {sizes} directions, in pages of {room.page} tokens: {index:.0f} bytes a token over all layers "
+        f"of a worker that use MAC, {index / kv:.1%} of their keys and values. There are no rings; the KV cache holds "
+        f"{1 - room.plain / room.padded:.1%} fewer tokens"
+    )
+    return [Finding("index", OK, text)]
+
+
 def of_estimates(model: Examined, rows: list[Estimate], judged: bool) -> list[Finding]:
     """judged: whether the bandwidth is that of a GPU, so that a gain means something."""
     place = "estimate"
@@ -103,14 +119,17 @@ def of_estimates(model: Examined, rows: list[Estimate], judged: bool) -> list[Fi
             ),
         ]
     for row in rows:
-        where = f"context {row.context}, batch {row.batch}, hit rate {row.hit_rate:g}"
+        where = f"context {row.context}, batch {row.batch}"
+        cure = "a longer context or more rows"
+        if row.hit_rate is not None:
+            where += f", hit rate {row.hit_rate:g}"
+            cure = "a longer context, more rows or more hits; measure the hit rate with vllm_mac_heads_total"
         if row.pays:
             found.append(Finding(place, OK, f"{where}: {row.gain:.2f}x at best"))
         else:
             found.append(
                 Finding(
-                    place, WARNING, f"{where}: MAC will not pay, {row.gain:.2f}x before its launches",
-                    "a longer context, more rows or more hits; measure the hit rate with vllm_mac_heads_total",
+                    place, WARNING, f"{where}: MAC will not pay, {row.gain:.2f}x before its launches", cure,
                 )
             )  # fmt: skip
     return found
@@ -131,29 +150,27 @@ def _show_estimates(rows: list[dict], bandwidth: dict, console: Console) -> None
     table = Table(
         title=f"One token at {bandwidth['bytes_per_second'] / 1e9:.0f} GB/s ({bandwidth['how']})", title_justify="left"
     )
+    index = any(row["hit_rate"] is None for row in rows)
+    rate, title, kept = ([], "index GB", "index_bytes") if index else (["hit rate"], "rings GB", "ring_bytes")
     for name in (
-        "context",
-        "batch",
-        "hit rate",
-        "weights GB",
-        "KV GB, exact",
-        "KV GB, MAC",
-        "rings GB",
-        "exact ms",
-        "MAC ms",
-        "gain",
-    ):
+        "context", "batch", *rate, "weights GB", "KV GB, exact", "KV GB, MAC", title, "exact ms", "MAC ms", "gain",
+    ):  # fmt: skip
         table.add_column(name, justify="right")
     for row in rows:
-        size = (f"{row[key] / 1e9:.3f}" for key in ("weight_bytes", "exact_kv_bytes", "mac_kv_bytes", "ring_bytes"))
+        size = (f"{row[key] / 1e9:.3f}" for key in ("weight_bytes", "exact_kv_bytes", "mac_kv_bytes", kept))
+        hits = [] if index else [f"{row['hit_rate']:g}"]
         table.add_row(
-            str(row["context"]), str(row["batch"]), f"{row['hit_rate']:g}", *size,
+            str(row["context"]), str(row["batch"]), *hits, *size,
             f"{row['exact_ms']:.2f}", f"{row['mac_ms']:.2f}", f"{row['gain']:.2f}x",
         )  # fmt: skip
     console.print(table)
+    if index:
+        what = f"The index is read, and {READ:.0%} of the KV tokens, which is an assumption measured on two models"
+        yours = "share of KV tokens read: kind=read of vllm_mac_kv_tokens_total over its sum, which includes the index."
+    else:
+        what, yours = f"A hit reads band + {LAG} tokens", "hit rate: outcome=hit of vllm_mac_heads_total over its sum."
     console.print(
-        f"Bytes / bandwidth, for one worker. A hit reads band + {LAG} tokens; launches, sampling and the host are left "
-        f"out, so below {PAYS}x MAC does not pay. Measure your own hit rate: outcome=hit of "
-        "vllm_mac_heads_total over its sum.",
+        f"Bytes / bandwidth, for one worker. {what}; launches, sampling and the host are left "
+        f"out, so below {PAYS}x MAC does not pay. Measure your own {yours}",
         soft_wrap=True,
     )
