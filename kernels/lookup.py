@@ -373,7 +373,7 @@ def merge_kernel(
         read += (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES
         tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64), sem="relaxed")
         tl.atomic_add(p_counters + READ, read, sem="relaxed")
-        tl.atomic_add(p_counters + SKIPPED, n.to(tl.int64) - read, sem="relaxed")
+        tl.atomic_add(p_counters + SKIPPED, tl.maximum(n.to(tl.int64) - read, 0), sem="relaxed")
 
 
 @dataclass(frozen=True, slots=True)

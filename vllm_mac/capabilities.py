@@ -26,7 +26,7 @@ INDEX_BLOCK_SIZES = {"cpu": (32, 64, 128, 256), "cuda": (16, 32, 64)}
 # What VLLM_KV_CACHE_LAYOUT may be with `rule: index`: pages in one part, and those of other layers not between them.
 INDEX_LAYOUTS = ("LBNHC", "LBHNC", "NHD", "HND")
 # Compute capabilities.
-GPUS_FROM, FLOAT8_RINGS_FROM = (8, 0), (8, 9)
+GPUS_FROM, FLOAT8_RINGS_FROM, INDEX_BEFORE = (8, 0), (8, 9), (10, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +230,13 @@ def refused_gpu(capability: tuple[int, int]) -> str | None:
     if capability >= GPUS_FROM:
         return None
     return f"this GPU is {_sm(capability)}, and MAC needs {_sm(GPUS_FROM)} or later"
+
+
+def refused_index_gpu(capability: tuple[int, int]) -> str | None:
+    """Why a GPU cannot decode by the index of keys, or None. Goes when Triton compiles small integer products for sm100."""
+    if capability < INDEX_BEFORE:
+        return None
+    return f"this GPU is {_sm(capability)}, and the kernels of rule: index are for GPUs before {_sm(INDEX_BEFORE)}"
 
 
 def refused_ring_dtype(ring_dtype: str, capability: tuple[int, int], choices: Iterable[str]) -> str | None:

@@ -45,7 +45,7 @@ def decode(layer: IndexState, rows: Rows, query: Tensor, kv: Tensor, layout: Pag
         (Count.SHORT_CONTEXT, short.sum() * heads),
         (Count.REQUEST, exact.sum() * heads),
         (Count.READ, read),
-        (Count.SKIPPED, length.sum() * layout.kv_heads - read),
+        (Count.SKIPPED, (length[:, None] - looked.read).clamp(min=0).sum()),
     ):
         layer.counts[counter] += number
     return looked.out.to(query.dtype)

@@ -119,6 +119,7 @@ class MacLayer:
         if self.counts is None:
             count([layer for layer in layers if layer.exact is None], device)
         if self.config.rule == "index":
+            check_index_device(device)
             size = self.config.index_size or directions(self.head_size)
             maps = Maps.allocate(self.num_kv_heads, self.head_size, size, dtype, device)
             self.keep(counts=self.counts, **{f"index_{name}": getattr(maps, name) for name in Maps.__slots__})
@@ -299,6 +300,14 @@ def check_device(dtype: torch.dtype, device: torch.device) -> None:
     capability = torch.cuda.get_device_capability(device)
     if reason := capabilities.refused_ring_dtype("float8_e4m3fn", capability, RING_DTYPES):
         raise MacConfigError(reason)
+
+
+def check_index_device(device: torch.device) -> None:
+    """Raise MacConfigError where `device` cannot decode by the index of keys."""
+    if device.type != "cuda":
+        return
+    if reason := capabilities.refused_index_gpu(torch.cuda.get_device_capability(device)):
+        raise MacConfigError(f"rule: received 'index'; {reason}. Set rule to match.")
 
 
 def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:
