@@ -297,3 +297,15 @@ def test_gpus_that_are_too_old_for_a_ring(monkeypatch, make):
         monkeypatch.setattr(type(current_platform), "get_device_capability", lambda self, device_id=0: capability)
         found = [because for because, _ in startup.refusals(config, startup.resolve({"ring_dtype": ring}))]
         assert len(found) == (reason is not None) and all(reason in because for because in found)
+
+
+@pytest.mark.parametrize("capability, refused", [((8, 0), False), ((9, 0), False), ((10, 0), True), ((12, 0), True)])
+def test_gpus_that_are_too_new_for_an_index(monkeypatch, make, capability, refused):
+    from vllm.platforms import current_platform
+
+    config = make(attention_backend="MAC")
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "get_device_capability", lambda self, device_id=0: capability)
+    found = [*startup.refusals(config, startup.resolve({"rule": "index"}))]
+    assert any("rule: index are for GPUs before sm100" in because for because, _ in found) == refused
+    assert not [*startup.refusals(config, startup.resolve({"rule": "match"}))]
