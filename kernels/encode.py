@@ -16,7 +16,9 @@ from vllm_mac.key_index import Maps, PageLayout
 @triton.jit
 def _direction_codes(key, p_to_key, p_shift, o_d, o_n, m_d, m_n, N: tl.constexpr):
     """Codes of 4 bits `[PAGE, BN]` int32 of the directions `o_n`. key: `[PAGE, BD]`."""
-    to_key = tl.load(p_to_key + o_d[:, None] * N + o_n[None, :], mask=m_d[:, None] & m_n[None, :], other=0.0)  # [BD, BN]
+    to_key = tl.load(
+        p_to_key + o_d[:, None] * N + o_n[None, :], mask=m_d[:, None] & m_n[None, :], other=0.0
+    )  # [BD, BN]
     shift = tl.load(p_shift + o_n, mask=m_n, other=0.0)  # [BN]
     if INTERPRETED:  # see `partial.attend`
         key, to_key = key.to(tl.float32), to_key.to(tl.float32)
@@ -69,5 +71,3 @@ def encode(kv: Tensor, slots: Tensor | None, layout: PageLayout, maps: Maps) -> 
         D=layout.head_size, N=layout.directions, PAGE=layout.page, BD=power_of_two(layout.head_size),
         BN=max(power_of_two(half), 16), num_warps=4 if layout.head_size <= 128 else 8,  # with fewer, registers spill
     )  # fmt: skip
-
-

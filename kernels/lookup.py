@@ -11,7 +11,6 @@ Here tokens are the rows of blocks and heads their columns: Hopper's tensor core
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,11 +22,11 @@ from vllm_mac import counters, key_index, lookup
 from vllm_mac.counters import Count
 from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.launch import power_of_two
+from vllm_mac.kernels.lookup_work import LookupWork
 from vllm_mac.kernels.partial import LOG2_E
 from vllm_mac.key_index import Maps, PageLayout
-from vllm_mac.lookup import SPAN as SPAN_TOKENS
 from vllm_mac.lookup import TILE as TILE_TOKENS
-from vllm_mac.state import Geometry, IndexRule, Rows
+from vllm_mac.state import IndexRule, Rows
 
 OPTED_OUT = tl.constexpr(counters.OPTED_OUT)
 # Device code reads no enumeration.
@@ -44,6 +43,12 @@ def _indexed_end(m, ring, ready, BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CO
     n = m + 1
     end = tl.maximum((n - BAND) // TILE * TILE, BEGIN)
     return tl.where((n >= MIN_CONTEXT) & (ring != OPTED_OUT) & (ready != 0), end, BEGIN)
+
+
+@triton.jit
+def _sampled(end):
+    """How many of the tokens `[0, end)` the sample has."""
+    return end // (PIECE * SAMPLE) * PIECE + tl.minimum(end % (PIECE * SAMPLE), PIECE)
 
 
 @triton.jit
@@ -137,14 +142,13 @@ def weigh_kernel(
         codes = tl.load(p_code, mask=m_t[:, None] & m_n[None, :], other=0)  # [PIECE, BN]
         score = _estimated(low_i, high_i, factor, constant - base, codes)
         total += tl.where(m_t[:, None], tl.exp2(score), 0.0)
-    # The sample's pieces are whole but the first, where the indexed tokens begin, and perhaps the last.
-    pieces = tl.cdiv(end, PIECE * SAMPLE)
-    last = (pieces - 1) * PIECE * SAMPLE
-    sampled = pieces * PIECE - BEGIN - tl.maximum(last + PIECE - end, 0)
+    sampled = tl.maximum(_sampled(end) - _sampled(tl.full((), BEGIN, tl.int32)), 1)
     total = tl.sum(total, 0) * ((end - BEGIN).to(tl.float32) / sampled.to(tl.float32))
-    peak = base
+    # Where estimates reach far, all that were sampled may be lost below `base`; near tokens never are.
+    sample_lse2 = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
     # Near tiles: [0, BEGIN), then [end, n). Their `t`-th is program `t % NS`'s.
     n = m + 1
+    peak, total = sample_lse2, tl.where(total > 0, 1.0, 0.0)
     o_tile = tl.arange(0, TILE)
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
     for i in range(i_s, tl.cdiv(n - end, TILE) + BEGIN // TILE, ns):
@@ -157,7 +161,7 @@ def weigh_kernel(
         if INTERPRETED:
             key, q = key.to(tl.float32), q.to(tl.float32)
         score = tl.where(m_t[:, None], tl.dot(key, q, input_precision="ieee") * log2_scale, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 0))
+        new_peak = tl.maximum(peak, tl.max(score, 0))  # finite: each tile has a token
         total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(score - new_peak[None, :]), 0)
         peak = new_peak
     lse2 = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
@@ -376,71 +380,6 @@ def merge_kernel(
         tl.atomic_add(p_counters + SKIPPED, tl.maximum(n.to(tl.int64) - read, 0), sem="relaxed")
 
 
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """How the work is split. per_sm: programs for each SM. most: programs of one (row, KV head) pair at most. span: tokens
-    whose codes are loaded at once. block, pages: tokens and pages that are read at once. The others are launch options."""
-
-    per_sm: int = 5
-    most: int = 64
-    span: int = SPAN_TOKENS
-    block: int = 64
-    pages: int = 32
-    warps: int = 4
-    weigh_stages: int = 4
-    list_stages: int = 4
-    read_stages: int = 3
-    read_registers: int | None = 128
-
-
-@dataclass(slots=True)
-class LookupWork:
-    """What one step leaves for its later kernels, for all layers of one geometry.
-
-    slots: int32, the lists of all programs. listed, read: int32, of each program. weight: `[pairs, spans, BQ]`.
-    lse2, all_lse2: float32 base 2, of each program's tokens and of all. part, part_acc: float32, of each program.
-    width: `BQ`. programs: how many share a step.
-    """
-
-    slots: Tensor
-    listed: Tensor
-    read: Tensor
-    weight: Tensor
-    lse2: Tensor
-    all_lse2: Tensor
-    part: Tensor
-    part_acc: Tensor
-    programs: int
-    width: int
-    pdl: bool
-    tuning: Tuning
-
-    MOST_SLOTS = 1 << 26
-
-    @classmethod
-    def allocate(cls, geometry: Geometry, device, tuning: Tuning | None = None) -> "LookupWork":
-        """For batches of at most `max_rows` rows, padding included."""
-        on, g, tuning = torch.device(device), geometry, tuning or Tuning()
-        gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
-        programs = tuning.per_sm * gpu.multi_processor_count if gpu else 4
-        pairs, width = g.max_rows * g.kv_heads, max(power_of_two(g.group), 8)
-        parts = max(pairs, programs)
-        tokens = -(-g.max_blocks * g.page_size // tuning.span) * tuning.span
-        empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=on)
-        return cls(
-            slots=empty(min(max(pairs * tokens // 4, parts * 2048), cls.MOST_SLOTS), dtype=torch.int32),
-            listed=empty(parts, dtype=torch.int32), read=empty(parts, dtype=torch.int32),
-            weight=empty(pairs, tokens // tuning.span, width, dtype=g.dtype),
-            lse2=empty(parts, g.group), all_lse2=empty(pairs, g.group), part=empty(parts, g.group, 2),
-            part_acc=empty(parts, g.group, g.head_size),
-            programs=programs, width=width, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
-        )  # fmt: skip
-
-    def splits(self, pairs: int) -> int:
-        """Programs of each of so many (row, KV head) pairs."""
-        return max(1, min(self.tuning.most, self.programs // pairs))
-
-
 def look_up(
     rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps, rule: IndexRule, work: LookupWork,
     result: tuple[Tensor, Tensor],
@@ -489,7 +428,9 @@ def look_up(
         maxnreg=tuning.read_registers if d <= 128 and work.pdl else None,  # elsewhere it would spill
         DOT=tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[query.dtype],
     )  # fmt: skip
-    shared = ("p_position", "p_ring", "p_ready", "K", "G", "D", "BAND", "BEGIN", "MIN_CONTEXT", "BD", "PDL", "launch_pdl", "ns")
+    shared = (
+        "p_position", "p_ring", "p_ready", "K", "G", "D", "BAND", "BEGIN", "MIN_CONTEXT", "BD", "PDL", "launch_pdl", "ns",
+    )  # fmt: skip
     merge_kernel[(heads, count)](
         **{name: everywhere[name] for name in shared if name in everywhere}, **parts, p_out=out, p_counters=counts,
         s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,

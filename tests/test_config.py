@@ -339,6 +339,9 @@ CONFIGS = st.fixed_dictionaries(
     {},
     optional={
         "enabled": st.booleans(),
+        "rule": st.sampled_from(["match", "index"]),
+        "tolerance": st.floats(0, **FINITE) | st.integers(0, 9),
+        "index_size": st.none() | st.integers(2, 16).map(lambda n: 16 * n),
         "window": st.integers(1, 65536),
         "band": st.integers(1, 900),
         "sink": st.integers(0, 900),

@@ -44,7 +44,10 @@ def case(monkeypatch):
             some = min(PAGE, n - i * PAGE)
             kv[page + i, :, :some] = torch.randn(KV_HEADS, some, 2 * SIZE, generator=draw)
         page += pages
-    index = IndexState(Maps.allocate(KV_HEADS, SIZE, layout.directions, torch.float32, "cpu"), torch.zeros(len(Count), dtype=torch.int64))
+    index = IndexState(
+        Maps.allocate(KV_HEADS, SIZE, layout.directions, torch.float32, "cpu"),
+        torch.zeros(len(Count), dtype=torch.int64),
+    )
     layer = SimpleNamespace(name="layer", state=None, index=index, served=True)
     rings = np.array([-1, OPTED_OUT, -1], dtype=np.int32)
 
@@ -81,7 +84,16 @@ def case(monkeypatch):
     impl.mac = layer
     query = torch.randn(CHUNK + 2, HEADS, SIZE, generator=draw)
     return SimpleNamespace(
-        cuda=cuda, builder=builder, decoder=decoder, impl=impl, common=common, index=index, kv=kv, table=table, query=query, rule=rule
+        cuda=cuda,
+        builder=builder,
+        decoder=decoder,
+        impl=impl,
+        common=common,
+        index=index,
+        kv=kv,
+        table=table,
+        query=query,
+        rule=rule,
     )
 
 

@@ -13,15 +13,15 @@ LONGEST, LONGEST_TEST = 450, 600
 CONFIG, VALUES, METHOD, KERNELS, DECODERS, WORKER, PLATFORMS, TOOLS = range(8)
 LEVELS = {
     CONFIG: {"__init__", "config"},
-    VALUES: {"counters", "limits", "rope", "state"},
-    METHOD: {"audit", "counter_files", "owners", "paged", "reference", "ring", "totals"},
+    VALUES: {"counters", "key_index", "limits", "rope", "state"},
+    METHOD: {"audit", "counter_files", "lookup", "owners", "paged", "reference", "ring", "totals"},
     KERNELS: {"kernels"},
-    DECODERS: {"cpu_decoder", "decoder", "flashinfer_exact", "warmup"},
+    DECODERS: {"cpu_decoder", "cpu_lookup", "decoder", "flashinfer_exact", "lookup_decoder", "warmup"},
     WORKER: {
-        "capabilities", "exporter", "kv_group", "layers", "log_line", "metrics", "per_request", "plugin", "publisher",
+        "capabilities", "exporter", "kv_group", "layers", "learning", "log_line", "metrics", "per_request", "plugin", "publisher",
         "requests", "series", "startup",
     },
-    PLATFORMS: {"backend", "cpu", "cuda", "mixins", "seeding"},
+    PLATFORMS: {"backend", "cpu", "cuda", "index_pages", "mixins", "seeding"},
     TOOLS: {"tools"},
 }  # fmt: skip
 MOST_PARAMETERS = 8
@@ -73,6 +73,8 @@ def test_values_know_neither_triton_nor_vllm(name):
         ("kernels", {"ring", "reference", "paged", "rope", "flashinfer_exact"}),
         ("flashinfer_exact", {"ring", "reference", "paged", "rope"}),
         ("rope", {"ring", "reference", "paged", "kernels"}),
+        ("lookup", {"reference", "ring", "rope", "kernels", "owners"}),
+        ("key_index", {"state", "paged", "lookup", "kernels"}),
         ("reference", {"ring", "paged", "rope", "kernels"}),
     ],
 )
@@ -82,12 +84,12 @@ def test_modules_that_must_not_know_each_other(module, strangers):
 
 
 def test_decoding_on_cpus_needs_no_triton():
-    reached, left = set(), ["cpu_decoder"]
+    reached, left = set(), ["cpu_decoder", "cpu_lookup"]
     while left:
         reached.add(name := left.pop())
         assert "triton" not in top(MODULES[name], name), name
         left += own(MODULES[name], name) - reached
-    assert {"config", "reference", "ring", "rope", "audit"} <= reached
+    assert {"config", "reference", "ring", "rope", "audit", "lookup", "key_index"} <= reached
 
 
 def functions(node: ast.AST, name: str):

@@ -19,8 +19,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_mac import cpu_decoder, cpu_lookup
 from vllm_mac.capabilities import BUILDER, pinning
-from vllm_mac.kv_group import Group, Step
 from vllm_mac.key_index import PageLayout
+from vllm_mac.kv_group import Group, Step
 from vllm_mac.layers import index_rule
 from vllm_mac.mixins import MacImpl, MacSupport
 

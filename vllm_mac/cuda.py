@@ -33,7 +33,6 @@ from vllm_mac.seeding import Seeding, SeedPlanner
 from vllm_mac.state import Geometry, Learning, Rows
 from vllm_mac.warmup import warm_up
 
-
 PREFERRED_PAGE = 64  # tokens, with an index
 
 
@@ -174,7 +173,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             )  # fmt: skip
         real = not capture and executing()
         if isinstance(decoder, LookupDecoder):
-            learning = self._look(common, decodes) if real else None
+            learning = self._look(decoder, common, decodes) if real else None
             if not real:
                 decoder.position.fill_(-1)
             metadata.step = LookupStep(decoder, rows, rest, learning)
@@ -216,9 +215,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self._write("spared", np.where(rings.audited, 0, -1).astype(np.int32))
         return seeding
 
-    def _look(self, common: CommonAttentionMetadata, decodes: int) -> Learning | None:
+    def _look(self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int) -> Learning | None:
         """Write what the rows of a batch of requests do into the decoder's buffers; choose what maps are learned from."""
-        decoder = self.decoder
         decoder.position[:decodes].copy_(common.seq_lens[:decodes] - 1)
         self._write("ring", row_rings(common).ring[:decodes])
         learning = of_batch(common, decodes, decoder.learned, self.config.min_context)

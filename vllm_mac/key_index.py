@@ -93,7 +93,10 @@ class Maps:
     @classmethod
     def allocate(cls, kv_heads: int, head_size: int, n: int, dtype: torch.dtype, device) -> "Maps":
         """Maps that are not ready."""
-        zeros = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=device)
+
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         return cls(
             zeros(kv_heads, head_size, n, dtype=dtype), zeros(kv_heads, head_size, n, dtype=dtype),
             zeros(kv_heads, n), zeros(kv_heads, head_size), zeros(1, dtype=torch.int32),

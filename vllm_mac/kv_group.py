@@ -105,9 +105,7 @@ class Group:
             first = self.table.assign(start, length, ring.long(), fresh, prefilling, skips)
         elif executing():
             many = (count > 1).numpy() & ~skips.numpy()
-            learning = choose(
-                begin.numpy(), length.numpy(), many, block_table, self.learned, index.config.min_context
-            )
+            learning = choose(begin.numpy(), length.numpy(), many, block_table, self.learned, index.config.min_context)
             self.learned = learning.length if learning is not None else self.learned
         ring = torch.where(skips, -1, ring.long())
         row = decodes.nonzero()[:, 0]

@@ -61,8 +61,9 @@ def write_pages(kv: Tensor, pages: Tensor, layout: PageLayout, maps: Maps) -> No
 
 
 def decode(
-    position: Tensor, exact: Tensor, query: Tensor, kv: Tensor, block_table: Tensor, layout: PageLayout, maps: Maps, rule: IndexRule
-) -> Looked:
+    position: Tensor, exact: Tensor, query: Tensor, kv: Tensor, block_table: Tensor, layout: PageLayout, maps: Maps,
+    rule: IndexRule,
+) -> Looked:  # fmt: skip
     """Decode one token of each row.
 
     position: `[B]`, -1 for padding. exact: `[B]` bool, rows that are read whole. query: `[B, H, D]` after RoPE.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vllm_mac import key_index
 from vllm_mac.kernels.encode import encode
-from vllm_mac.kernels.lookup import LookupWork, look_up
+from vllm_mac.kernels.lookup import look_up
+from vllm_mac.kernels.lookup_work import LookupWork
 from vllm_mac.key_index import PageLayout, directions
 from vllm_mac.state import Geometry, IndexRule, IndexState, Learning, Rows
 
@@ -76,4 +77,6 @@ class LookupDecoder:
         table = torch.zeros(g.max_rows, 1, dtype=torch.int32, device=device)
         for n in {1, g.max_rows}:
             self.decode(layer, self.rows(table[:n]), query[:n], kv, torch.empty_like(query[:n]))
-        key_index.best_maps(key_index.Moments.of(query[:1], page[:, : g.kv_heads * g.head_size].view(g.kv_heads, 1, -1)))
+        key_index.best_maps(
+            key_index.Moments.of(query[:1], page[:, : g.kv_heads * g.head_size].view(g.kv_heads, 1, -1))
+        )

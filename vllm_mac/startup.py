@@ -102,7 +102,9 @@ def refusals(
     if capability is not None:
         if reason := capabilities.refused_gpu(tuple(capability)):
             yield reason, None
-        elif config.enabled and config.rule == "index" and (reason := capabilities.refused_index_gpu(tuple(capability))):
+        elif (
+            config.enabled and config.rule == "index" and (reason := capabilities.refused_index_gpu(tuple(capability)))
+        ):
             yield reason, TO_MATCH
         elif reason := capabilities.refused_ring_dtype(config.ring_dtype, tuple(capability), RING_DTYPES):
             yield reason, "choose another ring_dtype"

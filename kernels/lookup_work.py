@@ -1,0 +1,78 @@
+"""What the kernels of `lookup` leave for each other, and how their work is split."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_mac.kernels.launch import power_of_two
+from vllm_mac.lookup import SPAN
+from vllm_mac.state import Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the work is split. per_sm: programs for each SM. most: programs of one (row, KV head) pair at most. span: tokens
+    whose codes are loaded at once. block, pages: tokens and pages that are read at once. The others are launch options."""
+
+    per_sm: int = 5
+    most: int = 64
+    span: int = SPAN
+    block: int = 64
+    pages: int = 32
+    warps: int = 4
+    weigh_stages: int = 4
+    list_stages: int = 4
+    read_stages: int = 3
+    read_registers: int | None = 128
+
+
+@dataclass(slots=True)
+class LookupWork:
+    """What one step leaves for its later kernels, for all layers of one geometry.
+
+    slots: int32, the lists of all programs. listed, read: int32, of each program. weight: `[pairs, spans, BQ]`.
+    lse2, all_lse2: float32 base 2, of each program's tokens and of all. part, part_acc: float32, of each program.
+    width: `BQ`. programs: how many share a step.
+    """
+
+    slots: Tensor
+    listed: Tensor
+    read: Tensor
+    weight: Tensor
+    lse2: Tensor
+    all_lse2: Tensor
+    part: Tensor
+    part_acc: Tensor
+    programs: int
+    width: int
+    pdl: bool
+    tuning: Tuning
+
+    MOST_SLOTS = 1 << 26
+
+    @classmethod
+    def allocate(cls, geometry: Geometry, device, tuning: Tuning | None = None) -> "LookupWork":
+        """For batches of at most `max_rows` rows, padding included."""
+        on, g, tuning = torch.device(device), geometry, tuning or Tuning()
+        gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
+        programs = tuning.per_sm * gpu.multi_processor_count if gpu else 4
+        pairs, width = g.max_rows * g.kv_heads, max(power_of_two(g.group), 8)
+        parts = max(pairs, programs)
+        tokens = -(-g.max_blocks * g.page_size // tuning.span) * tuning.span
+
+        def empty(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device=on)
+
+        return cls(
+            slots=empty(min(max(pairs * tokens // 4, parts * 2048), cls.MOST_SLOTS), dtype=torch.int32),
+            listed=empty(parts, dtype=torch.int32), read=empty(parts, dtype=torch.int32),
+            weight=empty(pairs, tokens // tuning.span, width, dtype=g.dtype),
+            lse2=empty(parts, g.group), all_lse2=empty(pairs, g.group), part=empty(parts, g.group, 2),
+            part_acc=empty(parts, g.group, g.head_size),
+            programs=programs, width=width, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
+        )  # fmt: skip
+
+    def splits(self, pairs: int) -> int:
+        """Programs of each of so many (row, KV head) pairs."""
+        return max(1, min(self.tuning.most, self.programs // pairs))

@@ -1,0 +1,117 @@
+"""Runs the rule of the index, written plainly in float64, beside the engine, on the very queries, keys and values it had.
+
+    with index_shadow(llm, opted_out={"b"}) as watch:
+        run_schedule(llm, events)
+    watch.worst, watch.looked ...
+
+Every row of every layer is checked as it passes, and that each of its complete pages holds the codes of its keys.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from support.engine import worker
+from support.indexed import Case, Row
+from vllm_mac import cpu, kv_group
+from vllm_mac.key_index import PageLayout, encode
+
+
+@dataclass
+class Watch:
+    rows: int = 0  # that decoded one token, over all layers
+    looked: int = 0  # of them, those that looked up the index
+    undecided: int = 0  # of them, those with a token whose share is within rounding of the threshold
+    read: int = 0  # KV tokens that decoding had to read
+    chunks: int = 0  # rows prefilled
+    pages: int = 0  # complete pages whose index was compared
+    worst: float = 0.0  # largest |engine - rule| over the largest |value|, but for rows undecided
+
+
+@contextmanager
+def index_shadow(llm, opted_out=()):
+    """opted_out: requests that are to be read whole."""
+    runner, watch, batch = worker(llm).model_runner, Watch(), SimpleNamespace()
+    prepare = getattr(runner, "prepare_inputs", None)
+    if prepare is not None:  # V2 makes the row order here
+
+        def prepare_inputs(*args, **kwargs):
+            made = prepare(*args, **kwargs)
+            batch.names = made.req_ids
+            return made
+
+        runner.prepare_inputs = prepare_inputs
+    forward, step = cpu.MacCPUImpl.forward, kv_group.Group.step
+
+    def watched_step(group, common, block_table):
+        if prepare is None:
+            batch.names = list(runner.input_batch.req_ids)
+        return step(group, common, block_table)
+
+    def watched(impl, layer, query, key, value, kv_cache, metadata, output, **scales):
+        result = forward(impl, layer, query, key, value, kv_cache, metadata, output, **scales)
+        if metadata is not None and impl.mac.served:
+            begin, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+            for row, name in enumerate(batch.names):
+                own = name.rpartition("-")[0] in opted_out
+                tokens = slice(begin[row], begin[row + 1])
+                _check(
+                    watch, impl, query[tokens], kv_cache, metadata.block_table[row], output[tokens], lengths[row], own
+                )
+        return result
+
+    cpu.MacCPUImpl.forward, kv_group.Group.step = watched, watched_step
+    try:
+        yield watch
+    finally:
+        cpu.MacCPUImpl.forward, kv_group.Group.step = forward, step
+        if prepare is not None:
+            del runner.prepare_inputs
+
+
+def _check(watch, impl, query, kv, blocks, output, length: int, opted_out: bool) -> None:
+    _, kv_heads, page, width = kv.shape
+    maps, config = impl.mac.index.maps, impl.mac.settings
+    layout = PageLayout(kv_heads, width // 2, page, maps.shift.shape[1], kv.itemsize)
+    codes, means = layout.views(kv)
+    for block in blocks[: length // page].tolist() if maps.ready else ():
+        code, mean = encode(*kv[block].chunk(2, -1), maps)
+        assert torch.equal(codes[block], code) and torch.equal(means[block], mean.to(means.dtype))
+        watch.pages += 1
+    one = len(query) == 1
+    case = Case(
+        (length,), kv_heads, query.shape[1] // kv_heads, width // 2, page=page, tolerance=config.tolerance,
+        sink=max(config.sink, 16), band=config.band, min_context=config.min_context, ready=bool(maps.ready) and one,
+        opted_out=(0,) if opted_out else (),
+    )  # fmt: skip
+    if not one:
+        watch.chunks += 1
+        scores = _causal(query, kv, blocks, length)
+        watch.worst = max(watch.worst, float((output - scores).abs().max() / scores.abs().max()))
+        return
+    position = torch.tensor([length - 1])
+    row = Row(
+        SimpleNamespace(case=case, layout=layout, kv=kv, table=blocks[None], position=position, query=query, maps=maps),
+        0,
+    )
+    watch.rows += 1
+    watch.looked += row.end > row.begin
+    watch.read += int(row.chosen.sum()) + row.index_tokens * kv_heads
+    if config.tolerance and ((row.share * length / config.tolerance - 1).abs() < 1e-4).any():
+        watch.undecided += 1
+        return
+    error = (output[0].double() - row.attention(row.chosen)).abs().max() / row.value.abs().max()
+    watch.worst = max(watch.worst, float(error))
+
+
+def _causal(query, kv, blocks, length: int) -> torch.Tensor:
+    """Plain causal attention `[n, H, D]` of a row's last tokens."""
+    n, heads, size = query.shape
+    token = torch.arange(length)
+    rows = kv[blocks[token // kv.shape[2]].long(), :, token % kv.shape[2]].double()
+    key, value = (x.repeat_interleave(heads // kv.shape[1], 1) for x in rows.chunk(2, -1))  # [T, H, D]
+    score = torch.einsum("nhd,thd->hnt", query.double(), key) * size**-0.5
+    score.masked_fill_(token > torch.arange(length - n, length)[:, None], -torch.inf)
+    return torch.einsum("hnt,thd->nhd", torch.softmax(score, -1), value).float()

@@ -1,0 +1,187 @@
+"""Batches whose keys are indexed, and what decoding by the index gives, written plainly in float64."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from support.devices import DEVICE
+from vllm_mac import lookup
+from vllm_mac.counters import OPTED_OUT
+from vllm_mac.key_index import Maps, Moments, PageLayout, directions
+from vllm_mac.state import Geometry, IndexRule, Rows
+
+
+@dataclass
+class Case:
+    """A batch: `lengths` tokens per row (0: a padded row). opted_out: rows whose request wants exact decoding.
+    sharp: factor of the queries, so of all logits."""
+
+    lengths: tuple = (300, 40, 0, 700)
+    kv_heads: int = 2
+    group: int = 3
+    d: int = 64
+    n: int | None = None
+    page: int = 16
+    dtype: torch.dtype = torch.float32
+    head_major: bool = True
+    tolerance: float = 1.5
+    sink: int = 16
+    band: int = 64
+    min_context: int = 128
+    ready: bool = True
+    opted_out: tuple = ()
+    sharp: float = 1.5
+    seed: int = 0
+
+
+class Batch:
+    """Inputs of a case. Free pages, free slots and what is not indexed yet are NaN."""
+
+    def __init__(self, case: Case):
+        c, draw = case, torch.Generator().manual_seed(case.seed)
+        self.case, item, rows = case, case.dtype.itemsize, len(case.lengths)
+        self.layout = PageLayout(c.kv_heads, c.d, c.page, c.n or directions(c.d), item)
+        self.rule = IndexRule(c.tolerance, c.band, c.sink, c.min_context, c.d**-0.5)
+        used = [-(-n // c.page) for n in c.lengths]
+        blocks = sum(used) + 2
+        raw = torch.full((blocks, self.layout.padded_bytes // item), math.nan, dtype=c.dtype)
+        order = torch.randperm(blocks - 1, generator=draw) + 1  # block 0 is never used
+        table = torch.zeros(rows, max(max(used), 1), dtype=torch.int32)
+        for row, count in enumerate(used):
+            table[row, :count], order = order[:count].int(), order[count:]
+        self.kv = self.pages(raw.to(DEVICE))
+        # A few directions matter more, and keys lie around a mean, as those of models do.
+        turn = torch.randn(c.d, c.d, generator=draw) * torch.linspace(2, 0.1, c.d) * 2 / math.sqrt(c.d)
+        keys = []
+        for row, n in enumerate(c.lengths):
+            for i in range(used[row]):
+                count = min(c.page, n - i * c.page)
+                x = torch.randn(c.kv_heads, count, 2 * c.d, generator=draw)
+                x[..., : c.d] = x[..., : c.d] @ turn + 1
+                self.kv[table[row, i], :, :count] = x.to(c.dtype).to(DEVICE)
+                keys.append(x[..., : c.d])
+        heads = c.kv_heads * c.group
+        self.query = (torch.randn(rows, heads, c.d, generator=draw) * c.sharp).to(c.dtype).to(DEVICE)
+        self.maps = Maps.allocate(c.kv_heads, c.d, self.layout.directions, c.dtype, DEVICE)
+        if c.ready:
+            self.maps.set(Moments.of(self.query, torch.cat(keys, 1).to(DEVICE)))
+        self.table = table.to(DEVICE)
+        self.position = (torch.tensor(c.lengths, dtype=torch.int32) - 1).to(DEVICE)
+        self.exact = torch.tensor([row in c.opted_out for row in range(rows)], device=DEVICE)
+        self.complete = [int(table[row, i]) for row, n in enumerate(c.lengths) for i in range(n // c.page)]
+
+    def pages(self, raw: Tensor) -> Tensor:
+        """The cache `[blocks, K, P, 2 D]` in memory of `[blocks, *]`, as the case lays it out."""
+        c, body = self.case, raw[:, : self.layout.kv_bytes // raw.itemsize]
+        if c.head_major:
+            return body.unflatten(1, (c.kv_heads, c.page, 2 * c.d))
+        return body.unflatten(1, (c.page, c.kv_heads, 2 * c.d)).transpose(1, 2)
+
+    def write(self) -> "Batch":
+        """Index the complete pages."""
+        lookup.write_pages(self.kv, torch.tensor(self.complete, dtype=torch.int64), self.layout, self.maps)
+        return self
+
+    def geometry(self, **changes) -> Geometry:
+        c = self.case
+        keys = {
+            "max_rows": len(c.lengths), "heads": c.group * c.kv_heads, "kv_heads": c.kv_heads, "head_size": c.d,
+            "page_size": c.page, "max_blocks": self.table.shape[1], "dtype": c.dtype, "band": c.band, "sink": c.sink,
+            "scale": self.rule.scale,
+        }  # fmt: skip
+        return Geometry(**keys | changes)
+
+    def rows(self) -> Rows:
+        ring = torch.where(self.exact, OPTED_OUT, -1).int()
+        return Rows(self.position, ring, self.position, self.position, self.table)
+
+    def decode(self) -> lookup.Looked:
+        """What `lookup.decode` gives."""
+        return lookup.decode(
+            self.position, self.exact, self.query, self.kv, self.table, self.layout, self.maps, self.rule
+        )
+
+    def row(self, row: int) -> "Row":
+        return Row(self, row)
+
+
+class Row:
+    """One row of a batch, in float64 on the CPU.
+
+    begin, end: its indexed tokens; equal where it is read whole. logit: `[K, G, n]`. estimate: `[K, G, end - begin]`.
+    share: the like, of the estimated attention. direction: `[K, G, N]`, what the codes are multiplied with.
+    """
+
+    def __init__(self, batch: Batch, row: int):
+        c, layout = batch.case, batch.layout
+        self.batch, self.n = batch, int(batch.position[row]) + 1
+        n, scale, blocks = self.n, c.d**-0.5, batch.table[row].tolist()
+        token = torch.arange(n)
+        page, slot = batch.table[row].cpu().long()[token // c.page], token % c.page
+        self.begin = self.end = math.ceil(c.sink / 64) * 64
+        if c.ready and n >= c.min_context and row not in c.opted_out:
+            self.end = max((n - c.band) // 64 * 64, self.begin)
+        codes, means = (x.cpu() for x in layout.views(batch.kv))
+        kv = batch.kv.cpu()[page, :, slot].transpose(0, 1).double()
+        self.key, self.value = kv[..., : c.d], kv[..., c.d :]
+        self.query = batch.query[row].cpu().double().view(c.kv_heads, c.group, c.d)
+        self.logit = torch.einsum("kgd,ktd->kgt", self.query, self.key) * scale
+        self.mean = means[blocks[: n // c.page]].transpose(0, 1).double()  # [K, pages, D]
+        maps = [x.cpu().double() for x in (batch.maps.to_query, batch.maps.mean)]
+        direction = torch.einsum("kgd,kdn->kgn", self.query, maps[0])
+        self.estimate = self.logit[..., :0]
+        if self.end > self.begin:
+            packed = codes[page[self.begin : self.end], :, slot[self.begin : self.end]].transpose(0, 1)
+            self.code = torch.cat((packed % 16, packed // 16), -1).double() - 7.5  # [K, T, N]
+            self.direction, self.constant = direction, torch.einsum("kgd,kd->kg", self.query, maps[1])[..., None]
+            self.estimate = self.estimated(direction)
+        self.share = self.shares(self.estimate)
+
+    def shares(self, estimate: Tensor) -> Tensor:
+        """Each indexed token's share of the attention, by these estimated logits."""
+        peak = self.logit.amax(-1, keepdim=True)
+        near = torch.cat((self.logit[..., : self.begin], self.logit[..., self.end :]), -1)
+        sampled = [t - self.begin for t in range(self.begin, self.end) if t // 256 % 8 == 0]
+        total = (near - peak).exp().sum(-1, keepdim=True)
+        if sampled:
+            total += (estimate[..., sampled] - peak).exp().mean(-1, keepdim=True) * (self.end - self.begin)
+        return (estimate - peak).exp() / total
+
+    def estimated(self, direction: Tensor) -> Tensor:
+        """Logits `[K, G, end - begin]` by the codes."""
+        return (torch.einsum("kgn,ktn->kgt", direction, self.code) + self.constant) * self.batch.case.d**-0.5
+
+    @property
+    def chosen(self) -> Tensor:
+        """`[K, n]` bool, the tokens that are read."""
+        chosen = torch.ones(len(self.key), self.n, dtype=torch.bool)
+        chosen[:, self.begin : self.end] = (self.share >= self.batch.case.tolerance / self.n).any(1)
+        return chosen
+
+    @property
+    def index_tokens(self) -> int:
+        """As how many tokens of one KV head reading the index counts."""
+        return (self.end - self.begin) * self.batch.layout.index_bytes // self.batch.layout.kv_bytes
+
+    def attention(self, chosen: Tensor, estimate: Tensor | None = None, size: bool = False) -> Tensor:
+        """The output `[H, D]` float64 where these tokens `[K, n]` are read.
+
+        estimate: in place of the row's own. size: of the absolute values instead of the values.
+        """
+        page, out = self.batch.case.page, torch.zeros_like(self.query)
+        value, mean = (self.value.abs(), self.mean.abs()) if size else (self.value, self.mean)
+        estimate = self.estimate if estimate is None else estimate
+        peak = self.logit.amax(-1, keepdim=True)
+        weight = torch.where(chosen[:, None], (self.logit - peak).exp(), 0)
+        total = weight.sum(-1, keepdim=True)
+        out += weight @ value
+        left = torch.where(chosen[:, None, self.begin : self.end], 0, (estimate - peak).exp())
+        for start in range(self.begin // 256 * 256, self.end, 256) if self.end > self.begin else ():
+            first, last = max(start, self.begin), min(start + 256, self.end)
+            pages = range(first // page, last // page)
+            each = left[..., first - self.begin : last - self.begin].sum(-1, keepdim=True) / len(pages)
+            total += each * len(pages)
+            out += each * mean[:, list(pages)].sum(1, keepdim=True)
+        return (out / total).flatten(0, 1)

@@ -1,0 +1,247 @@
+"""The kernels that index pages and decode by the index, against the rule written plainly.
+
+What the kernels choose to read is taken from their lists, and must be what the rule chooses but for tokens whose share
+is within rounding of the threshold. Then the output must be that of the same choice in float64, see `allowed`. Outputs,
+free pages and free slots start as NaN.
+"""
+
+import math
+
+import pytest
+import torch
+
+from support.devices import DEVICE
+from support.indexed import Batch, Case, Row
+from vllm_mac.counters import Count
+from vllm_mac.kernels.encode import encode
+from vllm_mac.kernels.lookup import look_up
+from vllm_mac.kernels.lookup_work import LookupWork, Tuning
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    Case(),
+    Case(lengths=(300, 40, 0, 700), head_major=False, page=64),
+    Case(lengths=(1000,), kv_heads=1, group=7, d=128, page=32, dtype=BF16),
+    Case(lengths=(500, 700), kv_heads=2, group=1, d=80, page=64, dtype=FP16, head_major=False),
+    Case(lengths=(400,), kv_heads=1, group=16, d=256, page=32, dtype=BF16, head_major=False),
+    Case(lengths=(400,), kv_heads=1, group=8, d=128, n=128, dtype=FP16),
+    Case(lengths=(500, 900), group=2, opted_out=(1,), dtype=BF16),
+    Case(lengths=(500, 0, 127), ready=False, d=32, n=32),
+    Case(lengths=(128, 129, 600), sink=300, band=100),  # the sample's first piece is near
+    Case(lengths=(2300, 2700), kv_heads=1, group=2),  # the sample has a second piece, whole or not
+    Case(lengths=(400, 700), tolerance=0.0),
+    Case(lengths=(400, 700), tolerance=1e6),
+]
+
+
+def work_of(batch: Batch, ns: int | None = None, **tuning) -> LookupWork:
+    """Buffers full of what is no number. ns: programs of each (row, KV head) pair."""
+    pairs = len(batch.case.lengths) * batch.case.kv_heads
+    rows = max(len(batch.case.lengths), -(-pairs * (ns or 1) // batch.case.kv_heads))
+    work = LookupWork.allocate(batch.geometry(max_rows=rows), DEVICE, Tuning(**tuning))
+    if ns:
+        work.programs = pairs * ns
+        assert work.splits(pairs) == ns
+    for name in ("lse2", "all_lse2", "part", "part_acc", "weight"):
+        getattr(work, name).fill_(math.nan)
+    for name in ("slots", "listed", "read"):
+        getattr(work, name).fill_(1 << 30)
+    return work
+
+
+def run(batch: Batch, work: LookupWork) -> tuple[torch.Tensor, list[int]]:
+    """The output and the counters of one step."""
+    out = torch.full_like(batch.query, math.nan)
+    counts = torch.zeros(len(Count), dtype=torch.int64, device=DEVICE)
+    look_up(batch.rows(), batch.query, batch.kv, batch.layout, batch.maps, batch.rule, work, (out, counts))
+    return out.cpu(), counts.tolist()
+
+
+def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
+    """What the kernels read, `[K, n]` bool: `listed` and `slots` of each program."""
+    c, want = batch.case, batch.row(row)
+    found = torch.zeros(c.kv_heads, want.n, dtype=torch.bool)
+    if want.begin == want.end:
+        return ~found
+    pairs = len(c.lengths) * c.kv_heads
+    ns, listed = work.splits(pairs), work.listed.tolist()
+    room = work.slots.numel() // (pairs * ns) // 16 * 16
+    token = {int(page) * c.page + i: j * c.page + i for j, page in enumerate(batch.table[row]) for i in range(c.page)}
+    for head in range(c.kv_heads):
+        for program in range(ns):
+            part = (row * c.kv_heads + head) * ns + program
+            if listed[part] < 0:  # its spans are read whole
+                spans = torch.arange(want.n) // work.tuning.span
+                found[head] |= spans % ns == program
+            else:
+                slots = work.slots[part * room :][: listed[part]].tolist()
+                assert len(set(slots)) == len(slots)
+                found[head, [token[slot] for slot in slots]] = True
+    return found
+
+
+class Narrowed:
+    """A row whose queries are rounded as the kernels round them: what codes are multiplied with has 16 bits.
+
+    slip: `[K, G, 1]`, how far estimates may be off because float32 rounds some of it the other way. undecided:
+    `[K, end - begin]`, of which tokens that, and what float32 does to sums of a few hundred terms, may decide.
+    """
+
+    def __init__(self, want: Row):
+        case = want.batch.case
+        self.estimate, self.slip = want.estimate, torch.zeros(())
+        if want.end > want.begin:
+            unit = want.direction.abs().amax(-1, keepdim=True).clamp(min=1e-20) / 32512
+            place = want.direction / unit + 0.5
+            self.estimate = want.estimated(place.floor() * unit)
+            either = (place - place.round()).abs() < 0.1
+            self.slip = either.sum(-1, keepdim=True) * unit * 7.5 * case.d**-0.5
+        self.share = want.shares(self.estimate)
+        limit = case.tolerance / want.n
+        self.chosen = (self.share >= limit).any(1)
+        low, high = (limit * torch.exp(side * (2 * self.slip + 1e-4)) for side in (-1, 1))
+        self.undecided = ((self.share >= low) & (self.share <= high)).any(1)
+
+
+def check(batch: Batch, work: LookupWork) -> list[torch.Tensor]:
+    """Run a step twice and check it; returns what was chosen in each row that is not padding."""
+    case, tallies, read = batch.case, [0] * len(Count), []
+    run(batch, work)
+    out, counts = run(batch, work)  # with the buffers as another step left them
+    for row, n in enumerate(case.lengths):
+        if n == 0:
+            assert out[row].isnan().all()  # nobody reads it
+            continue
+        want, got = batch.row(row), chosen(batch, row, work)
+        narrowed, indexed = Narrowed(want), got[:, want.begin : want.end]
+        part = slice(row * case.kv_heads * work.splits(len(case.lengths) * case.kv_heads), None)
+        whole = (work.listed[part] < 0).any() and want.end > want.begin
+        assert got[:, : want.begin].all() and got[:, want.end :].all()
+        assert whole or ((indexed == narrowed.chosen) | narrowed.undecided).all()
+        assert narrowed.undecided.sum() <= 0.02 * indexed.numel()
+        exact = want.attention(got, narrowed.estimate)
+        assert ((out[row].double() - exact).abs() <= allowed(want, got, narrowed, exact)).all()
+        number = got.sum(1) + want.index_tokens  # of each KV head
+        kind = Count.SHORT_CONTEXT if n < case.min_context else Count.HIT if case.ready else Count.NO_MAPS
+        kind = Count.REQUEST if row in case.opted_out else kind
+        tallies[kind] += case.kv_heads * case.group
+        tallies[Count.READ] += int(number.sum())
+        tallies[Count.SKIPPED] += int((n - number).clamp(min=0).sum())
+        read.append(got)
+    assert counts == tallies
+    return read
+
+
+def allowed(want: Row, got: torch.Tensor, narrowed: Narrowed, out: torch.Tensor) -> torch.Tensor:
+    """How far an output may be off, element by element.
+
+    Each weight is rounded to the cache's dtype before it meets its value, and the result in the end: the dtype's
+    half step, a whole one where Triton's interpreter truncates. To pages read in part a slip of their estimates
+    comes. float32 sums are off by 1e-5 of the values at most.
+    """
+    dtype = want.batch.case.dtype
+    step = torch.finfo(dtype).eps / (1 if DEVICE == "cpu" and dtype == BF16 else 2)
+    size = want.attention(got, narrowed.estimate, size=True)
+    slip = (narrowed.slip.expand(*want.query.shape[:2], 1)).flatten(0, 1)
+    return (size + out.abs()) * (2 * step + slip) + 1e-5 * want.value.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_rule(case):
+    batch = Batch(case).write()
+    read = check(batch, work_of(batch))
+    if case.tolerance == 0:
+        assert all(x.all() for x in read)
+    elif case.tolerance > 1e5:
+        ends = [(batch.row(row).begin, batch.row(row).end) for row in range(len(read))]
+        assert not any(x[:, begin:end].any() for x, (begin, end) in zip(read, ends, strict=True))
+    elif case is CASES[0]:
+        assert 0.1 < read[2].float().mean() < 0.9  # it looks up something
+
+
+@pytest.mark.parametrize("ns", [1, 2, 3, 7, 64])
+def test_any_number_of_programs_shares_a_row(ns):
+    """Also more of them than the row has spans."""
+    batch = Batch(Case(lengths=(1100, 300), kv_heads=1, group=2, dtype=BF16)).write()
+    check(batch, work_of(batch, ns))
+
+
+def test_most_limits_the_programs():
+    batch = Batch(Case(lengths=(600,), kv_heads=1))
+    work = work_of(batch, 4)
+    work.tuning = Tuning(most=3)
+    assert work.splits(1) == 3
+    check(batch.write(), work)
+
+
+@pytest.mark.parametrize("ns", [1, 3])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_what_does_not_fit_the_lists_is_read_whole(dtype, ns):
+    """Of several programs some fit and some do not; then pages of the others alone are completed."""
+    batch = Batch(Case(lengths=(1000, 300), kv_heads=1, group=2, dtype=dtype, tolerance=0.6)).write()
+    work = work_of(batch, ns)
+    check(batch, work)
+    listed = work.listed[:ns].tolist()
+    # Room for the second largest list, but not for the largest.
+    room = sorted(listed)[-2] if ns > 1 else listed[0] - 16
+    work.slots = work.slots[: 2 * ns * (-(-room // 16) * 16)]
+    check(batch, work)
+    assert -1 in work.listed[:ns].tolist()
+    assert ns == 1 or max(work.listed[:ns].tolist()) > 0
+
+
+@pytest.mark.parametrize("sharp", [0.0, 40.0, 400.0])
+def test_logits_that_are_all_alike_or_far_apart(sharp):
+    """A query of noughts, and logits some hundreds apart: few tokens have nearly all of the attention."""
+    batch = Batch(Case(lengths=(700,), sharp=sharp)).write()
+    out, _ = run(batch, work_of(batch))
+    assert out.isfinite().all()
+    if sharp == 0:
+        check(batch, work_of(batch))
+
+
+@pytest.mark.parametrize("case", [*CASES[:7], Case(lengths=(500, 0, 127), d=32, n=32)], ids=str)
+def test_encode(case):
+    """Pages whose last slot is written are indexed, no others; then all of them."""
+    batch = Batch(case)
+    last = torch.tensor([page * case.page + case.page - 1 for page in batch.complete], device=DEVICE)
+    padding = torch.tensor([-1, case.page - 2, -1], device=DEVICE)
+    encode(batch.kv, torch.cat((padding, last)), batch.layout, batch.maps)
+    codes, means = (x.to("cpu", copy=True) for x in batch.layout.views(batch.kv))
+    others = sorted({*range(len(batch.kv))} - {*batch.complete})
+    assert means[others].isnan().all()
+    for page in batch.complete:
+        key, value = batch.kv[page].cpu().double().chunk(2, -1)
+        check_codes(codes[page], key, batch)
+        assert ((means[page].double() - value.mean(1)).abs() <= torch.finfo(case.dtype).eps * 4).all()
+    encode(batch.kv, None, batch.layout, batch.maps)
+    again = [x.cpu() for x in batch.layout.views(batch.kv)]
+    assert torch.equal(again[0][batch.complete], codes[batch.complete])
+    assert torch.equal(again[1][batch.complete], means[batch.complete])
+
+
+def check_codes(packed: torch.Tensor, key: torch.Tensor, batch: Batch) -> None:
+    """Codes are the levels of the mapped keys, and one next to it only where the key lies at their border."""
+    maps = [x.cpu().double() for x in (batch.maps.to_key, batch.maps.shift)]
+    place = key @ maps[0] - maps[1][:, None]
+    code = torch.cat((packed % 16, packed // 16), -1)
+    # float32 sums of products: eps times the sum of their sizes, at the very worst for each term.
+    off = (key.abs() @ maps[0].abs()) * 2**-23 * 8 + 1e-5
+    low, high = ((place + side * off).floor().clamp(0, 15) for side in (-1, 1))
+    assert ((code >= low) & (code <= high)).all() and (low == high).double().mean() > 0.99
+
+
+def test_no_slots_are_no_work():
+    batch = Batch(CASES[0])
+    encode(batch.kv, torch.zeros(0, dtype=torch.int64, device=DEVICE), batch.layout, batch.maps)
+    assert batch.layout.views(batch.kv)[1].isnan().all()
+
+
+def test_the_kernels_and_pytorch_agree():
+    """The oracle that CPUs run, in a case where no token lies at the threshold."""
+    batches = (Batch(Case(lengths=(300, 700), seed=seed)).write() for seed in range(9))
+    batch = next(x for x in batches if not any(Narrowed(x.row(row)).undecided.any() for row in range(2)))
+    out, counts = run(batch, work_of(batch))
+    looked = batch.decode()
+    assert counts[Count.READ] == int(looked.read.sum())
+    assert (out - looked.out.cpu()).abs().max() <= 1e-3

@@ -1,0 +1,273 @@
+"""The index of keys: where it lies in a page, the maps, the codes, and what they estimate."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_mac import key_index, lookup
+from vllm_mac.key_index import Maps, Moments, PageLayout, best_maps, directions, encode, estimate, worth_learning
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def moments(kv_heads: int, size: int, seed: int = 0) -> Moments:
+    """Random ones, with directions of very different weight."""
+    draw = torch.Generator().manual_seed(seed)
+    root = lambda: torch.randn(kv_heads, size, size, generator=draw) * torch.linspace(2, 0.05, size)
+    a, b = root(), root()
+    return Moments(a @ a.mT / size, b @ b.mT / size, torch.randn(kv_heads, 1, size, generator=draw))
+
+
+def drawn(found: Moments, count: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries `[K, count, D]` and keys `[K, count, D]` with these moments, in the limit."""
+    draw = torch.Generator().manual_seed(seed)
+    kv_heads, size, _ = found.second.shape
+    factor = lambda x: torch.linalg.cholesky(x + 1e-6 * torch.eye(size))
+    normal = lambda: torch.randn(kv_heads, count, size, generator=draw)
+    return normal() @ factor(found.second).mT, normal() @ factor(found.spread).mT + found.mean
+
+
+# Where it lies
+
+
+@pytest.mark.parametrize("head_major", [True, False])
+@pytest.mark.parametrize(
+    "kv_heads, size, page, n, dtype", [(2, 64, 16, 48, BF16), (3, 80, 32, 32, FP32), (1, 256, 64, 128, BF16)]
+)
+def test_views_lie_behind_keys_and_values(kv_heads, size, page, n, dtype, head_major):
+    layout, item = PageLayout(kv_heads, size, page, n, dtype.itemsize), dtype.itemsize
+    assert layout.padded_bytes % 128 == 0
+    assert 0 <= layout.padded_bytes - layout.kv_bytes - layout.code_bytes - kv_heads * size * item < 128
+    raw = torch.zeros(5, layout.padded_bytes // item, dtype=dtype)
+    memory = raw.view(torch.uint8)
+    body = raw[:, : layout.kv_bytes // item]
+    kv = body.unflatten(1, (kv_heads, page, 2 * size))
+    if not head_major:
+        kv = body.unflatten(1, (page, kv_heads, 2 * size)).transpose(1, 2)
+    for part in (kv, kv[1:4]):  # also a part of the cache
+        codes, means = layout.views(part)
+        assert codes.shape == (len(part), kv_heads, page, n // 2) and codes.dtype == torch.uint8
+        assert means.shape == (len(part), kv_heads, size) and means.dtype == dtype
+        raw.zero_()
+        codes.fill_(7)
+        first = len(kv) - len(part) - (len(part) == 3)
+        assert (memory[first : first + len(part), layout.kv_bytes :][:, : layout.code_bytes] == 7).all()
+        assert int((memory == 7).sum()) == codes.numel()
+        raw.zero_()
+        means.fill_(1)
+        behind = raw[first : first + len(part)].flatten(1)[:, (layout.kv_bytes + layout.code_bytes) // item :]
+        assert (behind[:, : kv_heads * size] == 1).all() and int((raw == 1).sum()) == means.numel()
+        assert not kv.any()
+
+
+def test_pages_without_room_are_refused():
+    layout = PageLayout(2, 64, 16, 48, 4)
+    with pytest.raises(ValueError, match=f"kv: pages {layout.kv_bytes} bytes apart, choose {layout.padded_bytes}"):
+        layout.views(torch.zeros(3, 2, 16, 128))
+
+
+def test_default_directions():
+    sizes = {32: 32, 48: 48, 64: 48, 80: 48, 96: 48, 112: 64, 128: 64, 192: 96, 256: 128}
+    assert {size: directions(size) for size in sizes} == sizes
+
+
+# Maps
+
+
+def captured(found: Moments, key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """`E[(q . k - (query^T q) . (key^T k))^2]` of each head, for centred keys."""
+    lost = torch.eye(key.shape[1]) - query @ key.mT  # q . k - q^T query key^T k
+    return torch.einsum("kij,kjl,kml,kmi->k", lost, found.spread, lost, found.second)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_best_maps_lose_least(n):
+    """No maps of rank `n` estimate `q . k` better: not random ones, nor those that gradient descent finds."""
+    found = moments(2, 12)
+    key, query = (x[..., :n] for x in best_maps(found))
+    loss = captured(found, key, query)
+    draw = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        random = torch.linalg.qr(torch.randn(2, 12, n, generator=draw))[0]
+        assert (captured(found, random, random) > loss).all()
+    near = [
+        (x + 0.05 * x.std() * torch.randn(x.shape, generator=draw)).contiguous().requires_grad_() for x in (key, query)
+    ]
+    solver = torch.optim.LBFGS(near, max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-12)
+
+    def step():
+        solver.zero_grad()
+        total = captured(found, *near).sum()
+        total.backward()
+        return total
+
+    solver.step(step)
+    # `best_maps` adds a ten-thousandth to the queries' moment, which may cost as much.
+    whole = torch.einsum("kij,kji->k", found.spread, found.second)
+    assert (loss <= captured(found, *near).detach() + 2e-4 * whole).all()
+
+
+def test_maps_of_full_rank_lose_nothing():
+    found = moments(2, 16)
+    key, query = best_maps(found)
+    assert (query @ key.mT - torch.eye(16)).abs().max() < 1e-3
+
+
+def maps_of(found: Moments, n: int, dtype=FP32) -> Maps:
+    maps = Maps.allocate(*found.second.shape[:2], n, dtype, "cpu")
+    assert not maps.ready.any()
+    maps.set(found)
+    return maps
+
+
+def test_set_writes_in_place():
+    """Captured graphs and vLLM's sleep know the tensors by their addresses."""
+    maps = Maps.allocate(2, 32, 16, BF16, "cpu")
+    before = [getattr(maps, name).data_ptr() for name in Maps.__slots__]
+    maps.set(moments(2, 32))
+    assert [getattr(maps, name).data_ptr() for name in Maps.__slots__] == before
+    assert maps.ready.tolist() == [1] and maps.ready.dtype == torch.int32
+    assert maps.to_key.dtype == maps.to_query.dtype == BF16 and maps.shift.dtype == maps.mean.dtype == FP32
+    assert all(getattr(maps, name).isfinite().all() for name in Maps.__slots__)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16])
+def test_codes_use_their_levels(dtype):
+    """The mean key lies in the middle; few keys lie beyond the ends; a direction without spread is finite."""
+    found = moments(2, 32)
+    found.spread[:, :, 5], found.spread[:, 5] = 0, 0
+    _, key = drawn(found, 4096)
+    maps = maps_of(found, 32, dtype)
+    codes, _ = encode(key, key, maps)
+    code = torch.cat((codes & 15, codes >> 4), 2).float()
+    wide = code.std(1) > 2
+    assert wide.float().mean() > 0.9
+    # Of a Gaussian 2.8 deviations are beyond for 1 in 200, and the last level begins 2.4 from the mean.
+    assert ((code == 0) | (code == 15)).float().mean((0, 1)).max() < 0.03
+    assert ((code.mean(1) - 7.5).abs() < 0.3)[wide].all()
+
+
+# Codes and estimates
+
+
+def test_encode_packs_two_halves_and_averages_values():
+    draw = torch.Generator().manual_seed(3)
+    key, value = (torch.randn(2, 16, 32, generator=draw) for _ in range(2))
+    maps = maps_of(moments(2, 32), 16)
+    codes, mean = encode(key, value, maps)
+    place = key.double() @ maps.to_key.double() - maps.shift.double()[:, None]
+    want = place.floor().clamp(0, 15).int()
+    sure = (place - place.round()).abs() > 1e-4
+    assert sure.float().mean() > 0.99 and codes.shape == (2, 16, 8)
+    low, high = (codes & 15).int(), (codes >> 4).int()
+    assert (low == want[..., :8])[sure[..., :8]].all() and (high == want[..., 8:])[sure[..., 8:]].all()
+    assert (mean.double() - value.double().mean(1)).abs().max() < 1e-6
+
+
+def test_free_slots_that_are_no_number_have_a_code():
+    key = torch.full((1, 16, 32), math.nan)
+    key[:, :5] = 1
+    key[:, 5] = math.inf
+    codes, mean = encode(key, key, maps_of(moments(1, 32), 16))
+    assert (codes[:, 6:] == 0).all() and mean.isnan().all()
+
+
+def errors(n: int, found: Moments) -> float:
+    query, key = drawn(found, 256)
+    maps = maps_of(found, n)
+    got = estimate(query, encode(key, key, maps)[0], maps)
+    return float((got - query @ key.mT).square().mean().sqrt() / (query @ key.mT).std())
+
+
+def test_the_error_falls_with_directions():
+    error = [errors(n, moments(2, 64)) for n in (16, 32, 48, 64)]
+    assert error == sorted(error, reverse=True) and error[-1] < error[0] / 2 and error[-1] < 0.15
+
+
+def test_estimates_of_all_directions_are_off_by_half_steps_at_most():
+    """Where no code is clamped, each direction is off by half a level, so `q . k` by half the sum of `|to_query^T q|`."""
+    found = moments(2, 32)
+    query, key = drawn(found, 512)
+    maps = maps_of(found, 32)
+    place = key.double() @ maps.to_key.double() - maps.shift.double()[:, None]
+    inside = ((place >= 0) & (place < 16)).all(2)
+    assert inside.float().mean() > 0.5
+    off = (estimate(query, encode(key, key, maps)[0], maps) - query @ key.mT).abs()
+    # On top of it the maps are inverse to each other but for float32's rounding, which their condition magnifies.
+    size = query.norm(dim=2)[..., None] * key.norm(dim=2)[:, None]
+    bound = 0.5 * (query @ maps.to_query).abs().sum(2)[..., None] + 1e-3 * size
+    assert (off <= bound)[inside[:, None].expand_as(off)].all()
+    assert off.max() > 0.05 * bound.max()  # it is not loose by orders
+
+
+# Learning
+
+
+def test_learn_samples_the_row():
+    """Of the row's keys every 16th; of the queries the last 512 and every 16th: as if moments were given."""
+    draw = torch.Generator().manual_seed(4)
+    kv = torch.full((9, 2, 32, 128), math.nan)
+    blocks = torch.tensor([7, 2, 4, 1, 0], dtype=torch.int32)
+    length = 4 * 32 + 5
+    key = torch.randn(2, length, 64, generator=draw)
+    for t in range(length):
+        kv[blocks[t // 32], :, t % 32, :64] = key[:, t]
+    query = torch.randn(100, 6, 64, generator=draw)
+    maps, same = (Maps.allocate(2, 64, 48, FP32, "cpu") for _ in range(2))
+    key_index.learn(maps, query, kv, blocks, length)
+    sampled = torch.cat((query, query[::16]))
+    same.set(Moments.of(sampled, key[:, ::16]))
+    assert all(torch.equal(getattr(maps, name), getattr(same, name)) for name in Maps.__slots__)
+    assert len(key_index.sampled_queries(torch.zeros(1000, 1, 1))) == 512 + 63
+
+
+def test_moments_are_of_each_kv_head():
+    draw = torch.Generator().manual_seed(5)
+    query, key = torch.randn(10, 6, 32, generator=draw), torch.randn(2, 7, 32, generator=draw) + 3
+    found = Moments.of(query, key)
+    for head in range(2):
+        rows = query[:, 3 * head : 3 * head + 3].reshape(-1, 32)
+        assert torch.allclose(found.second[head], rows.mT @ rows / 30, atol=1e-5)
+        assert torch.allclose(found.spread[head], torch.cov(key[head].mT, correction=0), atol=1e-5)
+        assert torch.allclose(found.mean[head, 0], key[head].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "length, count, learned, worth",
+    [
+        (64, 64, 0, True),
+        (1000, 63, 0, False),
+        (1000, 1000, 800, True),
+        (1000, 1000, 801, False),
+        (5000, 64, 1000, True),
+    ],
+)
+def test_worth_learning(length, count, learned, worth):
+    assert worth_learning(length, count, learned) is worth
+
+
+def test_maps_of_one_key_and_query_are_finite():
+    """As warming up makes them, of noughts: no direction has any spread."""
+    found = Moments.of(torch.zeros(1, 4, 32), torch.zeros(2, 1, 32))
+    maps = maps_of(found, 32)
+    assert all(getattr(maps, name).isfinite().all() for name in Maps.__slots__)
+    assert (
+        estimate(torch.ones(2, 2, 32), encode(torch.zeros(2, 4, 32), torch.zeros(2, 4, 32), maps)[0], maps)
+        .isfinite()
+        .all()
+    )
+
+
+def test_write_pages_writes_those_pages_alone():
+    layout = PageLayout(2, 32, 16, 32, 4)
+    raw = torch.zeros(4, layout.padded_bytes // 4)
+    kv = raw[:, : layout.kv_bytes // 4].unflatten(1, (2, 16, 64))
+    kv.normal_(generator=torch.Generator().manual_seed(6))
+    maps, before = maps_of(moments(2, 32), 32), raw.clone()
+    lookup.write_pages(kv, torch.tensor([2, 0]), layout, maps)
+    codes, means = layout.views(kv)
+    for page in (0, 2):
+        code, mean = encode(*kv[page].chunk(2, -1), maps)
+        assert torch.equal(codes[page], code) and torch.equal(means[page], mean)
+    assert torch.equal(raw[[1, 3]], before[[1, 3]])
