@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from vllm_mac import key_index
+from vllm_mac.kernels import encode as encode_kernels
+from vllm_mac.kernels import lookup as lookup_kernels
 from vllm_mac.kernels.encode import encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork
 from vllm_mac.key_index import PageLayout, directions
 from vllm_mac.state import Geometry, IndexRule, IndexState, Learning, Rows
+
+KERNELS = (
+    (encode_kernels, "encode_kernel"), (lookup_kernels, "weigh_kernel"), (lookup_kernels, "list_kernel"),
+    (lookup_kernels, "read_kernel"), (lookup_kernels, "merge_kernel"),
+)  # fmt: skip
 
 
 class LookupDecoder:

@@ -23,10 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from support.decoders import fill_plans, make
-from vllm_mac import warmup
+from vllm_mac import lookup_decoder, warmup
+from vllm_mac.counters import Count
 from vllm_mac.kernels import complete, launch
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.workspace import Workspace
+from vllm_mac.key_index import Maps
+from vllm_mac.state import Geometry, IndexRule, IndexState
 
 # Most shared memory of a program, and multiprocessors, by the CUDA C++ Programming Guide: A100, L4, H200, B200.
 GPUS = {80: (163 << 10, 108), 89: (99 << 10, 58), 90: (227 << 10, 132), 100: (227 << 10, 148)}
@@ -117,7 +120,7 @@ def main(arch: int, sass: bool) -> None:
     driver.set_active(Driver(arch))
     Compiled.sass = sass
     (shared, sms), pdl, seen, passed_over = GPUS[arch], arch >= 90, set(), {}
-    for module, name in warmup.KERNELS:
+    for module, name in (*warmup.KERNELS, *lookup_decoder.KERNELS):
         setattr(module, name, Compiled(getattr(module, name), seen, passed_over))
     launch._spills = lambda made: measure(made.asm["cubin"])["stack"]
     launch._enough = noting(passed_over)
@@ -134,6 +137,8 @@ def main(arch: int, sass: bool) -> None:
 
     TritonExact.__init__ = init_for
     for shape in SHAPES if arch == 90 else SHAPES[:2] + [LONG] * (arch == 89):
+        if arch < 100:  # see `capabilities.INDEX_BEFORE`
+            look_up(arch, **{name: shape[name] for name in ("rows", "heads", "kv_heads", "d", "dtype")})
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch >= 89 and shape["dtype"] == torch.float16 else {}
         decoder, layers, table = make(**{"window": 512, "band": 256, "min_context": 2048} | shape | float8)
         warmup.warm_up(decoder, layers[:1], table)
@@ -142,6 +147,16 @@ def main(arch: int, sass: bool) -> None:
         query = torch.empty(2, shape["heads"], shape["d"], dtype=shape["dtype"])
         rows = decoder.rows(torch.zeros(2, 1, dtype=torch.int32))
         complete.complete_misses(layers[0], rows, query, query, decoder._work.part_lse, decoder._work, query)
+
+
+def look_up(arch: int, rows: int, heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> None:
+    """Launch the kernels of a step that decodes by the index of keys."""
+    for page in (16, 64):
+        geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5)
+        decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), None, torch.device("cpu"))
+        decoder._work.programs, decoder._work.pdl = decoder._work.tuning.per_sm * GPUS[arch][1], arch >= 90
+        maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu")
+        decoder.warm_up(IndexState(maps, torch.zeros(len(Count), dtype=torch.int64)))
 
 
 if __name__ == "__main__":
