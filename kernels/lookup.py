@@ -11,6 +11,7 @@ Here tokens are the rows of blocks and heads their columns: Hopper's tensor core
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from vllm_mac import counters, key_index, lookup
 from vllm_mac.counters import Count
 from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.launch import power_of_two
-from vllm_mac.kernels.lookup_work import LookupWork
+from vllm_mac.kernels.lookup_work import DOT_TYPES, LookupWork
 from vllm_mac.kernels.partial import LOG2_E
 from vllm_mac.key_index import Maps, PageLayout
 from vllm_mac.lookup import TILE as TILE_TOKENS
@@ -384,7 +385,16 @@ def look_up(
     rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps, rule: IndexRule, work: LookupWork,
     result: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """Decode one token of each row. Allocates nothing and waits for nothing.
+    """Decode one token of each row. Arguments: of `launches`. Allocates nothing and waits for nothing."""
+    for _ in launches(rows, query, kv, layout, maps, rule, work, result):
+        pass
+
+
+def launches(
+    rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps, rule: IndexRule, work: LookupWork,
+    result: tuple[Tensor, Tensor],
+) -> Iterator[str]:  # fmt: skip
+    """Launch the kernels one by one: each has been launched when its name is yielded.
 
     rows: position, ring (`OPTED_OUT` for a row that is read whole) and block_table are read; int32. query: `[B, H, D]`
     after RoPE, last dimension contiguous. kv: `[blocks, K, PAGE, 2 D]` with its index. result: out `[B, H, D]`, written,
@@ -418,24 +428,23 @@ def look_up(
     parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
     grid, bns = (ns, kv_heads, count), power_of_two(tuning.most)
     weigh_kernel[grid](**everywhere, **estimates, **cache, STAGES=tuning.weigh_stages)
+    yield "weigh"
     list_kernel[grid](
         **everywhere, **estimates, **lists, BNS=bns, STAGES=tuning.list_stages,
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
     )  # fmt: skip
+    yield "list"
     read_kernel[grid](
         **everywhere, **lists, **cache, **parts, p_means=means, s_mean_page=means.stride(0), STAGES=tuning.read_stages,
         BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages,
         maxnreg=tuning.read_registers if d <= 128 and work.pdl else None,  # elsewhere it would spill
-        DOT=tl.float32 if triton.knobs.runtime.interpret else _DOT_TYPES[query.dtype],
+        DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
     )  # fmt: skip
-    shared = (
-        "p_position", "p_ring", "p_ready", "K", "G", "D", "BAND", "BEGIN", "MIN_CONTEXT", "BD", "PDL", "launch_pdl", "ns",
-    )  # fmt: skip
+    yield "read"
+    shared = "p_position p_ring p_ready K G D BAND BEGIN MIN_CONTEXT BD PDL launch_pdl ns".split()
     merge_kernel[(heads, count)](
         **{name: everywhere[name] for name in shared if name in everywhere}, **parts, p_out=out, p_counters=counts,
         s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,
         BI=16, BNS=bns, num_warps=4,
     )  # fmt: skip
-
-
-_DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    yield "merge"

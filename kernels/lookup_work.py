@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from vllm_mac.kernels.launch import power_of_two
 from vllm_mac.lookup import SPAN
 from vllm_mac.state import Geometry
+
+DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ def test_help_names_every_option(command):
         (["kernel", "--lags", "normal"], "received 'normal'; choose from geometric, uniform, constant"),
         (["kernel", "--dtype", "float64"], "received 'float64'; choose from bfloat16, float16"),
         (["kernel", "--baselines", "FA9"], "received 'FA9'; choose from FLASHINFER, FLASH_ATTN, none"),
+        (["kernel", "--rule", "both"], "--rule: received 'both'; choose from match, index"),
         (["kernel", "--mac", "[1]"], "--mac: received '[1]'; choose a JSON object"),
         (["decode", "--context", "10"], "Missing option '--model'"),
         (["decode", "--model", "m", "--context", "10", "--engine", "x"], "--engine: received 'x'; not JSON"),
@@ -73,6 +74,23 @@ def test_kernel_says_that_it_needs_a_gpu(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "args, rule, page",
+    [
+        ([], "match", 16),
+        (["--rule", "index"], "index", 64),
+        (["--mac", '{"rule": "index"}', "--page", "32"], "index", 32),
+        (["--mac", '{"rule": "index"}', "--rule", "match"], "match", 16),
+    ],
+)
+def test_the_rule_and_its_pages(args, rule, page, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernel, "require_cuda", lambda: None)
+    monkeypatch.setattr(kernel, "run", lambda bench, report: asked.append(bench) or [])
+    assert invoke("kernel", *args, "--no-progress").exit_code == 0
+    assert (asked[0].config.rule, asked[0].page) == (rule, page)
+
+
 @pytest.mark.parametrize("args, said", [(["kernel"], "bandd: unknown key"), (["decode"], "no shape 'gpt'")])
 def test_wrong_configurations_end_in_one_line(args, said, monkeypatch):
     monkeypatch.setattr(kernel, "require_cuda", lambda: None)
@@ -90,6 +108,8 @@ def kernel_row(**changes):
     return row | changes | environment.environment(["vllm-mac", "bench", "a b"])
 
 
+INDEX_ROW = dict(rule="index", head_size=128, note="looked up", read_share=0.14, p20=0.0101, p50=0.02, p80=0.0303,
+                 weigh_ms=0.0042, list_ms=0.0051, read_ms=0.0086, merge_ms=0.0021)  # fmt: skip
 ROWS = [
     dict(hit_rate=0.5, heads_matched=0.49, groups_hit=0.1, p50=0.2),
     dict(),
@@ -139,6 +159,17 @@ def test_json_tables_and_the_show_command(tmp_path):
     assert result.exit_code == 2 and "no results of vllm-mac bench" in result.output
 
 
+def test_rows_of_the_two_rules_have_tables_of_their_own():
+    shown = io.StringIO()
+    exact = dict(engine="FLASHINFER", rule="index", head_size=128, p50=0.14)
+    row_tables.show([kernel_row(**row) for row in (*ROWS, exact, INDEX_ROW)], Console(file=shown, width=300))
+    match, index = shown.getvalue().split("kernel on ")[1:]
+    assert "0.490" in match and "looked up" not in match
+    assert "32/8 heads of 128, batch 1, 1024 tokens" in index
+    [row] = [line.split() for line in index.splitlines() if "MAC (looked up)" in line]
+    assert row == "MAC (looked up) 0.140 20.0 10.1 30.3 4.2 5.1 8.6 2.1 10.0 2.00 7.00".split()
+
+
 @pytest.mark.parametrize("name", ["kernel-h200.json", "decode-h200.json"])
 @pytest.mark.parametrize("columns", [80, 100, 120])
 def test_tables_fit_common_terminals(name, columns):
@@ -164,6 +195,7 @@ def test_plots(tmp_path):
     for name, rows in (
         ("k", [kernel_row(**changes) for changes in ROWS]),
         ("d", [decode_row(), decode_row(engine="default")]),
+        ("i", [kernel_row(engine="FLASHINFER", rule="index", head_size=128), kernel_row(**INDEX_ROW)]),
     ):
         plots.plot(rows, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

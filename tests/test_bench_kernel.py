@@ -4,16 +4,18 @@ Speed itself needs a GPU. Here the kernels run under Triton's interpreter with c
 """
 
 import io
+import math
 
 import pytest
 import torch
 from rich.console import Console
 
 from support.devices import DEVICE
-from vllm_mac import paged
+from vllm_mac import key_index, lookup, paged
 from vllm_mac.config import resolve
+from vllm_mac.counters import Count
 from vllm_mac.tools import environment
-from vllm_mac.tools.bench import BenchError, kernel, row_tables
+from vllm_mac.tools.bench import BenchError, kernel, row_tables, synthetic_index
 from vllm_mac.tools.bench import synthetic_step as data
 
 CONFIG = resolve({"window": 32, "band": 24, "min_context": 64, "miss_engine": "triton"}, {})
@@ -94,12 +96,15 @@ def test_counters_and_bytes_are_those_of_the_method(changes):
     with torch.device(DEVICE):
         pre = step.rotary.undo(layer.query, position)
         done = paged.decode(step.rows(), layer.query, pre, layer.kv, layer.store, step.config, step.scale)
-    hit, miss, short, no_ring, over, request, read, skipped = data.expected_counts(step, layer)
+    counts = dict(zip(Count, data.expected_counts(step, layer), strict=True))
+    hit, miss, short, read, skipped = (
+        counts.pop(x) for x in (Count.HIT, Count.MISS, Count.SHORT_CONTEXT, Count.READ, Count.SKIPPED)
+    )
     assert hit == int(done.hit.sum()) * 2 and read == int(done.read.sum())
-    assert hit + miss + short == shape.batch * shape.heads and no_ring == over == request == 0
+    assert hit + miss + short == shape.batch * shape.heads and not any(counts.values())
     assert read + skipped == shape.batch * shape.kv_heads * shape.context
     assert (short > 0) == ("min_context" in changes) and (hit > 0) != (short > 0)
-    least = 2 * 64 * 2 * min(sum(data.expected_counts(step, x)[-2:-1]) for x in step.layers)
+    least = 2 * 64 * 2 * min(data.expected_counts(step, x)[Count.READ] for x in step.layers)
     assert least < data.realised(step).step_bytes < shape.exact_bytes() + 4 * shape.batch * shape.heads * 32 * 64 * 2
 
 
@@ -265,3 +270,148 @@ def test_no_speed_of_a_wrong_decode(baselines, monkeypatch, spoil, said):
     with pytest.raises(BenchError, match=said):
         got.extend(kernel.run(options(baselines=(), hit_rates=(1.0,)), lambda _: None, DEVICE, clocks()))
     assert not got
+
+
+# Decoding by the index of keys
+
+INDEX = resolve({"rule": "index", "band": 64, "sink": 16, "min_context": 128}, {})
+
+
+def make_indexed(batch=3, context=300, heads=(6, 2), layers=2, caches=2, seed=0):
+    pytest.importorskip("triton", reason="Triton kernels")
+    shape = data.Shape(batch, context, *heads, 64, 16, torch.float16, directions=48)
+    pool = torch.full((caches * shape.cache_elements,), math.nan, dtype=torch.float16, device=DEVICE)
+    return synthetic_index.make_index_step(shape, INDEX, pool, layers, seed)
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_about_as_many_tokens_weigh_enough_as_was_asked_for(group):
+    count, draw, found = 30000, torch.Generator().manual_seed(0), []
+    for _ in range(20):
+        weight = (torch.randn(group, count, generator=draw) * synthetic_index.sharpness(group, count)).exp()
+        enough = synthetic_index.WEIGHTY * weight[:, :: lookup.SAMPLE].mean(1, keepdim=True)
+        found.append((weight >= enough).any(0).float().mean())
+    assert 0.5 < torch.stack(found).mean() / synthetic_index.CHOSEN < 1
+
+
+def test_keys_and_queries_have_the_logits_asked_for():
+    step = make_indexed(batch=4, context=400, heads=(12, 2), caches=1)
+    wanted, shape = synthetic_index.sharpness(6, 400) ** 2, step.shape
+    found = []
+    for layer in step.layers:
+        for row, blocks in enumerate(step.block_table.long()):
+            key, _ = paged.gather(layer.kv, blocks, torch.arange(shape.context, device=DEVICE))
+            logits = layer.query[row].float().view(2, 6, 64) @ key.transpose(1, 2) * step.scale
+            found.append(logits.var(-1).flatten())
+    # Four deviations of the variance of 400 normal numbers, as if all heads shared them.
+    assert torch.cat(found).mean() == pytest.approx(wanted, rel=4 * math.sqrt(2 / 400))
+
+
+@pytest.mark.parametrize("caches", [1, 2])
+def test_pages_are_indexed_by_the_maps_of_their_cache(caches):
+    step = make_indexed(caches=caches)
+    for layer in step.layers:
+        codes, means = step.shape.page_layout.views(layer.kv)
+        page = int(step.block_table[1, 3])
+        code, mean = key_index.encode(*layer.kv[page].chunk(2, -1), layer.maps)
+        differ = sum((part(codes[page]) != part(code)).sum().item() for part in (lambda x: x & 15, lambda x: x >> 4))
+        assert differ <= 0.01 * 2 * code.numel()  # codes of what lies between two, by the order of additions
+        torch.testing.assert_close(means[page].float(), mean, rtol=2**-10, atol=1e-6)
+    first, second = step.layers
+    assert torch.equal(first.kv, second.kv) == (caches == 1) == (first.maps is second.maps)
+    assert not torch.equal(first.query, second.query)
+
+
+def test_stages_are_launched_one_by_one():
+    step = make_indexed(layers=1)
+    [layer] = step.layers
+    for stages in range(4):
+        step.decode(layer, stages)
+        assert layer.out.isnan().all() and not layer.counts.any()
+    step.decode(layer)
+    assert not layer.out.isnan().any() and layer.counts[Count.HIT] == 3 * 6
+    assert synthetic_index.check(step) < 2e-3
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """How many stages each timed call launches; with it, clocks by which `n` stages take `4^n` ms."""
+    asked, decode = [], synthetic_index.IndexStep.decode
+
+    def watched(step, layer, stages=4):
+        asked.append(stages)
+        decode(step, layer, stages)
+
+    def clock(calls):
+        for call in calls:
+            call()
+        return [4.0 ** asked[-1]]
+
+    monkeypatch.setattr(synthetic_index.IndexStep, "decode", watched)
+    return kernel.Timers(clock, clock, clock)
+
+
+def indexed_options(**changes):
+    return options(**dict(heads=((6, 2),), contexts=(300,), config=INDEX, baselines=()) | changes)
+
+
+def test_index_rows(baselines, launched):
+    told, opts = [], indexed_options(contexts=(100, 300), baselines=("ABSENT",))
+    rows = list(kernel.run(opts, told.append, DEVICE, launched))
+    assert len(rows) == opts.measurements() == 5 and all(row["rule"] == "index" for row in rows)
+    short, looked_up, whole = rows[1], *rows[3:]
+    assert [row["note"] for row in (short, looked_up, whole)] == ["read whole", "looked up", "read whole"]
+    assert short["context"] == 100 and short["read_share"] == whole["read_share"] == 1
+    shape = opts.shapes()[1]
+    assert whole["bytes"] == shape.exact_bytes() and looked_up["directions"] == shape.directions == 48
+    # What is read at least: the near tokens, and the index of the others.
+    near = 64 + 300 - (300 - 64) // 64 * 64
+    layout = shape.page_layout
+    index = (300 - near) * layout.index_bytes // layout.kv_bytes
+    assert near + index < looked_up["read_share"] * 300 < 299
+    kv = looked_up["read_share"] * 2 * 2 * 300 * 2 * 64 * 2
+    assert looked_up["bytes"] == pytest.approx(kv + 2 * 2 * 6 * 64 * 2)
+    for row in (short, looked_up, whole):
+        assert (row["weigh_ms"], row["list_ms"], row["read_ms"], row["merge_ms"]) == (4, 12, 48, 192)
+        assert row["p50"] == 256 and row["relative_error"] < 2e-3 and "rule=index" in row["config"]
+
+
+def test_index_rows_beside_the_best_exact_one(baselines):
+    looked_up = list(kernel.run(indexed_options(baselines=("EXACT",)), lambda _: None, DEVICE, clocks()))[1]
+    assert looked_up["best_exact_ms"] == 2.0 and looked_up["speedup"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [("out", "MAC is wrong"), ("maps", "counters of layer 0"), ("nan", "unwritten"), ("late", "reads other")],
+)
+def test_no_speed_of_a_wrong_lookup(baselines, monkeypatch, spoil, said):
+    right, calls = synthetic_index.IndexStep.decode, []
+
+    def wrong(step, layer, stages=4):
+        calls.append(stages)
+        layer.maps.ready.fill_(spoil != "maps")
+        if spoil == "late" and calls.count(4) > 3:
+            layer.query.zero_()
+        right(step, layer, stages)
+        if spoil in ("out", "nan"):
+            layer.out[1, 1] = torch.nan if spoil == "nan" else layer.out[1, 1] * 1.02
+
+    monkeypatch.setattr(synthetic_index.IndexStep, "decode", wrong)
+    with pytest.raises(BenchError, match=said):
+        list(kernel.run(indexed_options(), lambda _: None, DEVICE, clocks()))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"page": 48}, "page: 48, choose 16, 32 or 64"),
+        (
+            {"config": INDEX.model_copy(update={"index_size": 80})},
+            "index_size: received 80, more than the head size 64",
+        ),
+    ],
+)
+def test_what_has_no_index(changes, said):
+    with pytest.raises(BenchError, match=said):
+        list(kernel.run(indexed_options(**changes), lambda _: None, DEVICE, clocks()))

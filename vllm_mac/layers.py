@@ -163,8 +163,7 @@ def count(served: list[MacLayer], device: torch.device) -> None:
 
 def index_rule(layer: MacLayer) -> IndexRule:
     """What a layer's decoding by the index of keys decides by."""
-    config = layer.config
-    return IndexRule(config.tolerance, config.band, max(config.sink, 16), config.min_context, layer.scale)
+    return IndexRule.of(layer.config, layer.scale)
 
 
 def configuration(vllm_config: VllmConfig) -> MacConfig:

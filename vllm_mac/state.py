@@ -140,6 +140,11 @@ class IndexRule:
     min_context: int
     scale: float
 
+    @classmethod
+    def of(cls, config: MacConfig, scale: float) -> "IndexRule":
+        """What a layer of this configuration decides by."""
+        return cls(config.tolerance, config.band, max(config.sink, 16), config.min_context, scale)
+
 
 @dataclass(frozen=True, slots=True)
 class IndexState:

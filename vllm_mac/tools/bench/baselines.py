@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from vllm_mac.tools.bench.synthetic_step import Step
+from vllm_mac.tools.bench.synthetic_step import DecodeStep
 
 Calls = list[Callable[[], object]]
 
 
-def flashinfer(step: Step) -> Iterator[tuple[str, Calls]]:
+def flashinfer(step: DecodeStep) -> Iterator[tuple[str, Calls]]:
     """FlashInfer's paged decode with tensor cores, planned once on the host for all layers."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
@@ -35,7 +35,7 @@ def flashinfer(step: Step) -> Iterator[tuple[str, Calls]]:
     yield "", [call(layer) for layer in step.layers]
 
 
-def flash_attention(step: Step) -> Iterator[tuple[str, Calls]]:
+def flash_attention(step: DecodeStep) -> Iterator[tuple[str, Calls]]:
     """FlashAttention (3 on Hopper, else 2), scheduled once for all layers.
 
     On Hopper it runs twice: with its own number of split-KV parts, and with vLLM's limit for full CUDA graphs.

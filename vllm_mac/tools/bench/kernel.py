@@ -1,7 +1,8 @@
 """`vllm-mac bench kernel`: one layer's decode attention, MAC beside the best exact decode.
 
-For each shape in turn it times exact decoding, then MAC at each hit rate. Each result is first compared with float32
-PyTorch; a wrong one ends the run before its speed is reported.
+For each shape in turn it times exact decoding, then MAC: with `rule: match` at each hit rate, with `rule: index` rows
+that are looked up and rows that are read whole. Each result is first compared with float32 PyTorch; a wrong one ends
+the run before its speed is reported.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,11 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_mac.config import MacConfig
+from vllm_mac.key_index import directions
 from vllm_mac.ring import ring_bytes, ring_dtypes
-from vllm_mac.tools.bench import BenchError, timing
+from vllm_mac.tools.bench import BenchError, synthetic_index, timing
 from vllm_mac.tools.bench.baselines import BASELINES
 from vllm_mac.tools.bench.row_files import quantiles
 from vllm_mac.tools.bench.synthetic_step import (
+    DecodeStep,
     Shape,
     Step,
     check_planting,
@@ -27,6 +30,7 @@ from vllm_mac.tools.bench.synthetic_step import (
     reference,
 )
 
+PAGES = {"match": 16, "index": 64}  # tokens of a page by default: vLLM's, and what MAC prefers with an index
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,9 +57,14 @@ class KernelBench:
     baselines: tuple[str, ...] = tuple(BASELINES)
     between: int = 0
 
+    @property
+    def indexed(self) -> bool:
+        return self.config.rule == "index"
+
     def shapes(self) -> list[Shape]:
+        n = (self.config.index_size or directions(self.head_size)) if self.indexed else 0
         return [
-            Shape(batch, context, heads, kv_heads, self.head_size, self.page, DTYPES[self.dtype])
+            Shape(batch, context, heads, kv_heads, self.head_size, self.page, DTYPES[self.dtype], n)
             for heads, kv_heads in self.heads
             for context in self.contexts
             for batch in self.batches
@@ -65,8 +74,13 @@ class KernelBench:
         """Hit rates in falling order: the bound of the others needs the time of all hits. Below min_context only 0."""
         return sorted(set(self.hit_rates), reverse=True) if shape.context >= self.config.min_context else [0.0]
 
+    def looks(self, shape: Shape) -> list[bool]:
+        """With `rule: index`: whether rows are looked up, row of results by row. Below min_context they are not."""
+        return [True, False] if shape.context >= self.config.min_context else [False]
+
     def measurements(self) -> int:
-        return sum(len(self.baselines) + len(self.rates(shape)) for shape in self.shapes())
+        of_mac = self.looks if self.indexed else self.rates
+        return sum(len(self.baselines) + len(of_mac(shape)) for shape in self.shapes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +106,8 @@ def run(
 ) -> Iterator[dict]:
     """Rows as they are measured. report(what): called before each measurement."""
     device = torch.device(device)
+    if bench.indexed:
+        synthetic_index.check_options(bench.config, bench.head_size, bench.page)
     shapes = bench.shapes()
     bandwidth = None
     if device.type == "cuda":
@@ -108,7 +124,7 @@ def run(
 
 
 def layer_count(bench: KernelBench, shape: Shape) -> int:
-    """Layers in a graph: enough that their rings exceed the GPU's caches several times."""
+    """Layers in a graph: their rings, or their pages' indexes, exceed the GPU's caches several times."""
     return bench.layers or (24 if shape.batch <= 2 else 12 if shape.batch <= 16 else 5)
 
 
@@ -136,19 +152,22 @@ def make_pool(bench: KernelBench, shapes: list[Shape], device: torch.device) -> 
 
 
 def _other_bytes(bench: KernelBench, shape: Shape) -> int:
+    row = shape.cache_elements // shape.batch
+    if bench.indexed:  # instead of rings, the kernels' lists and partial results
+        return 4 * 4 * row + (2 << 30)
     ring = shape.batch * ring_bytes(
         shape.heads, bench.config.window, shape.head_size, *ring_dtypes(bench.config, shape.dtype)
     )
-    row = shape.cache_elements // shape.batch
     return (layer_count(bench, shape) + 5) * ring + 3 * 4 * row + (1 << 30)
 
 
 def _shape_rows(bench: KernelBench, shape: Shape, pool, bandwidth, report, timers: Timers) -> Iterator[dict]:
-    step = make_step(shape, bench.config, pool, layer_count(bench, shape), bench.seed)
+    make = synthetic_index.make_index_step if bench.indexed else make_step
+    step = make(shape, bench.config, pool, layer_count(bench, shape), bench.seed)
     base = {
-        "bench": "kernel", "heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch, "context": shape.context,
-        "head_size": shape.head_size, "page": shape.page, "dtype": bench.dtype, "layers": len(step.layers),
-        "seed": bench.seed, "read_bandwidth": bandwidth, "between_mib": bench.between,
+        "bench": "kernel", "rule": bench.config.rule, "heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch,
+        "context": shape.context, "head_size": shape.head_size, "page": shape.page, "dtype": bench.dtype,
+        "layers": len(step.layers), "seed": bench.seed, "read_bandwidth": bandwidth, "between_mib": bench.between,
     }  # fmt: skip
 
     def timed(samples: list[float], size: float) -> dict:
@@ -172,7 +191,16 @@ def _shape_rows(bench: KernelBench, shape: Shape, pool, bandwidth, report, timer
         yield row
     del truth
     best = min(exact, default=None)
+    if isinstance(step, synthetic_index.IndexStep):
+        rows = _index_rows(bench, step, best, timed, report, timers)
+    else:
+        rows = _match_rows(bench, step, best, timed, report, timers)
+    for row in rows:
+        yield {**base, **row}
 
+
+def _match_rows(bench: KernelBench, step: Step, best: float | None, timed, report, timers: Timers) -> Iterator[dict]:
+    shape = step.shape
     decoder = _decoder(step)
     layers = step.layers
     begin = lambda: decoder.begin_step(decoder.rows(step.block_table), layers[0].kv, step.audited)
@@ -189,7 +217,7 @@ def _shape_rows(bench: KernelBench, shape: Shape, pool, bandwidth, report, timer
         samples = timers.layers([lambda layer=layer: _decode(step, decoder, layer) for layer in layers])
         check_counts(step, decoder)  # the replays must have had the same hits
         done = realised(step)
-        row = {**base, "engine": "MAC", **timed(samples, done.step_bytes), "hit_rate": rate}
+        row: dict = {"engine": "MAC", **timed(samples, done.step_bytes), "hit_rate": rate}
         row |= {"heads_matched": done.heads_matched, "groups_hit": done.groups_hit, "mean_lag": done.lag}
         row |= {"mean_group_lag": done.group_lag, "lags": f"{bench.lags}, mean {bench.mean_lag}"}
         row |= {"config": bench.config.describe(), "relative_error": error, **begin_step}
@@ -201,7 +229,38 @@ def _shape_rows(bench: KernelBench, shape: Shape, pool, bandwidth, report, timer
         yield row
 
 
-def _best(make, step: Step, truth, timers: Timers) -> tuple[list[float], str, float]:
+def _index_rows(
+    bench: KernelBench, step: synthetic_index.IndexStep, best: float | None, timed, report, timers: Timers
+) -> Iterator[dict]:
+    shape, layers, stages = step.shape, step.layers, synthetic_index.STAGES
+    pair = 2 * shape.head_size * shape.dtype.itemsize  # bytes of a token's key and value
+
+    def samples(count: int) -> list[float]:
+        return timers.layers([lambda layer=layer: step.decode(layer, count) for layer in layers])
+
+    for looked_up in bench.looks(shape):
+        note = "looked up" if looked_up else "read whole"
+        report(f"{shape}: MAC, {note}")
+        # Rows below min_context need not ask for it.
+        step.read_whole(not looked_up and shape.context >= bench.config.min_context)
+        error, read = synthetic_index.check(step), synthetic_index.tokens_read(step)
+        until = [quantiles(samples(count))["p50"] for count in range(1, len(stages))]
+        whole = samples(len(stages))
+        if synthetic_index.tokens_read(step) != read:
+            raise BenchError(f"{shape}: MAC ({note}) reads other tokens after its replays")
+        read = sum(read) / len(read)
+        rows = 2 * shape.batch * shape.heads * shape.head_size * shape.dtype.itemsize  # queries and outputs
+        row: dict = {"engine": "MAC", "note": note, **timed(whole, read * pair + rows)}
+        row |= {"read_share": read / (shape.batch * shape.kv_heads * shape.context), "directions": shape.directions}
+        until.append(row["p50"])
+        row |= {f"{stage}_ms": end - begin for stage, begin, end in zip(stages, [0.0, *until[:-1]], until, strict=True)}
+        row |= {"config": bench.config.describe(), "relative_error": error}
+        if best is not None:
+            row |= {"best_exact_ms": best, "speedup": best / row["p50"]}
+        yield row
+
+
+def _best(make, step: DecodeStep, truth, timers: Timers) -> tuple[list[float], str, float]:
     """Samples of an exact engine's fastest variant, that variant's name, and its error."""
     found, failures = [], []
     for note, calls in make(step):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vllm_mac.tools.bench import BenchError
-from vllm_mac.tools.bench.row_tables import engine_name
+from vllm_mac.tools.bench.row_tables import engine_name, kind
 from vllm_mac.tools.plotting import require_matplotlib
 
 
@@ -15,12 +15,12 @@ def plot(rows: list[dict], path: str | Path) -> None:
     rows = [row for row in rows if not row.get("error")]
     if not rows:
         raise BenchError("plot: no rows to plot")
-    kinds = {row["bench"] for row in rows}
+    kinds = {kind(row) for row in rows}
     if len(kinds) > 1:
         raise BenchError(f"plot: rows of {' and '.join(sorted(kinds))}; choose files of one benchmark")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = (_plot_kernel if kinds == {"kernel"} else _plot_decode)(rows, Figure)
+    figure = (_plot_kernel if kinds == {"kernel"} else _plot_bars)(rows, Figure)
     last = rows[-1]
     source = f"{last['gpu'] or 'CPU'}, vLLM {last['vllm']}, torch {last['torch']}, commit {last['commit']}"
     figure.supxlabel(source, fontsize=7, x=0.01, ha="left")
@@ -53,12 +53,15 @@ def _plot_kernel(rows: list[dict], Figure):
     return figure
 
 
-def _plot_decode(rows: list[dict], Figure):
-    shapes = sorted({(r["context"], r["batch"]) for r in rows})
+def _plot_bars(rows: list[dict], Figure):
+    place = lambda r: (r.get("heads", ""), r.get("head_size", 0), r["context"], r["batch"])
+    shapes = sorted(set(map(place, rows)))
+    step = "layer and step" if kind(rows[0]) == "index" else "output token"
     figure = Figure(figsize=(1.5 + 3 * len(shapes), 4.5), layout="constrained")
     for i, shape in enumerate(shapes):
         axes = figure.add_subplot(1, len(shapes), i + 1)
-        some = [r for r in rows if (r["context"], r["batch"]) == shape]
+        heads, size, context, batch = shape
+        some = [r for r in rows if place(r) == shape]
         height = [r["p50"] for r in some]
         spread = [[r["p50"] - r["p20"] for r in some], [r["p80"] - r["p50"] for r in some]]
         axes.bar(
@@ -68,6 +71,7 @@ def _plot_decode(rows: list[dict], Figure):
             color=[f"C{int(r['engine'] != 'MAC')}" for r in some],
             capsize=4,
         )
-        axes.set(ylabel="ms per output token", title=f"batch {shape[1]}, {shape[0]} tokens")
+        of = f"{heads} heads of {size}, " if heads else ""
+        axes.set(ylabel=f"ms per {step}", title=f"{of}batch {batch}, {context} tokens")
         axes.tick_params(axis="x", labelsize=8)
     return figure

@@ -13,17 +13,17 @@ def show(rows: list[dict], console: Console) -> None:
     """Print the rows: a title for each benchmark, machine and --between, and below it a table for each shape."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["bench"], row["gpu"], row["commit"], row.get("between_mib")), []).append(row)
+        groups.setdefault((kind(row), row["gpu"], row["commit"], row.get("between_mib")), []).append(row)
     for (bench, gpu, commit_, between), some in groups.items():
         versions = ", ".join(f"{name} {some[0][name]}" for name in PACKAGES if some[0][name])
-        title = f"{bench} on {gpu or 'CPU'} ({versions}), commit {commit_}"
+        title = f"{some[0]['bench']} on {gpu or 'CPU'} ({versions}), commit {commit_}"
         title += f", {between} MiB read between layers" if between else ""
         console.print(title, markup=False, highlight=False)
         columns, place = _TABLES[bench]
         for shape in dict.fromkeys(map(place, some)):
             rows = [row for row in some if place(row) == shape]
             console.print(folded(shape, columns, rows))
-            if notes := _notes(rows):
+            if bench != "index" and (notes := _notes(rows)):
                 console.print(*notes, sep="; ", style="dim", markup=False, highlight=False)
         for row in some:
             if row.get("error"):
@@ -35,6 +35,15 @@ def show(rows: list[dict], console: Console) -> None:
                     soft_wrap=True,
                 )
         console.print(_NOTES[bench], style="dim")
+
+
+def kind(row: dict) -> str:
+    """Which rows share tables and plots: the benchmark, or `index` for decoding by the index of keys."""
+    return "index" if row.get("rule") == "index" else row["bench"]
+
+
+def _us(*names: str) -> Callable[[dict], str]:
+    return lambda row: " ".join(f"{1000 * row[name]:.1f}" for name in names)
 
 
 def _ms(row: dict, name: str) -> str:
@@ -72,6 +81,22 @@ _TABLES: dict[str, tuple[list[Column], Callable[[dict], str]]] = {
         ],
         lambda r: f"{r['heads']} heads, batch {r['batch']}, {r['context']} tokens",
     ),
+    "index": (
+        [
+            ("engine", lambda r: engine_name(r)),
+            ("KV read", lambda r: f"{r['read_share']:.3f}"),
+            ("us p50", _us("p50")),
+            ("p20 p80", _us("p20", "p80")),
+            ("weigh", _us("weigh_ms")),
+            ("list", _us("list_ms")),
+            ("read", _us("read_ms")),
+            ("merge", _us("merge_ms")),
+            ("floor", _us("floor_ms")),
+            ("x floor", lambda r: f"{r['p50'] / r['floor_ms']:.2f}"),
+            ("speed- up", lambda r: f"{r['speedup']:.2f}"),
+        ],
+        lambda r: f"{r['heads']} heads of {r['head_size']}, batch {r['batch']}, {r['context']} tokens",
+    ),
     "decode": (
         [
             ("backend", lambda r: r["engine"]),
@@ -91,6 +116,9 @@ _NOTES = {
     "kernel": "p20 p80: percentiles of the times. floor: bytes that must move / read bandwidth measured in this run. "
     "speed-up: over the best exact decode. "
     "bound: all-hit time + missed share of groups x best exact. begin: once a step, for all layers. All times in ms.",
+    "index": "p20 p80: percentiles of the times. KV read: the index counted. weigh, list, read, merge: what each "
+    "kernel adds to those before it. floor: bytes that must move / read bandwidth measured in this run. speed-up: over "
+    "the best exact decode. All times in us.",
     "decode": "mean: over all steps; single steps vary with the time at which their tokens are returned. speed-up: over the "
     "fastest other backend, by p50. heads hit, KV read: over the timed steps, all layers. "
     "metadata host: host time to build a step's metadata.",

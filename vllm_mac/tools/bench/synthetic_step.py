@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vllm_mac import audit, paged
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import Count
+from vllm_mac.key_index import PageLayout
 from vllm_mac.ring import narrow, ring_dtypes
 from vllm_mac.rope import Rotary
 from vllm_mac.state import LayerState, RingStore, Rows
@@ -27,7 +28,10 @@ NEAR = 0.25  # distance of a planted query as a share of the threshold's limit; 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One decode step. `context`: tokens in each row's cache, the decoded one included."""
+    """One decode step. context: tokens in each row's cache, the decoded one included.
+
+    directions: of the index that each page ends with; 0 for pages without one.
+    """
 
     batch: int
     context: int
@@ -36,6 +40,7 @@ class Shape:
     head_size: int
     page: int
     dtype: torch.dtype
+    directions: int = 0
 
     def __str__(self) -> str:
         return f"{self.heads}/{self.kv_heads} heads, batch {self.batch}, {self.context} tokens"
@@ -50,8 +55,14 @@ class Shape:
         return 1 + self.batch * self.row_pages, self.page, self.kv_heads, 2 * self.head_size
 
     @property
+    def page_layout(self) -> PageLayout:
+        return PageLayout(self.kv_heads, self.head_size, self.page, self.directions, self.dtype.itemsize)
+
+    @property
     def cache_elements(self) -> int:
-        return math.prod(self.cache_shape)
+        if not self.directions:
+            return math.prod(self.cache_shape)
+        return self.cache_shape[0] * self.page_layout.padded_bytes // self.dtype.itemsize
 
     def exact_bytes(self) -> int:
         """Bytes that exact decoding of one layer moves: all KV, queries and outputs."""
@@ -85,19 +96,30 @@ class Layer:
 
 
 @dataclass(slots=True)
-class Step:
+class DecodeStep:
+    """What exact engines read of a step. position, ring: `[B]` int32. block_table: `[B, *]` int32.
+
+    layers: each has at least query, kv and out, see `Layer`.
+    """
+
     shape: Shape
     config: MacConfig
     position: Tensor
     ring: Tensor
-    first: Tensor
     block_table: Tensor
-    rotary: Rotary
-    layers: list[Layer]
+    layers: list
 
     @property
     def scale(self) -> float:
         return self.shape.head_size**-0.5
+
+
+@dataclass(slots=True)
+class Step(DecodeStep):
+    """A step of `rule: match`; its layers are `Layer`s."""
+
+    first: Tensor
+    rotary: Rotary
 
     def state(self, layer: Layer) -> LayerState:
         return LayerState(layer.store, self.config, self.rotary, layer.counts, layer.audited)
@@ -150,7 +172,7 @@ def make_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, seed: 
         ring.fill_(-1)  # such rows have no ring
     table = pages.view(rows, -1).to(torch.int32)
     rotary = Rotary(Rope(shape.context, shape.head_size, shape.dtype, device))
-    return Step(shape, config, ints(m), ring, first, table, rotary, made)
+    return Step(shape, config, ints(m), ring, table, made, first, rotary)
 
 
 def draw_lags(size: tuple[int, ...], law: str, mean: int, most: int, draw: torch.Generator) -> Tensor:
@@ -266,7 +288,7 @@ def realised(step: Step) -> Realised:
     )
 
 
-def exact_reference(step: Step, layer: Layer) -> Tensor:
+def exact_reference(step: DecodeStep, layer) -> Tensor:
     """Exact attention of one layer, `[B, H, D]` float32."""
     shape = step.shape
     token = torch.arange(shape.context, device=layer.query.device)
@@ -289,7 +311,7 @@ def reference(step: Step, layer: Layer) -> Tensor:
         return paged.decode(rows, layer.query, pre_query, layer.kv, copy, step.config, step.scale).out
 
 
-def compare(name: str, step: Step, got: Tensor, wanted: Tensor) -> float:
+def compare(name: str, step: DecodeStep, got: Tensor, wanted: Tensor) -> float:
     """The largest relative error of a head's output. Raises BenchError where rounding does not explain it.
 
     Weights, the partial results of prefix and tail, and the output are each rounded to the dtype at most once, by at
