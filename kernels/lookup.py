@@ -1,13 +1,10 @@
 """Decode by the index of keys. `lookup.decode` is the oracle; see there for the rule.
 
-Four launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `list_kernel` estimates the tokens one by one and
-lists those that weigh enough; of the others it leaves what each span of `SPAN` tokens weighs. `read_kernel` reads the listed
-tokens and adds the others by the mean values of their pages. `merge_kernel` merges the programs' results.
-
-The work of a (row, KV head) pair goes round among its `NS` programs, in spans of `SPAN` tokens, so that the near tokens and
-stretches of listed ones are spread over all. A row that is read whole is left to `read_kernel`.
-
-Here tokens are the rows of blocks and heads their columns: Hopper's tensor cores take 64 rows at once, and 8 columns.
+Four launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `list_kernel` estimates them one by one and
+lists those that weigh enough; it leaves what else each span of `SPAN` tokens weighs. `read_kernel` reads the listed
+tokens and adds the others by the mean values of their pages. `merge_kernel` merges. The spans of a (row, KV head) pair
+go round among its `ns` programs; a row that is read whole is left to `read_kernel`. Tokens are the rows of blocks and
+heads their columns: Hopper's tensor cores take 64 rows at once, and 8 columns.
 """
 
 import math
@@ -243,7 +240,8 @@ def read_kernel(
     s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_mean_page, s_weight, room, ns, log2_scale,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
-    SPAN: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    SPAN: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: attends to its listed tokens, or to all of its tokens, and adds the rest."""
     # 1. The row, and what this program has to read of it.
@@ -413,7 +411,8 @@ def launches(
         s_query_row=s_query[0], s_query_head=s_query[1], s_table_row=rows.block_table.stride(0),
         log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, D=d, PAGE=page,
         BAND=rule.band, BEGIN=begin, MIN_CONTEXT=rule.min_context, ns=ns, SPAN=tuning.span,
-        BQ=work.width, BD=power_of_two(d), PDL=work.pdl, num_warps=tuning.warps if work.width * power_of_two(d) <= 1024 else 2 * tuning.warps,
+        BQ=work.width, BD=power_of_two(d), PDL=work.pdl,
+        num_warps=tuning.warps if work.width * power_of_two(d) <= 1024 else 2 * tuning.warps,
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
     estimates = dict(
@@ -435,9 +434,9 @@ def launches(
     )  # fmt: skip
     yield "list"
     read_kernel[grid](
-        **everywhere, **lists, **cache, **parts, p_means=means, s_mean_page=means.stride(0), STAGES=tuning.read_stages,
-        BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages,
-        maxnreg=tuning.read_registers if d <= 128 and work.pdl else None,  # elsewhere it would spill
+        **everywhere | ({} if work.pdl else {"num_warps": 8}), **lists, **cache, **parts, p_means=means, STAGES=tuning.read_stages,
+        BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages, s_mean_page=means.stride(0),
+        maxnreg=tuning.read_registers if d <= 128 and work.pdl else None,  # before sm90 it would spill
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
     )  # fmt: skip
     yield "read"

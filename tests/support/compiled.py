@@ -153,7 +153,9 @@ def look_up(arch: int, rows: int, heads: int, kv_heads: int, d: int, dtype: torc
     """Launch the kernels of a step that decodes by the index of keys."""
     for page in (16, 64):
         geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5)
-        decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), None, torch.device("cpu"))
+        decoder = lookup_decoder.LookupDecoder(
+            geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), None, torch.device("cpu")
+        )
         decoder._work.programs, decoder._work.pdl = decoder._work.tuning.per_sm * GPUS[arch][1], arch >= 90
         maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu")
         decoder.warm_up(IndexState(maps, torch.zeros(len(Count), dtype=torch.int64)))
