@@ -131,6 +131,28 @@ def test_every_panel_asks_for_series_that_exist(dashboard):
     assert own <= asked and any(name.startswith("vllm:") for name in asked)
 
 
+def test_grafana_s_own_types_load_the_dashboard(dashboard):
+    """What Grafana 11.6 publishes of its dashboards takes all of it: nothing is unknown, lost or changed."""
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    def kept(given, loaded, at="") -> list[str]:
+        """Places where `loaded` lacks something of `given`; it may have defaults of its own."""
+        if isinstance(given, dict) and isinstance(loaded, dict):
+            return [x for key in given for x in kept(given[key], loaded.get(key), f"{at}/{key}")]
+        if isinstance(given, list) and isinstance(loaded, list) and len(given) == len(loaded):
+            return [x for i, pair in enumerate(zip(given, loaded, strict=True)) for x in kept(*pair, f"{at}/{i}")]
+        return [] if given == loaded else [at]
+
+    register_default_plugins()
+    load = lambda given: json.loads(JSONEncoder().encode(Dashboard.from_json(given)))
+    assert kept(dashboard, load(dashboard)) == []
+    wrong = json.loads(json.dumps(dashboard))
+    wrong["panels"][0]["gridPosition"] = wrong["panels"][0].pop("gridPos")
+    assert kept(wrong, load(wrong)) == ["/panels/0/gridPosition"]
+
+
 def test_panels_have_places_of_their_own(dashboard):
     taken = [
         (x, y)
