@@ -13,6 +13,7 @@ KERNELS = {
     "hit_kernel", "prefix_kernel", "_complete_kernel", "_tally_kernel", "_record_kernel", "_assign_kernel",
     "_pages_kernel", "_plan_kernel",
 }  # fmt: skip
+INDEXED = {"encode_kernel", "weigh_kernel", "list_kernel", "read_kernel", "merge_kernel"}  # before sm100
 # Each GPU with the Triton of one supported vLLM: 3.6 of 0.32, 3.8 of 0.33.
 RUNS = [(80, "3.8.0"), (89, "3.6.0"), (90, "3.8.0"), (100, "3.8.0")]
 MEASURED = RUNS[2]  # what the kernels are cut for was measured on this GPU, whose users install this Triton
@@ -35,7 +36,7 @@ def compiled(tmp_path_factory):
 def test_kernels_compile_and_fit(arch, triton, compiled):
     found = compiled(arch, triton)
     assert {row["triton"] for row in found} == {triton}
-    assert {row["kernel"] for row in found} == KERNELS and len(found) >= 10
+    assert {row["kernel"] for row in found} == KERNELS | (INDEXED if arch < 100 else set()) and len(found) >= 10
     assert all(row["shared"] <= GPUS[arch][0] for row in found), found
     assert max(row["shared"] for row in found) > 0
     # No register may spill: ptxas 12.8 and 12.9 lose some of those, see `launch`.
