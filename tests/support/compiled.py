@@ -136,9 +136,10 @@ def main(arch: int, sass: bool) -> None:
         self.pdl = pdl
 
     TritonExact.__init__ = init_for
+    if arch < 100:  # see `capabilities.INDEX_BEFORE`
+        for shape, page in zip(SHAPES, (16, 64), strict=False):
+            look_up(arch, shape, page)
     for shape in SHAPES if arch == 90 else SHAPES[:2] + [LONG] * (arch == 89):
-        if arch < 100:  # see `capabilities.INDEX_BEFORE`
-            look_up(arch, **{name: shape[name] for name in ("rows", "heads", "kv_heads", "d", "dtype")})
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch >= 89 and shape["dtype"] == torch.float16 else {}
         decoder, layers, table = make(**{"window": 512, "band": 256, "min_context": 2048} | shape | float8)
         warmup.warm_up(decoder, layers[:1], table)
@@ -149,16 +150,14 @@ def main(arch: int, sass: bool) -> None:
         complete.complete_misses(layers[0], rows, query, query, decoder._work.part_lse, decoder._work, query)
 
 
-def look_up(arch: int, rows: int, heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> None:
-    """Launch the kernels of a step that decodes by the index of keys."""
-    for page in (16, 64):
-        geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5)
-        decoder = lookup_decoder.LookupDecoder(
-            geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), None, torch.device("cpu")
-        )
-        decoder._work.programs, decoder._work.pdl = decoder._work.tuning.per_sm * GPUS[arch][1], arch >= 90
-        maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu")
-        decoder.warm_up(IndexState(maps, torch.zeros(len(Count), dtype=torch.int64)))
+def look_up(arch: int, shape: dict, page: int) -> None:
+    """Launch the kernels of a step that decodes by the index of keys, with pages of so many tokens."""
+    rows, heads, kv_heads, d, dtype = (shape[name] for name in ("rows", "heads", "kv_heads", "d", "dtype"))
+    geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5)
+    decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), None, torch.device("cpu"))
+    decoder._work.programs, decoder._work.pdl = decoder._work.tuning.per_sm * GPUS[arch][1], arch >= 90
+    maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu")
+    decoder.warm_up(IndexState(maps, torch.zeros(len(Count), dtype=torch.int64)))
 
 
 if __name__ == "__main__":
