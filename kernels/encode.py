@@ -69,5 +69,7 @@ def encode(kv: Tensor, slots: Tensor | None, layout: PageLayout, maps: Maps) -> 
     encode_kernel[(count, layout.kv_heads)](
         slots, kv, codes, means, maps.to_key, maps.shift, s_kv[0], s_kv[1], s_kv[2], codes.stride(0), means.stride(0),
         D=layout.head_size, N=layout.directions, PAGE=layout.page, BD=power_of_two(layout.head_size),
-        BN=max(power_of_two(half), 16), num_warps=4 if layout.head_size <= 128 else 8,  # with fewer, registers spill
+        BN=max(power_of_two(half), 16),
+        # With fewer warps, or without a limit, registers spill.
+        num_warps=4 if layout.head_size <= 128 else 8, maxnreg=168 if layout.head_size <= 128 else 255,
     )  # fmt: skip
