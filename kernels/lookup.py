@@ -1,10 +1,9 @@
 """Decode by the index of keys. `lookup.decode` is the oracle; see there for the rule.
 
-Four launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `list_kernel` estimates them one by one and
-lists those that weigh enough; it leaves what else each span of `SPAN` tokens weighs. `read_kernel` reads the listed
-tokens and adds the others by the mean values of their pages. `merge_kernel` merges. The spans of a (row, KV head) pair
-go round among its `ns` programs; a row that is read whole is left to `read_kernel`. Tokens are the rows of blocks and
-heads their columns: Hopper's tensor cores take 64 rows at once, and 8 columns.
+Three launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `look_kernel` estimates them one by one, lists
+those that weigh enough, reads them, and adds the others by the mean values of their pages. `merge_kernel` merges. The
+spans of `SPAN` tokens of a (row, KV head) pair go round among its `ns` programs, each of which does all of this for its own.
+Tokens are the rows of blocks and heads their columns: Hopper's tensor cores take 64 rows at once, and 8 columns.
 """
 
 import math
@@ -20,7 +19,7 @@ from vllm_mac import counters, key_index, lookup
 from vllm_mac.counters import Count
 from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.launch import power_of_two
-from vllm_mac.kernels.lookup_work import DOT_TYPES, LookupWork
+from vllm_mac.kernels.lookup_work import DOT_TYPES, LookupWork, narrow_width
 from vllm_mac.kernels.partial import LOG2_E
 from vllm_mac.key_index import Maps, PageLayout
 from vllm_mac.lookup import TILE as TILE_TOKENS
@@ -53,12 +52,12 @@ def _sampled(end):
 def _narrow(
     p_query, p_map, p_mean, log2_scale, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn, HALF: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
-    """A group's queries as codes are multiplied with: `(low, high, factor, constant, base)`.
+    """A group's queries as codes are multiplied with: `(low_1, low_0, high_1, high_0, factor, constant, base)`.
 
-    low, high: `[BN, BQ]` int32 of 16 bits, for the two halves of the directions. A score is `factor` `[BQ]` times the
-    product of both with the codes, plus `constant` `[BQ]`. base: `[BQ]`, to subtract from scores before `exp2`. It lies
-    half-way between the mean key's score, near which many are, and the highest that codes can give, or higher, so that no
-    sum overflows.
+    The first four: `[BN, BQ]` int8, the upper and the lower bytes of 16 bits, for the two halves of the directions. A score
+    is `factor` `[BQ]` times the product of 16 bits with the codes, plus `constant` `[BQ]`. base: `[BQ]`, to subtract from scores
+    before `exp2`. It lies half-way between the mean key's score, near which many are, and the highest that codes can give, or
+    higher, so that no sum overflows.
     """
     q = tl.load(p_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0)  # [BD, BQ]
     p_direction = p_map + o_d[:, None] * N + o_n[None, :]
@@ -76,11 +75,14 @@ def _narrow(
     middle, factor = tl.sum(q.to(tl.float32) * mean[:, None], 0) * log2_scale, unit * log2_scale
     reach = HALF_LEVEL * factor * (tl.sum(tl.abs(low_i), 0) + tl.sum(tl.abs(high_i), 0)).to(tl.float32)
     constant = middle - HALF_LEVEL * factor * (tl.sum(low_i, 0) + tl.sum(high_i, 0)).to(tl.float32)
-    return low_i, high_i, factor, constant, middle + tl.maximum(reach * 0.5, reach - 100.0)
+    low_1, high_1 = (low_i + 128) >> 8, (high_i + 128) >> 8
+    low_0, high_0 = (low_i - low_1 * 256).to(tl.int8), (high_i - high_1 * 256).to(tl.int8)
+    base = middle + tl.maximum(reach * 0.5, reach - 100.0)
+    return low_1.to(tl.int8), low_0, high_1.to(tl.int8), high_0, factor, constant, base
 
 
 @triton.jit
-def _estimated(low_i, high_i, factor, constant, codes):
+def _estimated(low_1, low_0, high_1, high_0, factor, constant, codes):
     """Estimated scores `[BT, BQ]`, scaled and base 2, of codes `[BT, BN]` int8. Other arguments: of `_narrow`.
 
     The products are of integers: codes of 4 bits with the two bytes of each query, 64 of them at most.
@@ -95,23 +97,30 @@ def _estimated(low_i, high_i, factor, constant, codes):
             "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [codes],
             dtype=tl.int8, is_pure=True, pack=4,
         )  # fmt: skip
-    upper_low, upper_high = (low_i + 128) >> 8, (high_i + 128) >> 8
-    product = tl.dot(low, upper_low.to(tl.int8), out_dtype=tl.int32)
-    product = tl.dot(high, upper_high.to(tl.int8), product, out_dtype=tl.int32) * 256
-    product = tl.dot(low, (low_i - upper_low * 256).to(tl.int8), product, out_dtype=tl.int32)
-    product = tl.dot(high, (high_i - upper_high * 256).to(tl.int8), product, out_dtype=tl.int32)
+    product = tl.dot(low, low_1, out_dtype=tl.int32)
+    product = tl.dot(high, high_1, product, out_dtype=tl.int32) * 256
+    product = tl.dot(low, low_0, product, out_dtype=tl.int32)
+    product = tl.dot(high, high_0, product, out_dtype=tl.int32)
     return product.to(tl.float32) * factor[None, :] + constant[None, :]
+
+
+@triton.jit
+def _add_both(x, y, other_x, other_y):
+    return x + other_x, y + other_y
 
 
 @triton.jit(do_not_specialize=("s_table_row", "ns"))
 def weigh_kernel(
-    p_query, p_position, p_ring, p_ready, p_table, p_kv, p_codes, p_to_query, p_mean, p_lse2,
+    p_query, p_position, p_ring, p_ready, p_table, p_kv, p_codes, p_to_query, p_mean, p_lse2, p_narrow, p_scale,
     s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, ns, log2_scale,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr,
     BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program `(i_s, i_k, i_row)`: the base-2 LSE `[G]` of its tokens, exact for near ones, estimated for the others."""
+    """Program `(i_s, i_k, i_row)`: the base-2 LSE `[G]` of its tokens, exact for near ones, estimated for the others.
+
+    The first one leaves what `_narrow` gives to `look_kernel`: `p_narrow` `[pairs, 4, BN, BQ]`, `p_scale` `[pairs, 2, BQ]`.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -127,10 +136,19 @@ def weigh_kernel(
     p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
     p_row_table = p_table + i_row * s_table_row
     p_head_codes = p_codes + i_k * PAGE * HALF
-    low_i, high_i, factor, constant, base = _narrow(
+    low_1, low_0, high_1, high_0, factor, constant, base = _narrow(
         p_group_query, p_to_query + i_k * D * N, p_mean + i_k * D, log2_scale, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn,
         HALF, N,
     )  # fmt: skip
+    if i_s == 0:
+        p_pair = p_narrow + (i_row * K + i_k) * (4 * BN * BQ) + o_n[:, None] * BQ + o_q[None, :]
+        tl.store(p_pair, low_1)
+        tl.store(p_pair + BN * BQ, low_0)
+        tl.store(p_pair + 2 * BN * BQ, high_1)
+        tl.store(p_pair + 3 * BN * BQ, high_0)
+        p_pair_scale = p_scale + (i_row * K + i_k) * (2 * BQ) + o_q
+        tl.store(p_pair_scale, factor)
+        tl.store(p_pair_scale + BQ, constant)
     total = tl.zeros([PIECE, BQ], tl.float32)
     for t in tl.range(i_s * PIECE * SAMPLE, end, ns * PIECE * SAMPLE, num_stages=STAGES):
         token = t + o_t
@@ -138,7 +156,7 @@ def weigh_kernel(
         page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [PIECE]
         p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
         codes = tl.load(p_code, mask=m_t[:, None] & m_n[None, :], other=0)  # [PIECE, BN]
-        score = _estimated(low_i, high_i, factor, constant - base, codes)
+        score = _estimated(low_1, low_0, high_1, high_0, factor, constant - base, codes)
         total += tl.where(m_t[:, None], tl.exp2(score), 0.0)
     sampled = tl.maximum(_sampled(end) - _sampled(tl.full((), BEGIN, tl.int32)), 1)
     total = tl.sum(total, 0) * ((end - BEGIN).to(tl.float32) / sampled.to(tl.float32))
@@ -167,129 +185,101 @@ def weigh_kernel(
 
 
 @triton.jit(do_not_specialize=("s_table_row", "room", "s_weight", "ns"))
-def list_kernel(
-    p_query, p_position, p_ring, p_ready, p_table, p_codes, p_to_query, p_mean, p_lse2, p_all_lse2, p_slots, p_listed, p_weight,
-    s_query_row, s_query_head, s_table_row, s_code_page, s_weight, room, ns, log2_scale, log2_tolerance,
+def look_kernel(
+    p_query, p_position, p_ring, p_ready, p_table, p_kv, p_codes, p_means, p_lse2, p_narrow, p_scale,
+    p_tokens, p_weight, p_part, p_part_acc, p_read,
+    s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page, s_weight,
+    room, ns, log2_scale, log2_tolerance,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr,
-    BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNS: tl.constexpr,
+    LIST_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program `(i_s, i_k, i_row)`: lists the slots of its tokens to read, and leaves what else its pages weigh.
+    """Program `(i_s, i_k, i_row)`: the partial result over its spans, see `partial`, and how many tokens it read.
 
-    A weight is a share of the estimated attention. room: 1/16 of the slots that a program's list holds; where they are not enough, the
-    number listed is -1, and its tokens are read whole.
+    room: 1/16 of the tokens that a program's list in `p_tokens` holds; where they are not enough, its spans are read whole.
+    p_weight: `[pairs, spans, BQ]`, what a page of a span weighs without what is listed, as a share of all.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    # 1. The row. What `weigh_kernel` did not write may be read before it ends.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     m = tl.load(p_position + i_row).to(tl.int32)
     end = _indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
-    if end <= BEGIN:
-        return
     HALF: tl.constexpr = N // 2
     n = m + 1
-    o_q, o_d, o_n, o_t = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, SPAN)
-    m_q, m_d, m_n = o_q < G, o_d < D, o_n < HALF
-    m_dq, m_dn = m_d[:, None] & m_q[None, :], m_d[:, None] & m_n[None, :]
+    o_q, o_d, o_n = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BN)
+    m_q, m_d = o_q < G, o_d < D
+    m_dq = m_d[:, None] & m_q[None, :]
     i_bk = i_row * K + i_k
-    p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
+    i_part = i_bk * ns + i_s
     p_row_table = p_table + i_row * s_table_row
-    p_head_codes = p_codes + i_k * PAGE * HALF
-    low_i, high_i, factor, constant, base = _narrow(
-        p_group_query, p_to_query + i_k * D * N, p_mean + i_k * D, log2_scale, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn,
-        HALF, N,
-    )  # fmt: skip
-    o_ns = tl.arange(0, BNS)
-    p_parts = p_lse2 + (i_bk * ns + o_ns[:, None]) * G + o_q[None, :]
-    parts = tl.load(p_parts, mask=(o_ns < ns)[:, None] & m_q[None, :], other=float("-inf"))  # [BNS, BQ]
-    lse2 = tl.where(m_q, tl.max(parts, 0), 0.0)
-    lse2 += tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - lse2[None, :]), 0), 1.0))
-    if i_s == 0:
-        tl.store(p_all_lse2 + i_bk * G + o_q, lse2, mask=m_q)
-    threshold = tl.where(m_q, lse2 + log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ]
-
-    p_own = p_slots + (i_bk * ns + i_s) * room * 16
-    count = 0
-    for t in tl.range(i_s * SPAN, n, ns * SPAN, num_stages=STAGES):
-        token = t + o_t
-        m_t = (token >= BEGIN) & (token < end)
-        page = tl.load(p_row_table + token // PAGE, mask=token < n, other=0).to(tl.int64)  # [SPAN]
-        p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
-        codes = tl.load(p_code, mask=m_t[:, None] & m_n[None, :], other=0)  # [SPAN, BN]
-        score = _estimated(low_i, high_i, factor, constant, codes)
-        # Near tokens are listed whatever they weigh, tokens beyond the row are not.
-        edge = tl.where(token < n, float("inf"), float("-inf"))  # [SPAN]
-        score = tl.where(m_t[:, None], score, edge[:, None])
-        listed = tl.max((score >= threshold[None, :]).to(tl.int32), 1)
-        at = count + tl.cumsum(listed, 0) - 1
-        tl.store(p_own + at, (page * PAGE + token % PAGE).to(tl.int32), mask=(listed != 0) & (at < room * 16))
-        count += tl.sum(listed, 0)
-        left = tl.where((listed == 0)[:, None], tl.exp2(score - lse2[None, :]), 0.0)  # [SPAN, BQ]
-        # Of each of the span's pages, as if they weighed alike.
-        pages = tl.maximum(tl.minimum(t + SPAN, end) - tl.maximum(t, BEGIN), PAGE) // PAGE
-        weight = tl.sum(left, 0) / pages.to(tl.float32)
-        tl.store(p_weight + i_bk * s_weight + t // SPAN * BQ + o_q, weight.to(p_weight.dtype.element_ty))
-    tl.store(p_listed + i_bk * ns + i_s, tl.where(count > room * 16, -1, count))
-
-
-@triton.jit(do_not_specialize=("s_table_row", "room", "s_weight", "ns"))
-def read_kernel(
-    p_query, p_position, p_ring, p_ready, p_table, p_kv, p_means,
-    p_all_lse2, p_slots, p_listed, p_weight, p_part, p_part_acc, p_read,
-    s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_mean_page, s_weight, room, ns, log2_scale,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
-    SPAN: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program `(i_s, i_k, i_row)`: attends to its listed tokens, or to all of its tokens, and adds the rest."""
-    # 1. The row, and what this program has to read of it.
+    p_list = p_tokens + i_part * room * 16
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    m = tl.load(p_position + i_row).to(tl.int32)
     if m < 0:
         return
-    n = m + 1
-    ring, ready = tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready)
-    end = _indexed_end(m, ring, ready, BAND, BEGIN, MIN_CONTEXT)
-    i_bk = i_row * K + i_k
-    i_part = i_bk * ns + i_s
+
+    # 2. List its tokens to read, and note what else its pages weigh.
     looked = end > BEGIN
-    count = tl.full((), -1, tl.int32)
+    lse2 = tl.zeros([BQ], tl.float32)
+    count = tl.zeros((), tl.int32)
     if looked:
-        count = tl.load(p_listed + i_part)
-    whole = count < 0
-    of_list = tl.maximum(count, 0)  # so many tokens are listed, and so many of the row's own order
-    of_table = tl.zeros((), tl.int32)
-    if whole:  # its spans, of which the row's last one may be shorter
+        p_pair = p_narrow + i_bk * (4 * BN * BQ) + o_n[:, None] * BQ + o_q[None, :]
+        low_1, low_0 = tl.load(p_pair), tl.load(p_pair + BN * BQ)
+        high_1, high_0 = tl.load(p_pair + 2 * BN * BQ), tl.load(p_pair + 3 * BN * BQ)
+        factor, constant = tl.load(p_scale + i_bk * (2 * BQ) + o_q), tl.load(p_scale + i_bk * (2 * BQ) + BQ + o_q)
+        o_ns = tl.arange(0, BNS)
+        p_parts = p_lse2 + (i_bk * ns + o_ns[:, None]) * G + o_q[None, :]
+        parts = tl.load(p_parts, mask=(o_ns < ns)[:, None] & m_q[None, :], other=float("-inf"))  # [BNS, BQ]
+        lse2 = tl.where(m_q, tl.max(parts, 0), 0.0)
+        lse2 += tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - lse2[None, :]), 0), 1.0))
+        threshold = tl.where(m_q, lse2 + log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ]
+        o_t = tl.arange(0, SPAN)
+        p_head_codes = p_codes + i_k * PAGE * HALF
+        for t in tl.range(i_s * SPAN, n, ns * SPAN, num_stages=LIST_STAGES):
+            token = t + o_t
+            m_t = (token >= BEGIN) & (token < end)
+            page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [SPAN]
+            p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
+            codes = tl.load(p_code, mask=m_t[:, None] & (o_n < HALF)[None, :], other=0)  # [SPAN, BN]
+            score = _estimated(low_1, low_0, high_1, high_0, factor, constant, codes)
+            # Near tokens are listed whatever they weigh, tokens beyond the row are not.
+            edge = tl.where(token < n, float("inf"), float("-inf"))  # [SPAN]
+            score = tl.where(m_t[:, None], score, edge[:, None])
+            listed = tl.max((score >= threshold[None, :]).to(tl.int32), 1)
+            at = count + tl.cumsum(listed, 0) - 1
+            tl.store(p_list + at, token, mask=(listed != 0) & (at < room * 16))
+            left = tl.where((listed == 0)[:, None], tl.exp2(score - lse2[None, :]), 0.0)  # [SPAN, BQ]
+            # One reduction waits for the other warps once.
+            weight, number = tl.reduce((left, listed[:, None] + tl.zeros([SPAN, BQ], tl.int32)), 0, _add_both)
+            count += tl.max(number, 0)
+            # Of each of the span's pages, as if they weighed alike.
+            pages = tl.maximum(tl.minimum(t + SPAN, end) - tl.maximum(t, BEGIN), PAGE) // PAGE
+            weight = (weight / pages.to(tl.float32)).to(p_weight.dtype.element_ty)
+            tl.store(p_weight + i_bk * s_weight + t // SPAN * BQ + o_q, weight)
+        tl.debug_barrier()  # what threads listed, others read
+    fits = looked & (count <= room * 16)
+    of_list = tl.where(fits, count, 0)
+    if not fits:  # all tokens of its spans, of which the row's last one may be shorter
         spans = tl.maximum(tl.cdiv(tl.cdiv(n, SPAN) - i_s, ns), 0)
         last = i_s + (spans - 1) * ns
-        of_table = tl.where(spans > 0, spans * SPAN - tl.maximum((last + 1) * SPAN - n, 0), 0)
-        count = of_table
-    o_q, o_d, o_t = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BT)
-    m_q, m_d = o_q < G, o_d < D
-    m_dq = m_d[:, None] & m_q[None, :]
+        count = tl.where(spans > 0, spans * SPAN - tl.maximum((last + 1) * SPAN - n, 0), 0)
+
+    # 3. Attend to the tokens.
     p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
     q = tl.load(p_group_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0).to(DOT)  # [BD, BQ]
-    p_row_table = p_table + i_row * s_table_row
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
-    p_own = p_slots + i_part * room * 16
-
-    # 2. Attend to the tokens.
+    o_j = tl.arange(0, BT)
     peak = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BT, BQ], tl.float32)  # added up over the tokens at the end only
     acc = tl.zeros([BD, BQ], tl.float32)
-    for j in tl.range(0, count, BT, num_stages=STAGES):
-        o_j = j + o_t
-        token = (o_j // SPAN * ns + i_s) * SPAN + o_j % SPAN
-        m_t = o_j < count
-        page = tl.load(p_row_table + token // PAGE, mask=o_j < of_table, other=0)  # [BT]
-        slot = tl.load(p_own + o_j, mask=o_j < of_list, other=0)  # [BT]
-        slot = tl.where(whole, page * PAGE + token % PAGE, slot)
-        p_token = p_head_kv + (slot // PAGE).to(tl.int64) * s_kv_page + slot % PAGE * s_kv_token  # [BT]
+    for j in tl.range(0, count, BT, num_stages=READ_STAGES):
+        o_token = j + o_j
+        m_t = o_token < count
+        token = tl.load(p_list + o_token, mask=o_token < of_list, other=0)  # [BT]
+        token = tl.where(fits, token, (o_token // SPAN * ns + i_s) * SPAN + o_token % SPAN)
+        page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [BT]
+        p_token = p_head_kv + page * s_kv_page + token % PAGE * s_kv_token  # [BT]
         m_td = m_t[:, None] & m_d[None, :]
         key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
         value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
@@ -305,21 +295,24 @@ def read_kernel(
         peak = new_peak
     total = tl.sum(total, 0)  # [BQ]
 
-    # 3. Add the rest: of pages `i_s * BP` to `(i_s + 1) * BP` and so on. Spans read whole left no weight.
-    if looked:
+    # 4. Add the rest of its spans, page by page.
+    if fits:
         o_p = tl.arange(0, BP)
-        lse2 = tl.load(p_all_lse2 + i_bk * G + o_q, mask=m_q, other=0.0)  # [BQ]
         new_peak = tl.maximum(peak, lse2)
         shrink = tl.exp2(peak - new_peak)
         peak, total, acc = new_peak, total * shrink, acc * shrink[None, :]
         grow = tl.exp2(lse2 - peak)
         rest, rest_acc = tl.zeros([BP, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
-        for p in tl.range(BEGIN // PAGE // BP * BP + i_s * BP, end // PAGE, ns * BP, num_stages=STAGES):
+        first = BEGIN // SPAN  # spans before it are all near
+        first += (i_s - first % ns + ns) % ns
+        OF_SPAN: tl.constexpr = SPAN // PAGE  # pages
+        pages = tl.cdiv(tl.maximum(tl.cdiv(end, SPAN) - first, 0), ns) * OF_SPAN
+        for p in tl.range(0, pages, BP, num_stages=READ_STAGES):
             o_page = p + o_p
-            span = o_page * PAGE // SPAN
-            m_p = (o_page >= BEGIN // PAGE) & (o_page < end // PAGE)
-            m_p = m_p & (tl.load(p_listed + i_bk * ns + span % ns, mask=m_p, other=-1) >= 0)
-            page = tl.load(p_row_table + o_page, mask=m_p, other=0).to(tl.int64)  # [BP]
+            span = first + o_page // OF_SPAN * ns
+            i_page = span * OF_SPAN + o_page % OF_SPAN
+            m_p = (i_page >= BEGIN // PAGE) & (i_page < end // PAGE) & (o_page < pages)
+            page = tl.load(p_row_table + i_page, mask=m_p, other=0).to(tl.int64)  # [BP]
             p_w = p_weight + i_bk * s_weight + span[:, None] * BQ + o_q[None, :]
             weight = tl.load(p_w, mask=m_p[:, None] & (o_q < BQ)[None, :], other=0.0)  # [BP, BQ]
             p_mean = p_means + (page * s_mean_page + i_k * D)[:, None] + o_d[None, :]
@@ -329,7 +322,7 @@ def read_kernel(
         total += tl.sum(rest, 0) * grow
         acc += rest_acc * grow[None, :]
 
-    # 4. Leave the result to `merge_kernel`.
+    # 5. Leave the result to `merge_kernel`.
     tl.store(p_part + (i_part * G + o_q) * 2, peak, mask=m_q)
     tl.store(p_part + (i_part * G + o_q) * 2 + 1, total, mask=m_q)
     tl.store(p_part_acc + (i_part * G + o_q)[None, :] * D + o_d[:, None], acc, mask=m_dq)
@@ -404,42 +397,32 @@ def launches(
     group, ns = heads // kv_heads, work.splits(count * kv_heads)
     codes, means = layout.views(kv)
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
-    room = work.slots.numel() // (count * kv_heads * ns) // 16
     begin = -(-rule.sink // TILE_TOKENS) * TILE_TOKENS
     everywhere = dict(
         p_query=query, p_position=rows.position, p_ring=rows.ring, p_ready=maps.ready, p_table=rows.block_table,
+        p_kv=kv, p_codes=codes.view(torch.int8), p_lse2=work.lse2, p_narrow=work.narrow, p_scale=work.scale,
         s_query_row=s_query[0], s_query_head=s_query[1], s_table_row=rows.block_table.stride(0),
-        log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, D=d, PAGE=page,
+        s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_code_page=codes.stride(0),
+        log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, D=d, N=layout.directions, PAGE=page,
         BAND=rule.band, BEGIN=begin, MIN_CONTEXT=rule.min_context, ns=ns, SPAN=tuning.span,
-        BQ=work.width, BD=power_of_two(d), PDL=work.pdl,
+        BQ=work.width, BD=power_of_two(d), BN=narrow_width(layout.directions), PDL=work.pdl,
         num_warps=tuning.warps if work.width * power_of_two(d) <= 1024 else 2 * tuning.warps,
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
-    estimates = dict(
-        p_codes=codes.view(torch.int8), p_to_query=maps.to_query, p_mean=maps.mean, p_lse2=work.lse2, s_code_page=codes.stride(0),
-        N=layout.directions, BN=max(32, power_of_two(layout.directions // 2)),
-    )  # fmt: skip
-    lists = dict(
-        p_all_lse2=work.all_lse2, p_slots=work.slots, p_listed=work.listed, p_weight=work.weight,
-        s_weight=work.weight.stride(0), room=room,
-    )  # fmt: skip
-    cache = dict(p_kv=kv, s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2])
     parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
     grid, bns = (ns, kv_heads, count), power_of_two(tuning.most)
-    weigh_kernel[grid](**everywhere, **estimates, **cache, STAGES=tuning.weigh_stages)
+    weigh_kernel[grid](**everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages)
     yield "weigh"
-    list_kernel[grid](
-        **everywhere, **estimates, **lists, BNS=bns, STAGES=tuning.list_stages,
+    look_kernel[grid](
+        **everywhere | ({} if work.pdl else {"num_warps": 8}), **parts, p_means=means, p_tokens=work.tokens, p_weight=work.weight,
+        s_mean_page=means.stride(0), s_weight=work.weight.stride(0), room=work.tokens.numel() // (count * kv_heads * ns) // 16,
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
-    )  # fmt: skip
-    yield "list"
-    read_kernel[grid](
-        **everywhere | ({} if work.pdl else {"num_warps": 8}), **lists, **cache, **parts, p_means=means, STAGES=tuning.read_stages,
-        BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages, s_mean_page=means.stride(0),
-        maxnreg=tuning.read_registers if d <= 128 and work.pdl else None,  # before sm90 it would spill
+        BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages, BNS=bns,
+        LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
+        maxnreg=tuning.registers if d <= 128 and work.pdl else None,  # before sm90 it would spill
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
     )  # fmt: skip
-    yield "read"
+    yield "look"
     shared = "p_position p_ring p_ready K G D BAND BEGIN MIN_CONTEXT BD PDL launch_pdl ns".split()
     merge_kernel[(heads, count)](
         **{name: everywhere[name] for name in shared if name in everywhere}, **parts, p_out=out, p_counters=counts,

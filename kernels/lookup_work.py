@@ -13,6 +13,11 @@ from vllm_mac.state import Geometry
 DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+def narrow_width(directions: int) -> int:
+    """`BN`: how many directions of one half of the index a kernel holds; its products of integers take 32 or more."""
+    return max(32, power_of_two(directions // 2))
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """How the work is split. per_sm: programs for each SM. most: programs of one (row, KV head) pair at most. span: tokens
@@ -27,24 +32,24 @@ class Tuning:
     weigh_stages: int = 4
     list_stages: int = 4
     read_stages: int = 3
-    read_registers: int | None = 128
+    registers: int | None = 128
 
 
 @dataclass(slots=True)
 class LookupWork:
     """What one step leaves for its later kernels, for all layers of one geometry.
 
-    slots: int32, the lists of all programs. listed, read: int32, of each program. weight: `[pairs, spans, BQ]`.
-    lse2, all_lse2: float32 base 2, of each program's tokens and of all. part, part_acc: float32, of each program.
-    width: `BQ`. programs: how many share a step.
+    tokens: int32, the lists of all programs. read: int32, of each program. weight: `[pairs, spans, BQ]`. narrow:
+    `[pairs, 4, BN, BQ]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc:
+    float32, of each program. width: `BQ`. programs: how many share a step.
     """
 
-    slots: Tensor
-    listed: Tensor
+    tokens: Tensor
     read: Tensor
     weight: Tensor
+    narrow: Tensor
+    scale: Tensor
     lse2: Tensor
-    all_lse2: Tensor
     part: Tensor
     part_acc: Tensor
     programs: int
@@ -52,11 +57,11 @@ class LookupWork:
     pdl: bool
     tuning: Tuning
 
-    MOST_SLOTS = 1 << 26
+    MOST_TOKENS = 1 << 26
 
     @classmethod
-    def allocate(cls, geometry: Geometry, device, tuning: Tuning | None = None) -> "LookupWork":
-        """For batches of at most `max_rows` rows, padding included."""
+    def allocate(cls, geometry: Geometry, directions: int, device, tuning: Tuning | None = None) -> "LookupWork":
+        """For batches of at most `max_rows` rows, padding included, and an index of so many directions."""
         on, g, tuning = torch.device(device), geometry, tuning or Tuning()
         gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
         programs = tuning.per_sm * gpu.multi_processor_count if gpu else 4
@@ -68,10 +73,10 @@ class LookupWork:
             return torch.empty(shape, dtype=dtype, device=on)
 
         return cls(
-            slots=empty(min(max(pairs * tokens // 4, parts * 2048), cls.MOST_SLOTS), dtype=torch.int32),
-            listed=empty(parts, dtype=torch.int32), read=empty(parts, dtype=torch.int32),
-            weight=empty(pairs, tokens // tuning.span, width, dtype=g.dtype),
-            lse2=empty(parts, g.group), all_lse2=empty(pairs, g.group), part=empty(parts, g.group, 2),
+            tokens=empty(min(max(pairs * tokens // 4, parts * 2048), cls.MOST_TOKENS), dtype=torch.int32),
+            read=empty(parts, dtype=torch.int32), weight=empty(pairs, tokens // tuning.span, width, dtype=g.dtype),
+            narrow=empty(pairs, 4, narrow_width(directions), width, dtype=torch.int8), scale=empty(pairs, 2, width),
+            lse2=empty(parts, g.group), part=empty(parts, g.group, 2),
             part_acc=empty(parts, g.group, g.head_size),
             programs=programs, width=width, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from support.devices import DEVICE
 from support.indexed import Batch, Case, Row
 from vllm_mac.counters import Count
-from vllm_mac.kernels.encode import encode
+from vllm_mac.kernels.encode import append, encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork, Tuning
 
@@ -38,13 +38,13 @@ def work_of(batch: Batch, ns: int | None = None, **tuning) -> LookupWork:
     """Buffers full of what is no number. ns: programs of each (row, KV head) pair."""
     pairs = len(batch.case.lengths) * batch.case.kv_heads
     rows = max(len(batch.case.lengths), -(-pairs * (ns or 1) // batch.case.kv_heads))
-    work = LookupWork.allocate(batch.geometry(max_rows=rows), DEVICE, Tuning(**tuning))
+    work = LookupWork.allocate(batch.geometry(max_rows=rows), batch.layout.directions, DEVICE, Tuning(**tuning))
     if ns:
         work.programs = pairs * ns
         assert work.splits(pairs) == ns
-    for name in ("lse2", "all_lse2", "part", "part_acc", "weight"):
+    for name in ("lse2", "scale", "part", "part_acc", "weight"):
         getattr(work, name).fill_(math.nan)
-    for name in ("slots", "listed", "read"):
+    for name in ("tokens", "read"):
         getattr(work, name).fill_(1 << 30)
     return work
 
@@ -58,26 +58,32 @@ def run(batch: Batch, work: LookupWork) -> tuple[torch.Tensor, list[int]]:
 
 
 def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
-    """What the kernels read, `[K, n]` bool: `listed` and `slots` of each program."""
+    """What the kernels read, `[K, n]` bool: `read` and `tokens` of each program."""
     c, want = batch.case, batch.row(row)
     found = torch.zeros(c.kv_heads, want.n, dtype=torch.bool)
     if want.begin == want.end:
         return ~found
-    pairs = len(c.lengths) * c.kv_heads
-    ns, listed = work.splits(pairs), work.listed.tolist()
-    room = work.slots.numel() // (pairs * ns) // 16 * 16
-    token = {int(page) * c.page + i: j * c.page + i for j, page in enumerate(batch.table[row]) for i in range(c.page)}
+    ns, room = programs(batch, work)
     for head in range(c.kv_heads):
         for program in range(ns):
             part = (row * c.kv_heads + head) * ns + program
-            if listed[part] < 0:  # its spans are read whole
-                spans = torch.arange(want.n) // work.tuning.span
-                found[head] |= spans % ns == program
+            read = int(work.read[part])
+            own = torch.arange(want.n) // work.tuning.span % ns == program
+            if read > room:  # its spans are read whole
+                assert read == own.sum()
+                found[head] |= own
             else:
-                slots = work.slots[part * room :][: listed[part]].tolist()
-                assert len(set(slots)) == len(slots)
-                found[head, [token[slot] for slot in slots]] = True
+                tokens = work.tokens[part * room :][:read].long().cpu()
+                assert len(set(tokens.tolist())) == read and own[tokens].all()
+                found[head, tokens] = True
     return found
+
+
+def programs(batch: Batch, work: LookupWork) -> tuple[int, int]:
+    """How many programs share a pair, and how many tokens the list of each holds."""
+    pairs = len(batch.case.lengths) * batch.case.kv_heads
+    ns = work.splits(pairs)
+    return ns, work.tokens.numel() // (pairs * ns) // 16 * 16
 
 
 class Narrowed:
@@ -114,8 +120,8 @@ def check(batch: Batch, work: LookupWork) -> list[torch.Tensor]:
             continue
         want, got = batch.row(row), chosen(batch, row, work)
         narrowed, indexed = Narrowed(want), got[:, want.begin : want.end]
-        part = slice(row * case.kv_heads * work.splits(len(case.lengths) * case.kv_heads), None)
-        whole = (work.listed[part] < 0).any() and want.end > want.begin
+        ns, room = programs(batch, work)
+        whole = (work.read[row * case.kv_heads * ns :][: case.kv_heads * ns] > room).any()
         assert got[:, : want.begin].all() and got[:, want.end :].all()
         assert whole or ((indexed == narrowed.chosen) | narrowed.undecided).all()
         assert narrowed.undecided.sum() <= 0.02 * indexed.numel()
@@ -181,13 +187,13 @@ def test_what_does_not_fit_the_lists_is_read_whole(dtype, ns):
     batch = Batch(Case(lengths=(1000, 300), kv_heads=1, group=2, dtype=dtype, tolerance=0.6)).write()
     work = work_of(batch, ns)
     check(batch, work)
-    listed = work.listed[:ns].tolist()
+    listed = work.read[:ns].tolist()
     # Room for the second largest list, but not for the largest.
     room = sorted(listed)[-2] if ns > 1 else listed[0] - 16
-    work.slots = work.slots[: 2 * ns * (-(-room // 16) * 16)]
+    work.tokens = work.tokens[: 2 * ns * (-(-room // 16) * 16)]
     check(batch, work)
-    assert -1 in work.listed[:ns].tolist()
-    assert ns == 1 or max(work.listed[:ns].tolist()) > 0
+    _, room = programs(batch, work)
+    assert max(work.read[:ns].tolist()) > room and (ns == 1 or min(work.read[:ns].tolist()) <= room)
 
 
 @pytest.mark.parametrize("sharp", [0.0, 40.0, 400.0])
@@ -218,6 +224,30 @@ def test_encode(case):
     again = [x.cpu() for x in batch.layout.views(batch.kv)]
     assert torch.equal(again[0][batch.complete], codes[batch.complete])
     assert torch.equal(again[1][batch.complete], means[batch.complete])
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], *CASES[3:5]], ids=str)
+def test_append(case):
+    """Keys and values reach their slots, and the pages that they complete are indexed as `encode` indexes them."""
+    batch, want = Batch(case), Batch(case)
+    last = [page * case.page + case.page - 1 for page in batch.complete]
+    encode(want.kv, torch.tensor(last, device=DEVICE), batch.layout, batch.maps)
+    table, lengths = batch.table.tolist(), case.lengths
+    ends = [(row, n) for row, n in enumerate(lengths) if n % case.page]
+    slots = [*last, *(table[row][n // case.page] * case.page + n % case.page - 1 for row, n in ends), -1]
+    at = torch.tensor(slots[:-1])
+    page, token = at // case.page, at % case.page
+    both = batch.kv[page, :, token].clone()  # [n, K, 2 D], of which key and value are no neighbours
+    batch.kv[page, :, token] = math.nan
+    # As in vLLM, rows of padding follow.
+    both = torch.cat((both, torch.full_like(both[:2], math.nan)))
+    key, value = both.chunk(2, -1)
+    append(key, value, torch.tensor(slots, device=DEVICE), batch.kv, batch.layout, batch.maps, pdl=DEVICE == "cuda")
+    assert torch.equal(batch.kv.nan_to_num(), want.kv.nan_to_num())
+    for mine, theirs in zip(batch.layout.views(batch.kv), batch.layout.views(want.kv), strict=True):
+        assert torch.equal(mine[batch.complete], theirs[batch.complete])
+        others = sorted({*range(len(mine))} - {*batch.complete})
+        assert torch.equal(mine[others].float().nan_to_num(), theirs[others].float().nan_to_num())
 
 
 def check_codes(packed: torch.Tensor, key: torch.Tensor, batch: Batch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.flashinfer import (
     FlashInferBackend,
@@ -297,9 +298,15 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
             mac.keep(**mac.decoder.lasting())
 
     def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        index, group = self.mac.index, self.mac.group
+        if index is not None and group is not None:
+            batch = get_forward_context().attn_metadata
+            step = getattr(batch.get(self.mac.name), "step", None) if isinstance(batch, dict) else None
+            if isinstance(step, LookupStep) and step.rest is None:  # one token of each row: one launch does both
+                return group.decoder.append(index, key, value, slot_mapping, kv_cache)
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.mac.index is not None and self.mac.group is not None:
-            self.mac.group.decoder.write(self.mac.index, slot_mapping, kv_cache)
+        if index is not None and group is not None:
+            group.decoder.write(index, slot_mapping, kv_cache)
 
     def forward(
         self,

@@ -9,15 +9,15 @@ from torch import Tensor
 from vllm_mac import key_index
 from vllm_mac.kernels import encode as encode_kernels
 from vllm_mac.kernels import lookup as lookup_kernels
-from vllm_mac.kernels.encode import encode
+from vllm_mac.kernels.encode import append, encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork
 from vllm_mac.key_index import PageLayout, directions
 from vllm_mac.state import Geometry, IndexRule, IndexState, Learning, Rows
 
 KERNELS = (
-    (encode_kernels, "encode_kernel"), (lookup_kernels, "weigh_kernel"), (lookup_kernels, "list_kernel"),
-    (lookup_kernels, "read_kernel"), (lookup_kernels, "merge_kernel"),
+    (encode_kernels, "encode_kernel"), (encode_kernels, "append_kernel"), (lookup_kernels, "weigh_kernel"),
+    (lookup_kernels, "look_kernel"), (lookup_kernels, "merge_kernel"),
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class LookupDecoder:
         rows = geometry.max_rows
         self.position = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self.ring = torch.full((rows,), -1, dtype=torch.int32, device=device)
-        self._work = LookupWork.allocate(geometry, device)
+        self._work = LookupWork.allocate(geometry, self.layout.directions, device)
 
     def lasting(self) -> dict[str, Tensor]:
         """By name, the buffers that a step must find as the step before left them; see `decoder.Decoder.lasting`."""
@@ -59,6 +59,10 @@ class LookupDecoder:
     def write(self, layer: IndexState, slots: Tensor, kv: Tensor) -> None:
         """Index the pages of which `slots` `[n]` int64 holds the last slot, after keys and values were written."""
         encode(kv, slots, self.layout, layer.maps)
+
+    def append(self, layer: IndexState, key: Tensor, value: Tensor, slots: Tensor, kv: Tensor) -> None:
+        """Write one token of each row, `[n, K, D]`, to `slots` `[n]`, and index the pages that they complete."""
+        append(key, value, slots, kv, self.layout, layer.maps, self._work.pdl)
 
     def decode(self, layer: IndexState, rows: Rows, query: Tensor, kv: Tensor, out: Tensor) -> None:
         """One layer's step. query, out: `[B, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`, with its index."""
@@ -77,7 +81,10 @@ class LookupDecoder:
         g, layout, device = self.geometry, self.layout, self.position.device
         page = torch.zeros(1, layout.padded_bytes // g.dtype.itemsize, dtype=g.dtype, device=device)
         kv = page[:, : layout.kv_bytes // g.dtype.itemsize].unflatten(1, (g.kv_heads, g.page_size, 2 * g.head_size))
-        self.write(layer, torch.full((1,), -1, dtype=torch.int64, device=device), kv)
+        slots = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self.write(layer, slots, kv)
+        token = torch.zeros(1, g.kv_heads, g.head_size, dtype=g.dtype, device=device)
+        self.append(layer, token, token, slots, kv)
         encode(kv, None, layout, layer.maps)
         self.position.fill_(-1)
         query = torch.zeros(g.max_rows, g.heads, g.head_size, dtype=g.dtype, device=device)
