@@ -49,21 +49,16 @@ def _sampled(end):
 
 
 @triton.jit
-def _narrow(
-    p_query, p_map, p_mean, log2_scale, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn, HALF: tl.constexpr, N: tl.constexpr
-):  # fmt: skip
-    """A group's queries as codes are multiplied with: `(low_1, low_0, high_1, high_0, factor, constant, base)`.
+def _narrow(q, low, high, mean, log2_scale):
+    """A group's queries `[BD, BQ]` as codes are multiplied with: `(low_1, low_0, high_1, high_0, factor, constant, base)`.
+
+    low, high: `[BD, BN]`, maps to the two halves of the directions. mean: `[BD]`, the mean key.
 
     The first four: `[BN, BQ]` int8, the upper and the lower bytes of 16 bits, for the two halves of the directions. A score
     is `factor` `[BQ]` times the product of 16 bits with the codes, plus `constant` `[BQ]`. base: `[BQ]`, to subtract from scores
     before `exp2`. It lies half-way between the mean key's score, near which many are, and the highest that codes can give, or
     higher, so that no sum overflows.
     """
-    q = tl.load(p_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0)  # [BD, BQ]
-    p_direction = p_map + o_d[:, None] * N + o_n[None, :]
-    low = tl.load(p_direction, mask=m_dn, other=0.0)  # [BD, BN]
-    high = tl.load(p_direction + HALF, mask=m_dn, other=0.0)  # [BD, BN]
-    mean = tl.load(p_mean + o_d, mask=m_d, other=0.0)  # [BD]
     if INTERPRETED:  # see `partial.attend`
         q, low, high = q.to(tl.float32), low.to(tl.float32), high.to(tl.float32)
     q_low = tl.dot(tl.trans(low), q, input_precision="ieee")
@@ -105,41 +100,52 @@ def _estimated(low_1, low_0, high_1, high_0, factor, constant, codes):
 
 
 @triton.jit
+def _own(token, i_s, ns, SPAN: tl.constexpr):
+    """How many of the tokens `[0, token)` are in the spans of program `i_s`."""
+    span = token // SPAN
+    whole = (span - i_s + ns - 1) // ns  # of its spans so many end there, for `i_s < ns`
+    return whole * SPAN + tl.where(span % ns == i_s, token % SPAN, 0)
+
+
+@triton.jit
 def _add_both(x, y, other_x, other_y):
     return x + other_x, y + other_y
 
 
-@triton.jit(do_not_specialize=("s_table_row", "ns"))
+@triton.jit(do_not_specialize=("s_table_row", "nw"))
 def weigh_kernel(
     p_query, p_position, p_ring, p_ready, p_table, p_kv, p_codes, p_to_query, p_mean, p_lse2, p_narrow, p_scale,
-    s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, ns, log2_scale,
+    s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, nw, log2_scale,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
-    BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr,
+    BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
     BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: the base-2 LSE `[G]` of its tokens, exact for near ones, estimated for the others.
 
     The first one leaves what `_narrow` gives to `look_kernel`: `p_narrow` `[pairs, 4, BN, BQ]`, `p_scale` `[pairs, 2, BQ]`.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    # Maps are there before the kernel in front ends, which may have rotated the query.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    m = tl.load(p_position + i_row).to(tl.int32)
-    end = _indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
-    if end <= BEGIN:
-        return
     HALF: tl.constexpr = N // 2
     o_q, o_d, o_n, o_t = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, PIECE)
     m_q, m_d, m_n = o_q < G, o_d < D, o_n < HALF
     m_dq, m_dn = m_d[:, None] & m_q[None, :], m_d[:, None] & m_n[None, :]
+    p_direction = p_to_query + i_k * D * N + o_d[:, None] * N + o_n[None, :]
+    low = tl.load(p_direction, mask=m_dn, other=0.0)  # [BD, BN]
+    high = tl.load(p_direction + HALF, mask=m_dn, other=0.0)  # [BD, BN]
+    mean = tl.load(p_mean + i_k * D + o_d, mask=m_d, other=0.0)  # [BD]
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    m = tl.load(p_position + i_row).to(tl.int32)
+    end = _indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
+    if end <= BEGIN:
+        return
     p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
     p_row_table = p_table + i_row * s_table_row
     p_head_codes = p_codes + i_k * PAGE * HALF
-    low_1, low_0, high_1, high_0, factor, constant, base = _narrow(
-        p_group_query, p_to_query + i_k * D * N, p_mean + i_k * D, log2_scale, s_query_head, o_q, o_d, o_n, m_d, m_dq, m_dn,
-        HALF, N,
-    )  # fmt: skip
+    q = tl.load(p_group_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0)  # [BD, BQ]
+    low_1, low_0, high_1, high_0, factor, constant, base = _narrow(q, low, high, mean, log2_scale)
     if i_s == 0:
         p_pair = p_narrow + (i_row * K + i_k) * (4 * BN * BQ) + o_n[:, None] * BQ + o_q[None, :]
         tl.store(p_pair, low_1)
@@ -150,7 +156,7 @@ def weigh_kernel(
         tl.store(p_pair_scale, factor)
         tl.store(p_pair_scale + BQ, constant)
     total = tl.zeros([PIECE, BQ], tl.float32)
-    for t in tl.range(i_s * PIECE * SAMPLE, end, ns * PIECE * SAMPLE, num_stages=STAGES):
+    for t in tl.range(i_s * PIECE * SAMPLE, end, nw * PIECE * SAMPLE, num_stages=STAGES):
         token = t + o_t
         m_t = (token >= BEGIN) & (token < end)
         page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [PIECE]
@@ -162,43 +168,44 @@ def weigh_kernel(
     total = tl.sum(total, 0) * ((end - BEGIN).to(tl.float32) / sampled.to(tl.float32))
     # Where estimates reach far, all that were sampled may be lost below `base`; near tokens never are.
     sample_lse2 = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    # Near tiles: [0, BEGIN), then [end, n). Their `t`-th is program `t % NS`'s.
+    # Near tiles: [0, BEGIN), then [end, n). The last programs have the first ones, since the first have pieces of the sample.
     n = m + 1
     peak, total = sample_lse2, tl.where(total > 0, 1.0, 0.0)
     o_tile = tl.arange(0, TILE)
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
-    for i in range(i_s, tl.cdiv(n - end, TILE) + BEGIN // TILE, ns):
+    for i in range(nw - 1 - i_s, tl.cdiv(n - end, TILE) + BEGIN // TILE, nw):
         token = tl.where(i < BEGIN // TILE, i * TILE, end + (i - BEGIN // TILE) * TILE) + o_tile
         m_t = token < n
         page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [TILE]
         p_key = p_head_kv + (page * s_kv_page + token % PAGE * s_kv_token)[:, None] + o_d[None, :]
         key = tl.load(p_key, mask=m_t[:, None] & m_d[None, :], other=0.0)  # [TILE, BD]
-        q = tl.load(p_group_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0)  # [BD, BQ]
+        near_q = q
         if INTERPRETED:
-            key, q = key.to(tl.float32), q.to(tl.float32)
-        score = tl.where(m_t[:, None], tl.dot(key, q, input_precision="ieee") * log2_scale, float("-inf"))
+            key, near_q = key.to(tl.float32), q.to(tl.float32)
+        score = tl.where(m_t[:, None], tl.dot(key, near_q, input_precision="ieee") * log2_scale, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, 0))  # finite: each tile has a token
         total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(score - new_peak[None, :]), 0)
         peak = new_peak
     lse2 = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    tl.store(p_lse2 + ((i_row * K + i_k) * ns + i_s) * G + o_q, lse2, mask=m_q)
+    tl.store(p_lse2 + ((i_row * K + i_k) * nw + i_s) * G + o_q, lse2, mask=m_q)
 
 
-@triton.jit(do_not_specialize=("s_table_row", "room", "s_weight", "ns"))
+@triton.jit(do_not_specialize=("s_table_row", "room", "s_weight", "ns", "nw"))
 def look_kernel(
     p_query, p_position, p_ring, p_ready, p_table, p_kv, p_codes, p_means, p_lse2, p_narrow, p_scale,
     p_tokens, p_weight, p_part, p_part_acc, p_read,
     s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page, s_weight,
-    room, ns, log2_scale, log2_tolerance,
+    room, ns, nw, log2_scale, log2_tolerance,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr,
-    BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNS: tl.constexpr,
+    BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
     LIST_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program `(i_s, i_k, i_row)`: the partial result over its spans, see `partial`, and how many tokens it read.
+    """Program `(i_s, i_k, i_row)`: the partial result over its tokens, see `partial`, and how many of them it read.
 
+    Its tokens are those of its spans, and where the row is looked up a share of the near ones instead of those in its spans.
     room: 1/16 of the tokens that a program's list in `p_tokens` holds; where they are not enough, its spans are read whole.
-    p_weight: `[pairs, spans, BQ]`, what a page of a span weighs without what is listed, as a share of all.
+    nw: programs of `weigh_kernel`. p_weight: `[pairs, spans, BQ]`, what a page of a span weighs without what is listed, as a share of all.
     """
     # 1. The row. What `weigh_kernel` did not write may be read before it ends.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -222,48 +229,51 @@ def look_kernel(
     # 2. List its tokens to read, and note what else its pages weigh.
     looked = end > BEGIN
     lse2 = tl.zeros([BQ], tl.float32)
-    count = tl.zeros((), tl.int32)
+    listed_count = tl.zeros((), tl.int32)
     if looked:
         p_pair = p_narrow + i_bk * (4 * BN * BQ) + o_n[:, None] * BQ + o_q[None, :]
         low_1, low_0 = tl.load(p_pair), tl.load(p_pair + BN * BQ)
         high_1, high_0 = tl.load(p_pair + 2 * BN * BQ), tl.load(p_pair + 3 * BN * BQ)
         factor, constant = tl.load(p_scale + i_bk * (2 * BQ) + o_q), tl.load(p_scale + i_bk * (2 * BQ) + BQ + o_q)
-        o_ns = tl.arange(0, BNS)
-        p_parts = p_lse2 + (i_bk * ns + o_ns[:, None]) * G + o_q[None, :]
-        parts = tl.load(p_parts, mask=(o_ns < ns)[:, None] & m_q[None, :], other=float("-inf"))  # [BNS, BQ]
+        o_nw = tl.arange(0, BNW)
+        p_parts = p_lse2 + (i_bk * nw + o_nw[:, None]) * G + o_q[None, :]
+        parts = tl.load(p_parts, mask=(o_nw < nw)[:, None] & m_q[None, :], other=float("-inf"))  # [BNW, BQ]
         lse2 = tl.where(m_q, tl.max(parts, 0), 0.0)
         lse2 += tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - lse2[None, :]), 0), 1.0))
         threshold = tl.where(m_q, lse2 + log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ]
         o_t = tl.arange(0, SPAN)
         p_head_codes = p_codes + i_k * PAGE * HALF
-        for t in tl.range(i_s * SPAN, n, ns * SPAN, num_stages=LIST_STAGES):
+        for t in tl.range(i_s * SPAN, end, ns * SPAN, num_stages=LIST_STAGES):
             token = t + o_t
             m_t = (token >= BEGIN) & (token < end)
             page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [SPAN]
             p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
             codes = tl.load(p_code, mask=m_t[:, None] & (o_n < HALF)[None, :], other=0)  # [SPAN, BN]
             score = _estimated(low_1, low_0, high_1, high_0, factor, constant, codes)
-            # Near tokens are listed whatever they weigh, tokens beyond the row are not.
-            edge = tl.where(token < n, float("inf"), float("-inf"))  # [SPAN]
-            score = tl.where(m_t[:, None], score, edge[:, None])
+            score = tl.where(m_t[:, None], score, float("-inf"))
             listed = tl.max((score >= threshold[None, :]).to(tl.int32), 1)
-            at = count + tl.cumsum(listed, 0) - 1
+            at = listed_count + tl.cumsum(listed, 0) - 1
             tl.store(p_list + at, token, mask=(listed != 0) & (at < room * 16))
             left = tl.where((listed == 0)[:, None], tl.exp2(score - lse2[None, :]), 0.0)  # [SPAN, BQ]
             # One reduction waits for the other warps once.
             weight, number = tl.reduce((left, listed[:, None] + tl.zeros([SPAN, BQ], tl.int32)), 0, _add_both)
-            count += tl.max(number, 0)
+            listed_count += tl.max(number, 0)
             # Of each of the span's pages, as if they weighed alike.
             pages = tl.maximum(tl.minimum(t + SPAN, end) - tl.maximum(t, BEGIN), PAGE) // PAGE
             weight = (weight / pages.to(tl.float32)).to(p_weight.dtype.element_ty)
             tl.store(p_weight + i_bk * s_weight + t // SPAN * BQ + o_q, weight)
         tl.debug_barrier()  # what threads listed, others read
-    fits = looked & (count <= room * 16)
-    of_list = tl.where(fits, count, 0)
-    if not fits:  # all tokens of its spans, of which the row's last one may be shorter
-        spans = tl.maximum(tl.cdiv(tl.cdiv(n, SPAN) - i_s, ns), 0)
-        last = i_s + (spans - 1) * ns
-        count = tl.where(spans > 0, spans * SPAN - tl.maximum((last + 1) * SPAN - n, 0), 0)
+    # Where a list does not hold them, all tokens of its spans that are not near; of a row read whole, all.
+    fits = looked & (listed_count <= room * 16)
+    far, far_begin, far_end = listed_count, BEGIN, end
+    if not looked:
+        far_begin, far_end = 0, n
+    if not fits:
+        far = tl.maximum(tl.cdiv(tl.cdiv(far_end, SPAN) - i_s, ns), 0) * SPAN
+        listed_count = _own(far_end, i_s, ns, SPAN) - _own(far_begin, i_s, ns, SPAN)
+    of_list = tl.where(fits, far, 0)
+    near = tl.where(looked, BEGIN + n - end, 0)
+    near_begin, near_end = near * i_s // ns, near * (i_s + 1) // ns
 
     # 3. Attend to the tokens.
     p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
@@ -273,11 +283,14 @@ def look_kernel(
     peak = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BT, BQ], tl.float32)  # added up over the tokens at the end only
     acc = tl.zeros([BD, BQ], tl.float32)
-    for j in tl.range(0, count, BT, num_stages=READ_STAGES):
-        o_token = j + o_j
-        m_t = o_token < count
-        token = tl.load(p_list + o_token, mask=o_token < of_list, other=0)  # [BT]
-        token = tl.where(fits, token, (o_token // SPAN * ns + i_s) * SPAN + o_token % SPAN)
+    for j in tl.range(0, far + near_end - near_begin, BT, num_stages=READ_STAGES):
+        place = j + o_j
+        token = tl.load(p_list + place, mask=place < of_list, other=0)  # [BT]
+        token = tl.where(fits, token, (place // SPAN * ns + i_s) * SPAN + place % SPAN)
+        m_far = (place < far) & (token >= far_begin) & (token < far_end)
+        i_near = near_begin + place - far
+        token = tl.where(place < far, token, tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end))
+        m_t = m_far | ((place >= far) & (i_near < near_end))
         page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [BT]
         p_token = p_head_kv + page * s_kv_page + token % PAGE * s_kv_token  # [BT]
         m_td = m_t[:, None] & m_d[None, :]
@@ -326,7 +339,7 @@ def look_kernel(
     tl.store(p_part + (i_part * G + o_q) * 2, peak, mask=m_q)
     tl.store(p_part + (i_part * G + o_q) * 2 + 1, total, mask=m_q)
     tl.store(p_part_acc + (i_part * G + o_q)[None, :] * D + o_d[:, None], acc, mask=m_dq)
-    tl.store(p_read + i_part, count)
+    tl.store(p_read + i_part, listed_count + near_end - near_begin)
 
 
 @triton.jit(do_not_specialize=("ns",))
@@ -395,6 +408,7 @@ def launches(
     count, heads, d = query.shape
     kv_heads, page, tuning = layout.kv_heads, layout.page, work.tuning
     group, ns = heads // kv_heads, work.splits(count * kv_heads)
+    nw = work.weigh_splits(count * kv_heads)
     codes, means = layout.views(kv)
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
     begin = -(-rule.sink // TILE_TOKENS) * TILE_TOKENS
@@ -404,29 +418,30 @@ def launches(
         s_query_row=s_query[0], s_query_head=s_query[1], s_table_row=rows.block_table.stride(0),
         s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_code_page=codes.stride(0),
         log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, D=d, N=layout.directions, PAGE=page,
-        BAND=rule.band, BEGIN=begin, MIN_CONTEXT=rule.min_context, ns=ns, SPAN=tuning.span,
+        BAND=rule.band, BEGIN=begin, MIN_CONTEXT=rule.min_context, nw=nw,
         BQ=work.width, BD=power_of_two(d), BN=narrow_width(layout.directions), PDL=work.pdl,
-        num_warps=tuning.warps if work.width * power_of_two(d) <= 1024 else 2 * tuning.warps,
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
+    wider = 1 if work.width * power_of_two(d) <= 1024 else 2
     parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
-    grid, bns = (ns, kv_heads, count), power_of_two(tuning.most)
-    weigh_kernel[grid](**everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages)
+    weigh_kernel[(nw, kv_heads, count)](
+        **everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages, num_warps=4 * wider,
+    )  # fmt: skip
     yield "weigh"
-    look_kernel[grid](
-        **everywhere | ({} if work.pdl else {"num_warps": 8}), **parts, p_means=means, p_tokens=work.tokens, p_weight=work.weight,
+    look_kernel[(ns, kv_heads, count)](
+        **everywhere, **parts, ns=ns, SPAN=tuning.span, num_warps=tuning.warps * wider if work.pdl else 8, p_means=means, p_tokens=work.tokens, p_weight=work.weight,
         s_mean_page=means.stride(0), s_weight=work.weight.stride(0), room=work.tokens.numel() // (count * kv_heads * ns) // 16,
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
-        BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages, BNS=bns,
+        BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages, BNW=power_of_two(tuning.most),
         LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
         maxnreg=tuning.registers if d <= 128 and work.pdl else None,  # before sm90 it would spill
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
     )  # fmt: skip
     yield "look"
-    shared = "p_position p_ring p_ready K G D BAND BEGIN MIN_CONTEXT BD PDL launch_pdl ns".split()
+    shared = "p_position p_ring p_ready K G D BAND BEGIN MIN_CONTEXT BD PDL launch_pdl".split()
     merge_kernel[(heads, count)](
-        **{name: everywhere[name] for name in shared if name in everywhere}, **parts, p_out=out, p_counters=counts,
+        **{name: everywhere[name] for name in shared if name in everywhere}, **parts, ns=ns, p_out=out, p_counters=counts,
         s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,
-        BI=16, BNS=bns, num_warps=4,
+        BI=32, BNS=power_of_two(tuning.most), num_warps=4,
     )  # fmt: skip
     yield "merge"

@@ -20,13 +20,14 @@ def narrow_width(directions: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the work is split. per_sm: programs for each SM. most: programs of one (row, KV head) pair at most. span: tokens
+    """How the work is split. per_sm, weighers_per_sm: programs of `look_kernel` and of `weigh_kernel` for each SM. most: programs of one (row, KV head) pair at most. span: tokens
     whose codes are loaded at once. block, pages: tokens and pages that are read at once. The others are launch options."""
 
-    per_sm: int = 5
+    per_sm: int = 4
+    weighers_per_sm: int = 4
     most: int = 64
     span: int = SPAN
-    block: int = 64
+    block: int = 32
     pages: int = 32
     warps: int = 4
     weigh_stages: int = 4
@@ -41,7 +42,8 @@ class LookupWork:
 
     tokens: int32, the lists of all programs. read: int32, of each program. weight: `[pairs, spans, BQ]`. narrow:
     `[pairs, 4, BN, BQ]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc:
-    float32, of each program. width: `BQ`. programs: how many share a step.
+    float32, of each program. width: `BQ`. programs, weighers: how many share a step in
+    `look_kernel` and in `weigh_kernel`.
     """
 
     tokens: Tensor
@@ -53,6 +55,7 @@ class LookupWork:
     part: Tensor
     part_acc: Tensor
     programs: int
+    weighers: int
     width: int
     pdl: bool
     tuning: Tuning
@@ -64,9 +67,10 @@ class LookupWork:
         """For batches of at most `max_rows` rows, padding included, and an index of so many directions."""
         on, g, tuning = torch.device(device), geometry, tuning or Tuning()
         gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
-        programs = tuning.per_sm * gpu.multi_processor_count if gpu else 4
+        sms = gpu.multi_processor_count if gpu else 1
+        programs, weighers = tuning.per_sm * sms, tuning.weighers_per_sm * sms
         pairs, width = g.max_rows * g.kv_heads, max(power_of_two(g.group), 8)
-        parts = max(pairs, programs)
+        parts = max(pairs, programs, weighers)
         tokens = -(-g.max_blocks * g.page_size // tuning.span) * tuning.span
 
         def empty(*shape, dtype=torch.float32):
@@ -78,9 +82,13 @@ class LookupWork:
             narrow=empty(pairs, 4, narrow_width(directions), width, dtype=torch.int8), scale=empty(pairs, 2, width),
             lse2=empty(parts, g.group), part=empty(parts, g.group, 2),
             part_acc=empty(parts, g.group, g.head_size),
-            programs=programs, width=width, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
+            programs=programs, weighers=weighers, width=width, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
         )  # fmt: skip
 
     def splits(self, pairs: int) -> int:
-        """Programs of each of so many (row, KV head) pairs."""
+        """Programs of `look_kernel` for each of so many (row, KV head) pairs."""
         return max(1, min(self.tuning.most, self.programs // pairs))
+
+    def weigh_splits(self, pairs: int) -> int:
+        """The same of `weigh_kernel`."""
+        return max(1, min(self.tuning.most, self.weighers // pairs))

@@ -40,8 +40,8 @@ def work_of(batch: Batch, ns: int | None = None, **tuning) -> LookupWork:
     rows = max(len(batch.case.lengths), -(-pairs * (ns or 1) // batch.case.kv_heads))
     work = LookupWork.allocate(batch.geometry(max_rows=rows), batch.layout.directions, DEVICE, Tuning(**tuning))
     if ns:
-        work.programs = pairs * ns
-        assert work.splits(pairs) == ns
+        work.programs = work.weighers = pairs * ns
+        assert work.splits(pairs) == work.weigh_splits(pairs) == ns
     for name in ("lse2", "scale", "part", "part_acc", "weight"):
         getattr(work, name).fill_(math.nan)
     for name in ("tokens", "read"):
@@ -64,11 +64,16 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
     if want.begin == want.end:
         return ~found
     ns, room = programs(batch, work)
+    token = torch.arange(want.n)
+    far = (token >= want.begin) & (token < want.end)
+    near = (~far).nonzero()[:, 0]
     for head in range(c.kv_heads):
         for program in range(ns):
             part = (row * c.kv_heads + head) * ns + program
-            read = int(work.read[part])
-            own = torch.arange(want.n) // work.tuning.span % ns == program
+            share = near[len(near) * program // ns : len(near) * (program + 1) // ns]
+            found[head, share] = True
+            read = int(work.read[part]) - len(share)
+            own = far & (token // work.tuning.span % ns == program)
             if read > room:  # its spans are read whole
                 assert read == own.sum()
                 found[head] |= own
@@ -187,13 +192,12 @@ def test_what_does_not_fit_the_lists_is_read_whole(dtype, ns):
     batch = Batch(Case(lengths=(1000, 300), kv_heads=1, group=2, dtype=dtype, tolerance=0.6)).write()
     work = work_of(batch, ns)
     check(batch, work)
-    listed = work.read[:ns].tolist()
-    # Room for the second largest list, but not for the largest.
-    room = sorted(listed)[-2] if ns > 1 else listed[0] - 16
-    work.tokens = work.tokens[: 2 * ns * (-(-room // 16) * 16)]
+    near = 1000 - batch.row(0).end + batch.row(0).begin
+    far = work.read[:ns] - torch.tensor([near * (i + 1) // ns - near * i // ns for i in range(ns)], device=DEVICE)
+    room = (int(far.max()) - 1) // 16 * 16
+    work.tokens = work.tokens[: 2 * ns * room]
     check(batch, work)
-    _, room = programs(batch, work)
-    assert max(work.read[:ns].tolist()) > room and (ns == 1 or min(work.read[:ns].tolist()) <= room)
+    assert programs(batch, work) == (ns, room) and (ns == 1 or far.min() <= room)
 
 
 @pytest.mark.parametrize("sharp", [0.0, 40.0, 400.0])
