@@ -109,7 +109,7 @@ def kernel_row(**changes):
 
 
 INDEX_ROW = dict(rule="index", head_size=128, note="looked up", read_share=0.14, p20=0.0101, p50=0.02, p80=0.0303,
-                 weigh_ms=0.0042, list_ms=0.0051, read_ms=0.0086, merge_ms=0.0021)  # fmt: skip
+                 weigh_ms=0.0042, look_ms=0.0137, merge_ms=0.0021)  # fmt: skip
 ROWS = [
     dict(hit_rate=0.5, heads_matched=0.49, groups_hit=0.1, p50=0.2),
     dict(),

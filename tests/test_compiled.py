@@ -13,7 +13,7 @@ KERNELS = {
     "hit_kernel", "prefix_kernel", "_complete_kernel", "_tally_kernel", "_record_kernel", "_assign_kernel",
     "_pages_kernel", "_plan_kernel",
 }  # fmt: skip
-INDEXED = {"encode_kernel", "weigh_kernel", "list_kernel", "read_kernel", "merge_kernel"}  # before sm100
+INDEXED = {"encode_kernel", "append_kernel", "weigh_kernel", "look_kernel", "merge_kernel"}  # before sm100
 # Each GPU with the Triton of one supported vLLM: 3.6 of 0.32, 3.8 of 0.33.
 RUNS = [(80, "3.8.0"), (89, "3.6.0"), (90, "3.8.0"), (100, "3.8.0")]
 MEASURED = RUNS[2]  # what the kernels are cut for was measured on this GPU, whose users install this Triton

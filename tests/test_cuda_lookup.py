@@ -140,14 +140,23 @@ def test_a_captured_batch_has_rows_that_do_nothing(case):
     assert out.isnan().all() and not case.index.counts.any()
 
 
-def test_written_pages_are_indexed(case, monkeypatch):
-    """`do_kv_cache_update` indexes the pages whose last slot it writes."""
-    monkeypatch.setattr(case.cuda.FlashInferImpl, "do_kv_cache_update", lambda *_: None)
-    case.builder._build(case.common(True), False, capture=False)
+@pytest.mark.parametrize("mixed", [True, False])
+def test_written_pages_are_indexed(case, monkeypatch, mixed):
+    """`do_kv_cache_update` indexes the pages whose last slot it writes; of rows that decode it writes keys and values too."""
+    metadata = case.builder._build(case.common(mixed), False, capture=False)
+    monkeypatch.setattr(case.cuda, "get_forward_context", lambda: SimpleNamespace(attn_metadata={"layer": metadata}))
     case.index.maps.to_key.normal_(), case.index.maps.shift.normal_()
     case.impl.mac.group = SimpleNamespace(decoder=case.decoder)
     last, part = 2 * PAGE - 1, 3 * PAGE + 4  # of page 1 the last slot, of page 3 another
-    case.impl.do_kv_cache_update(None, None, None, case.kv, torch.tensor([last, part, -1]))
+    expected = case.kv.clone()
+    key, value = torch.randn(2, 3, KV_HEADS, SIZE)
+    base = []
+    monkeypatch.setattr(case.cuda.FlashInferImpl, "do_kv_cache_update", lambda *given: base.append(given))
+    if not mixed:
+        for page, token, i in ((1, PAGE - 1, 0), (3, 4, 1)):
+            expected[page, :, token] = torch.cat((key[i], value[i]), -1)
+    case.impl.do_kv_cache_update(None, key, value, case.kv, torch.tensor([last, part, -1]))
+    assert len(base) == mixed and torch.equal(case.kv.nan_to_num(), expected.nan_to_num())
     codes, means = case.decoder.layout.views(case.kv)
     want, mean = encode(*case.kv[1].chunk(2, -1), case.index.maps)
     torch.testing.assert_close(codes[1], want, rtol=0, atol=0)

@@ -155,7 +155,8 @@ def look_up(arch: int, shape: dict, page: int) -> None:
     rows, heads, kv_heads, d, dtype = (shape[name] for name in ("rows", "heads", "kv_heads", "d", "dtype"))
     geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5)
     decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), None, torch.device("cpu"))
-    decoder._work.programs, decoder._work.pdl = decoder._work.tuning.per_sm * GPUS[arch][1], arch >= 90
+    work, sms = decoder._work, GPUS[arch][1]
+    work.programs, work.weighers, work.pdl = work.tuning.per_sm * sms, work.tuning.weighers_per_sm * sms, arch >= 90
     maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu")
     decoder.warm_up(IndexState(maps, torch.zeros(len(Count), dtype=torch.int64)))
 

@@ -76,7 +76,7 @@ def kernel(
     With --rule index rows are decoded by the index of keys: looked up first, then read whole, which is what rows below
     min_context cost. Keys spread out less from direction to direction, and a few percent of the tokens weigh more than
     1.5 times the average one in some head of their KV group. "KV read" counts the index. The table also shows what each
-    of the kernels (weigh, list, read, merge) adds to those before it. --hit-rate, --window, --lags and --mean-lag are
+    of the kernels (weigh, look, merge) adds to those before it. --hit-rate, --window, --lags and --mean-lag are
     of --rule match.
 
     The default run takes about 3 minutes and 50 GiB on an H200.

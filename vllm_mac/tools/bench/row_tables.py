@@ -88,8 +88,7 @@ _TABLES: dict[str, tuple[list[Column], Callable[[dict], str]]] = {
             ("us p50", _us("p50")),
             ("p20 p80", _us("p20", "p80")),
             ("weigh", _us("weigh_ms")),
-            ("list", _us("list_ms")),
-            ("read", _us("read_ms")),
+            ("look", _us("look_ms")),
             ("merge", _us("merge_ms")),
             ("floor", _us("floor_ms")),
             ("x floor", lambda r: f"{r['p50'] / r['floor_ms']:.2f}"),
@@ -116,7 +115,7 @@ _NOTES = {
     "kernel": "p20 p80: percentiles of the times. floor: bytes that must move / read bandwidth measured in this run. "
     "speed-up: over the best exact decode. "
     "bound: all-hit time + missed share of groups x best exact. begin: once a step, for all layers. All times in ms.",
-    "index": "p20 p80: percentiles of the times. KV read: the index counted. weigh, list, read, merge: what each "
+    "index": "p20 p80: percentiles of the times. KV read: the index counted. weigh, look, merge: what each "
     "kernel adds to those before it. floor: bytes that must move / read bandwidth measured in this run. speed-up: over "
     "the best exact decode. All times in us.",
     "decode": "mean: over all steps; single steps vary with the time at which their tokens are returned. speed-up: over the "

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CHOSEN, WEIGHTY = 0.06, 1.5  # about what a group's heads choose of long rows of two models, at the default tolerance
 SHARPEST = 8.0  # of logits, a standard deviation; short rows reach it
 LAST_SPREAD = 0.02  # of keys in the last direction, as a share of the first one's
-STAGES = ("weigh", "list", "read", "merge")  # the kernels of a step, in order
+STAGES = ("weigh", "look", "merge")  # the kernels of a step, in order
 
 
 @dataclass(slots=True)
@@ -140,7 +140,7 @@ def make_index_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, 
         max_rows=rows, heads=shape.heads, kv_heads=shape.kv_heads, head_size=shape.head_size, page_size=shape.page,
         max_blocks=shape.row_pages, dtype=shape.dtype, band=rule.band, sink=rule.sink, scale=rule.scale,
     )  # fmt: skip
-    work = LookupWork.allocate(geometry, device)
+    work = LookupWork.allocate(geometry, shape.page_layout.directions, device)
     return IndexStep(shape, config, ints(shape.context - 1), ints(-1), table, made, rule, work)
 
 
