@@ -42,9 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", default=str(TESTBED), help="chat model's folder or name (default: examples/testbed)")
     parser.add_argument("--tokens", type=int, default=400, help="most tokens to generate (default 400)")
     parser.add_argument("--context", type=int, default=8192, help="characters of the prompt (default 8192)")
-    parser.add_argument(
-        "--threshold", type=float, help="MAC's threshold; 1 reuses nothing, so both answers are the same"
-    )
+    parser.add_argument("--tolerance", type=float, help="MAC's tolerance; 0 reads every key, for the same answers")
     parser.add_argument("--timeout", type=int, default=600, help="seconds to wait for a server (default 600)")
     args = parser.parse_args()
     for name in ("tokens", "context", "timeout"):
@@ -223,7 +221,7 @@ def main() -> None:
     args = options()
     WORK.mkdir(exist_ok=True)
     sample = tasks.make(TASK, random.Random(0), args.context, len)
-    config = {} if args.threshold is None else {"threshold": args.threshold}
+    config = {} if args.tolerance is None else {"tolerance": args.tolerance}
 
     answers = {}
     for backend in (None, "MAC"):
@@ -241,7 +239,7 @@ def main() -> None:
     table.add_row("numbers asked that are right", *(right(sample, answer.text) for answer in (exact, mac)))
     table.add_row("time per token", f"{exact.each:.2f} ms", f"{mac.each:.2f} ms")
     table.add_row("KV tokens read in decode", "100 %", percent(after.read_share))
-    table.add_row("query heads that hit", "", percent(after.hit_rate))
+    table.add_row("query heads that used the index", "", percent(after.hit_rate))
     console.print(table)
     same = len(os.path.commonprefix([exact.text, mac.text]))
     console.print(

@@ -9,7 +9,8 @@ from pydantic_core import PydanticUndefined
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's, not a copy that is installed
 
-from vllm_mac.config import LayerSelection, MacConfig, bundled_configs
+from vllm_mac.config import LayerSelection, MacConfig
+from vllm_mac.config_files import bundled_configs
 
 PAGE = Path(__file__).resolve().parent.parent / "configs" / "README.md"
 
@@ -19,7 +20,8 @@ Keys come from the defaults, then a YAML file (`config`, or the environment vari
 keys. `config` is the name of a bundled file or a path.
 
 ```
-vllm serve MODEL --attention-backend MAC --additional-config '{"mac": {"config": "long_reasoning", "threshold": 0.9}}'
+vllm serve MODEL --attention-backend MAC --additional-config '{"mac": {"tolerance": 1.0}}'
+vllm serve MODEL --attention-backend MAC --additional-config '{"mac": {"config": "long_reasoning", "window": 1024}}'
 ```
 
 | bundled file | |
@@ -27,9 +29,12 @@ vllm serve MODEL --attention-backend MAC --additional-config '{"mac": {"config":
 """
 
 KEYS = """
-A wrong key, type or value stops the start with an error that names it and the choices. Lengths are in tokens. `match:` and
-`index:` begin what is said of a key that only that `rule` reads. `default.yaml` says more about each key. This table is
-generated from the code (`python tests/config_page.py`).
+A wrong key, type or value stops the start with an error that names it and the choices. Lengths are in tokens.
+`default.yaml` says more about each key. This table is generated from the code (`python tests/config_page.py`).
+
+`match:` and `index:` begin what is said of a key that only that `rule` reads. Given with the other rule, such a key
+is an error too, whatever its value: leave it out, or set `rule`. A file that has every key, such as a copy of
+`default.yaml`, may keep the other rule's keys at their defaults.
 
 | key | values | default | |
 | --- | --- | --- | --- |

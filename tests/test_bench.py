@@ -47,7 +47,7 @@ def test_help_names_every_option(command):
         (["kernel", "--lags", "normal"], "received 'normal'; choose from geometric, uniform, constant"),
         (["kernel", "--dtype", "float64"], "received 'float64'; choose from bfloat16, float16"),
         (["kernel", "--baselines", "FA9"], "received 'FA9'; choose from FLASHINFER, FLASH_ATTN, none"),
-        (["kernel", "--rule", "both"], "--rule: received 'both'; choose from match, index"),
+        (["kernel", "--rule", "both"], "--rule: received 'both'; choose from index, match"),
         (["kernel", "--mac", "[1]"], "--mac: received '[1]'; choose a JSON object"),
         (["decode", "--context", "10"], "Missing option '--model'"),
         (["decode", "--model", "m", "--context", "10", "--engine", "x"], "--engine: received 'x'; not JSON"),
@@ -77,8 +77,14 @@ def test_kernel_says_that_it_needs_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     "args, rule, page",
     [
-        ([], "match", 16),
-        (["--rule", "index"], "index", 64),
+        ([], "index", 64),
+        (["--rule", "match"], "match", 16),
+        (
+            ["--mac", '{"rule": "match"}', "--window", "64", "--hit-rate", "1", "--lags", "uniform", "--mean-lag", "9"],
+            "match",
+            16,
+        ),
+        (["--mac", '{"rule": "match"}', "--rule", "index"], "index", 64),
         (["--mac", '{"rule": "index"}', "--page", "32"], "index", 32),
         (["--mac", '{"rule": "index"}', "--rule", "match"], "match", 16),
     ],
@@ -89,6 +95,16 @@ def test_the_rule_and_its_pages(args, rule, page, monkeypatch):
     monkeypatch.setattr(kernel, "run", lambda bench, report: asked.append(bench) or [])
     assert invoke("kernel", *args, "--no-progress").exit_code == 0
     assert (asked[0].config.rule, asked[0].page) == (rule, page)
+
+
+@pytest.mark.parametrize(
+    "option, value", [("hit-rate", "0.5"), ("lags", "uniform"), ("mean-lag", "9"), ("window", "64")]
+)
+def test_what_only_matches_have_is_refused_with_an_index(option, value, monkeypatch):
+    monkeypatch.setattr(kernel, "require_cuda", lambda: None)
+    result = invoke("kernel", f"--{option}", value, "--no-progress")
+    said = re.sub(r"\s*│?\n│?\s*", " ", result.output)
+    assert result.exit_code == 2 and option in said and re.search(f"received '?{value}.* which only rule: match ", said)
 
 
 @pytest.mark.parametrize("args, said", [(["kernel"], "bandd: unknown key"), (["decode"], "no shape 'gpt'")])

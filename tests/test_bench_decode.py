@@ -192,7 +192,7 @@ def test_decode_on_a_real_engine(tmp_path):
     from support.tiny_models import write
 
     model, rows = write("llama", tmp_path / "models"), tmp_path / "rows.json"
-    keys = {"window": 32, "band": 16, "min_context": 64}
+    keys = {"rule": "match", "window": 32, "band": 16, "min_context": 64}
     engine = {"block_size": 32, "dtype": "float32", "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 32 << 20}
     # Engines of other tests leave their choice of runner in the environment.
     quick = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",

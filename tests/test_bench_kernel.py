@@ -18,7 +18,7 @@ from vllm_mac.tools import environment
 from vllm_mac.tools.bench import BenchError, kernel, row_tables, synthetic_index
 from vllm_mac.tools.bench import synthetic_step as data
 
-CONFIG = resolve({"window": 32, "band": 24, "min_context": 64, "miss_engine": "triton"}, {})
+CONFIG = resolve({"rule": "match", "window": 32, "band": 24, "min_context": 64, "miss_engine": "triton"}, {})
 
 
 def make(batch=3, context=200, heads=(4, 2), layers=2, config=CONFIG, dtype=torch.float16, seed=0):
@@ -88,7 +88,7 @@ FLOAT8 = {"ring_dtype": "float8_e4m3fn", "distance": "relative"}
 
 @pytest.mark.parametrize("changes", [{}, {"sink": 5}, {"reuse": "chained"}, {"min_context": 4096}, FLOAT8])
 def test_counters_and_bytes_are_those_of_the_method(changes):
-    step = make(config=resolve(CONFIG.model_dump(include={"window", "band", "min_context"}) | changes, {}))
+    step = make(config=resolve(CONFIG.model_dump(include={"rule", "window", "band", "min_context"}) | changes, {}))
     data.plant(step, 0.6, "geometric", 6, seed=3)
     data.check_planting(step)
     layer = step.layers[0]
@@ -109,7 +109,7 @@ def test_counters_and_bytes_are_those_of_the_method(changes):
 
 
 def test_float8_rings_save_a_byte_of_each_element_of_a_query():
-    keys = CONFIG.model_dump(include={"window", "band", "min_context"})
+    keys = CONFIG.model_dump(include={"rule", "window", "band", "min_context"})
     steps = [make(config=resolve(keys | changes, {})) for changes in ({}, FLOAT8)]
     for step in steps:
         data.plant(step, 1.0, "geometric", 6, seed=3)
@@ -274,7 +274,7 @@ def test_no_speed_of_a_wrong_decode(baselines, monkeypatch, spoil, said):
 
 # Decoding by the index of keys
 
-INDEX = resolve({"rule": "index", "band": 64, "sink": 16, "min_context": 128}, {})
+INDEX = resolve({"band": 64, "sink": 16, "min_context": 128}, {})
 
 
 def make_indexed(batch=3, context=300, heads=(6, 2), layers=2, caches=2, seed=0):

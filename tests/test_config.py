@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.configs import DEFAULTS, keys_of, refusal
+from support.configs import DEFAULTS, chosen, keys_of, refusal
 from vllm_mac.config import (
     INLINE,
     LayerSelection,
@@ -33,7 +33,7 @@ def test_every_field_is_described():
 
 
 def test_is_frozen_hashable_and_survives_a_process_boundary():
-    config = resolve({"layers": {"include": [1, "2-3"], "threshold": {"2-3": 0.5}}}, {})
+    config = resolve({"rule": "match", "layers": {"include": [1, "2-3"], "threshold": {"2-3": 0.5}}}, {})
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.window = 1
     with pytest.raises(pydantic.ValidationError, match="frozen"):
@@ -51,21 +51,21 @@ FLOATS = ["threshold", "lag_weight", "ring_memory_gib", "audit", "tolerance"]
 @pytest.mark.parametrize("field", INTEGERS)
 @pytest.mark.parametrize("value", ["512", 512.5, 512.0, True, [512], {"a": 1}])
 def test_an_integer_takes_nothing_else(field, value):
-    message = refusal({field: value})
+    message = refusal(chosen(field) | {field: value})
     assert f"{field}: received {value!r} ({type(value).__name__}) from {INLINE}" in message
     assert "must be an integer" in message
 
 
 @pytest.mark.parametrize("field", FLOATS)
 def test_a_float_takes_an_integer(field):
-    value = getattr(resolve({field: 1}, {}), field)
+    value = getattr(resolve(chosen(field) | {field: 1}, {}), field)
     assert (value, type(value)) == (1.0, float)
 
 
 @pytest.mark.parametrize("field", FLOATS)
 @pytest.mark.parametrize("value", ["0.5", True, None, float("nan"), float("inf"), -float("inf"), 10**400])
 def test_a_float_takes_no_text_no_truth_value_and_nothing_infinite(field, value):
-    assert f"{field}: received" in refusal({field: value})
+    assert f"{field}: received" in refusal(chosen(field) | {field: value})
 
 
 @pytest.mark.parametrize("value", [1, 0, "true", None])
@@ -79,13 +79,13 @@ def test_a_truth_value_takes_nothing_else(value):
     ["rule", "window", "band", "sink", "distance", "min_context", "reuse", "ring_dtype", "layers"],
 )
 def test_null_only_where_it_has_a_meaning(field):
-    assert f"{field}: received None (NoneType)" in refusal({field: None})
+    assert f"{field}: received None (NoneType)" in refusal(chosen(field) | {field: None})
 
 
 # Ranges
 
 BOUNDS = [
-    ("rule", ["match", "index"], ["Index", "both", 1], "one of match, index"),
+    ("rule", ["match", "index"], ["Index", "both", 1], "one of index, match"),
     ("tolerance", [0, 1.5, 40], [-0.1], "a finite number of at least 0"),
     ("index_size", [None, 32, 64, 256], [0, 16, 40], "an integer of at least 32 in steps of 16 or null"),
     ("window", [1, 65536], [0, -1, 65537], "an integer from 1 to 65536"),
@@ -115,9 +115,9 @@ BOUNDS = [
 @pytest.mark.parametrize(("field", "good", "bad", "valid"), BOUNDS)
 def test_range(field, good, bad, valid):
     for value in good:
-        assert getattr(resolve({field: value}, {}), field) == value
+        assert getattr(resolve(chosen(field) | {field: value}, {}), field) == value
     for value in bad:
-        message = refusal({field: value})
+        message = refusal(chosen(field) | {field: value})
         assert f"{field}: received {value!r} " in message
         assert message.endswith(f"from {INLINE}; must be {valid}")
 
@@ -130,7 +130,7 @@ def matchable(band: int, sink: int, min_context: int, window: int) -> bool:
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 80), st.integers(1, 40))
 def test_band_and_sink_leave_a_summary_to_match(band, sink, min_context, window):
-    keys = {"band": band, "sink": sink, "min_context": min_context, "window": window}
+    keys = {"rule": "match", "band": band, "sink": sink, "min_context": min_context, "window": window}
     if matchable(band, sink, min_context, window):
         assert resolve(keys, {}).band == band
         return
@@ -151,25 +151,76 @@ def test_disagreeing_fields_name_the_origin_of_each(yaml_file):
     assert resolve({"config": path, "band": 2042}, {}).band == 2042
 
 
-@pytest.mark.parametrize("key, value, none", [("audit", 0.01, "0"), ("error_budget", 0.1, "null")])
-def test_an_index_has_no_hits_to_audit(key, value, none):
-    message = refusal({"rule": "index", key: value})
-    assert (
-        f"which only rule: match has: received rule=index, {key}={value}; set {key} to {none}, or rule to match"
-        in message
-    )
-    assert f"rule from {INLINE}, {key} from {INLINE}" in message and "needs audits" not in message
-    both = refusal({"rule": "index", "audit": 0.01, "error_budget": 0.1})
-    assert both.count("which only rule: match has") == 2
+# The rule that reads a key
+
+OF_INDEX = {"tolerance": 2.0, "index_size": 64}
+OF_MATCH = {
+    "window": 64, "threshold": 0.9, "distance": "relative", "lag_weight": 1.0, "reuse": "chained", "max_chain": 3,
+    "mass_floor": None, "ring_dtype": "float32", "max_sequences": 2, "ring_memory_gib": 1.0, "miss_engine": "flashinfer",
+    "audit": 0.01, "error_budget": 0.1, "layers": {"threshold": {3: 0.5}},
+}  # fmt: skip
+GIVEN = [("match", "index", key, value) for key, value in OF_MATCH.items()]
+GIVEN += [("index", "match", key, value) for key, value in OF_INDEX.items()]
+
+
+@pytest.mark.parametrize(("other", "rule", "key", "value"), GIVEN)
+def test_a_key_that_the_rule_does_not_read_is_refused(other, rule, key, value, yaml_file):
+    name, shown = ("layers.threshold", {3: 0.5}) if key == "layers" else (key, value)
+    what = f"  {name}: received {shown!r} ({type(shown).__name__}) from "
+    why = f"which only rule: {other} reads, and rule is {rule} from {INLINE}; leave it out, or set rule to {other}"
+    assert refusal({"rule": rule, key: value}) == f"invalid MAC configuration:\n{what}{INLINE}, {why}"
+    path = yaml_file(yaml.safe_dump({key: value}))
+    assert refusal({"rule": rule, "config": path}).endswith(f"{what}{path} (named by {INLINE}.config), {why}")
+    if rule == "index":  # which it is by default too
+        assert refusal({key: value}).endswith(why.replace(f"index from {INLINE}", "index, the default"))
+    # What it has by default it may not have either, where it was written by itself.
+    if key != "layers":
+        assert f"{key}: received {DEFAULTS[key]!r} " in refusal({"rule": rule, key: DEFAULTS[key]})
+
+
+@pytest.mark.parametrize("rule", ["match", "index"])
+def test_every_other_key_is_read_by_both_rules(rule):
+    keys = {key: value for key, value in DEFAULTS.items() if key not in OF_MATCH.keys() | OF_INDEX.keys()}
+    assert keys.keys() == {"enabled", "rule", "band", "sink", "min_context"}
+    layers = {"include": ["0-3"], "exclude": [2]}
+    assert resolve(keys | {"rule": rule, "band": 64, "layers": layers}, {}).layers.exclude == (2,)
+
+
+@pytest.mark.parametrize("rule", ["match", "index"])
+def test_a_source_of_every_key_may_hold_the_other_rule_s_defaults(rule, yaml_file):
+    """A copy of `configs/default.yaml` is one."""
+    whole = DEFAULTS | {"rule": rule}
+    path = yaml_file(yaml.safe_dump(whole))
+    assert resolve(whole, {}) == resolve({"config": path}, {}) == resolve({"rule": rule}, {})
+    other = {"match": "tolerance", "index": "window"}[rule]
+    assert f"{other}: received 7 (int) from {INLINE}, which only rule" in refusal(whole | {other: 7})
+    assert f"{other}: received {DEFAULTS[other]!r} " in refusal({"config": path, other: DEFAULTS[other]})
+    del whole["enabled"]
+    assert len(refusal(whole).splitlines()) == 1 + (len(OF_INDEX) if rule == "match" else len(OF_MATCH))
+
+
+def test_the_rule_of_a_file_yields_to_an_inline_one_and_its_keys_do_not(yaml_file):
+    path = yaml_file("rule: match\nwindow: 64\n")
+    assert resolve({"config": path}, {}).window == 64
+    message = refusal({"config": path, "rule": "index"})
+    assert f"window: received 64 (int) from {path} (named by {INLINE}.config), which only rule: match reads" in message
+
+
+def test_a_key_that_is_not_read_is_wrong_once():
+    """Neither its value nor what it would need is judged; nor is it, where the rule itself is wrong."""
+    assert len(refusal({"threshold": 7, "error_budget": 0.1, "layers": {"threshold": 3}}).splitlines()) == 4
+    assert refusal({"rule": "both", "window": 64}).splitlines()[1:] == [
+        f"  rule: received 'both' (str) from {INLINE}; must be one of index, match"
+    ]
 
 
 def test_an_error_budget_needs_audits(yaml_file):
-    message = refusal({"error_budget": 0.1})
+    message = refusal({"rule": "match", "error_budget": 0.1})
     assert "error_budget: a budget needs audits to be judged by: received error_budget=0.1, audit=0.0" in message
     assert f"audit from the defaults, error_budget from {INLINE}" in message
-    path = yaml_file("error_budget: 0.1\n")
+    path = yaml_file("rule: match\nerror_budget: 0.1\n")
     assert resolve({"config": path, "audit": 0.01}, {}).error_budget == 0.1
-    wrong = refusal({"audit": 2, "error_budget": 0.1})
+    wrong = refusal({"rule": "match", "audit": 2, "error_budget": 0.1})
     assert "audit: received 2" in wrong and "needs audits" not in wrong
 
 
@@ -242,7 +293,7 @@ def test_layers_is_a_mapping_with_known_keys():
     ],
 )
 def test_thresholds_of_layers(thresholds, found, yaml_file):
-    keys = {"window": 64, "layers": {"exclude": [0], "threshold": thresholds}}
+    keys = {"rule": "match", "window": 64, "layers": {"exclude": [0], "threshold": thresholds}}
     path = yaml_file(yaml.safe_dump(keys, sort_keys=False))
     for config in (resolve(keys, {}), resolve({"config": path}, {})):
         own = [config.for_layer(NAME.format(i), i) for i in range(6)]
@@ -253,7 +304,8 @@ def test_thresholds_of_layers(thresholds, found, yaml_file):
 
 def test_patterns_that_match_no_layer_are_known():
     thresholds = {"*": 0.5, "2-3": 0.6, 7: 0.5, "*.mlp": 0.5, "8-9": 0.5}
-    config = resolve({"layers": {"include": ["0-3", 8], "exclude": ["*.mlp", "*.1.*"], "threshold": thresholds}}, {})
+    patterns = {"include": ["0-3", 8], "exclude": ["*.mlp", "*.1.*"], "threshold": thresholds}
+    config = resolve({"rule": "match", "layers": patterns}, {})
     layers = [(NAME.format(i), i) for i in range(8)]
     assert config.idle_patterns("threshold", layers) == ["*.mlp", "8-9"]
     assert config.idle_patterns("include", layers) == [8]
@@ -263,14 +315,14 @@ def test_patterns_that_match_no_layer_are_known():
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, "0.5", None, True, float("nan"), [0.5]])
 def test_a_threshold_of_a_layer_is_checked_like_the_top_level_one(value):
-    message = refusal({"layers": {"threshold": {3: 0.5, "0-3": value}}})
+    message = refusal({"rule": "match", "layers": {"threshold": {3: 0.5, "0-3": value}}})
     assert f"layers.threshold.0-3: received {value!r} ({type(value).__name__}) from" in message
     assert message.endswith("; must be a finite number from 0 to 1")
 
 
 @pytest.mark.parametrize("key", [-1, True, 1.0, None, "", "-1", "3-1", "0:3", "0-", (0, 3)])
 def test_a_threshold_is_of_a_layer_pattern(key):
-    message = refusal({"layers": {"threshold": {key: 0.5}}})
+    message = refusal({"rule": "match", "layers": {"threshold": {key: 0.5}}})
     assert "  layers.threshold." in message and f": received {key!r} " in message
     assert "[key]" not in message  # pydantic's name for where it went wrong
     assert message.endswith("'model.layers.*.self_attn.attn'")
@@ -278,7 +330,7 @@ def test_a_threshold_is_of_a_layer_pattern(key):
 
 @pytest.mark.parametrize("value", [0.5, [0.5], None, {3: 0.5, "3": 0.6}])
 def test_thresholds_of_layers_come_as_a_mapping_that_names_each_once(value):
-    message = refusal({"layers": {"threshold": value}})
+    message = refusal({"rule": "match", "layers": {"threshold": value}})
     assert f"layers.threshold: received {value!r}" in message
     assert "must be a mapping to a finite number from 0 to 1, each key, given once, a layer" in message
 
@@ -308,7 +360,7 @@ def test_keys_that_are_not_text_are_unknown():
 
 
 def test_all_errors_are_reported_at_once(yaml_file):
-    path = yaml_file("windw: 1\nthreshold: 2\nconfig: other.yaml\n")
+    path = yaml_file("rule: match\nwindw: 1\nthreshold: 2\nconfig: other.yaml\n")
     message = refusal({"config": path, "reuse": "x", "bnad": 1, "band": 5000, "layers": {"a": 1}})
     lines = message.splitlines()
     assert lines[0] == "invalid MAC configuration:"
@@ -339,7 +391,6 @@ CONFIGS = st.fixed_dictionaries(
     {},
     optional={
         "enabled": st.booleans(),
-        "rule": st.sampled_from(["match", "index"]),
         "tolerance": st.floats(0, **FINITE) | st.integers(0, 9),
         "index_size": st.none() | st.integers(2, 16).map(lambda n: 16 * n),
         "window": st.integers(1, 65536),
@@ -370,10 +421,14 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@given(CONFIGS)
+@given(CONFIGS, st.sampled_from(["match", "index"]))
 @settings(max_examples=150, deadline=None)
-def test_round_trip(tmp_path_factory, keys):
-    config = resolve(keys, {})
+def test_round_trip(tmp_path_factory, keys, rule):
+    others = OF_INDEX if rule == "match" else OF_MATCH
+    read = {key: value for key, value in keys.items() if key not in others or key == "layers"}
+    if rule == "index" and "layers" in read:
+        read["layers"] = {key: value for key, value in read["layers"].items() if key != "threshold"}
+    config = resolve(read | {"rule": rule}, {})
     path = tmp_path_factory.mktemp("round") / "mac.yaml"
     path.write_text(yaml.safe_dump(keys_of(config), sort_keys=False), encoding="utf-8")
     assert resolve({"config": str(path)}, {}) == config
@@ -404,11 +459,15 @@ def test_whatever_comes_is_accepted_in_full_or_refused_by_the_one_exception(inli
 # The log line
 
 
-def test_describe_is_one_line_with_every_key():
+def test_describe_is_one_line_with_every_key_that_the_rule_reads():
     layers = {"include": ["0-3", 5], "threshold": {5: 0.5, "0-3": 1}}
-    line = resolve({"max_chain": 3, "layers": layers}, {}).describe()
+    line = resolve({"rule": "match", "max_chain": 3, "layers": layers}, {}).describe()
     assert "\n" not in line
-    assert line.startswith("enabled=true rule=match tolerance=1.5 index_size=null window=512 band=256 ")
+    assert line.startswith("enabled=true rule=match window=512 band=256 ")
     assert "reuse=anchored max_chain=3 mass_floor=0.2 ring_dtype=auto max_sequences=null" in line
     assert line.endswith('layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}')
-    assert all(f"{key}=" in line for key in DEFAULTS if key != "layers")
+    assert all((f" {key}=" in line) == (key not in OF_INDEX) for key in DEFAULTS if key not in ("enabled", "layers"))
+    assert resolve({}, {}).describe() == (
+        "enabled=true rule=index tolerance=1.5 index_size=null band=256 sink=0 min_context=2048 layers.include=null "
+        "layers.exclude=[]"
+    )

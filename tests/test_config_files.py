@@ -12,17 +12,17 @@ from vllm_mac.config import (
     ENV_VAR,
     INLINE,
     MacConfig,
-    bundled_configs,
     resolve,
 )
+from vllm_mac.config_files import bundled_configs
 
 # Where values come from
 
 
 def test_inline_overrides_the_file_and_the_file_the_defaults(yaml_file):
-    path = yaml_file("window: 1024\nband: 128\nthreshold: 0.6\n")
+    path = yaml_file("rule: match\nwindow: 1024\nband: 128\nthreshold: 0.6\n")
     config = resolve({"config": path, "band": 64}, {})
-    assert keys_of(config) == DEFAULTS | {"window": 1024, "band": 64, "threshold": 0.6}
+    assert keys_of(config) == DEFAULTS | {"rule": "match", "window": 1024, "band": 64, "threshold": 0.6}
 
 
 def test_inline_layers_replace_the_whole_value_of_the_file(yaml_file):
@@ -34,37 +34,37 @@ def test_inline_layers_replace_the_whole_value_of_the_file(yaml_file):
 
 
 def test_the_environment_names_a_file_unless_config_does(yaml_file):
-    by_environ, by_key = yaml_file("window: 7\n", "a.yaml"), yaml_file("band: 9\n", "b.yaml")
+    by_environ, by_key = yaml_file("band: 7\n", "a.yaml"), yaml_file("band: 9\n", "b.yaml")
     environ = {ENV_VAR: by_environ}
-    assert keys_of(resolve(None, environ)) == DEFAULTS | {"window": 7}
-    assert keys_of(resolve({"config": None}, environ)) == DEFAULTS | {"window": 7}
+    assert keys_of(resolve(None, environ)) == DEFAULTS | {"band": 7}
+    assert keys_of(resolve({"config": None}, environ)) == DEFAULTS | {"band": 7}
     assert keys_of(resolve({"config": by_key}, environ)) == DEFAULTS | {"band": 9}
     assert keys_of(resolve(None, {ENV_VAR: ""})) == DEFAULTS
 
 
 def test_the_process_environment_is_read_by_default(yaml_file, monkeypatch):
-    monkeypatch.setenv(ENV_VAR, yaml_file("window: 7\n"))
-    assert resolve().window == 7
+    monkeypatch.setenv(ENV_VAR, yaml_file("band: 7\n"))
+    assert resolve().band == 7
 
 
 def test_a_wrong_value_of_a_file_names_the_file_and_what_named_it(yaml_file):
-    path = yaml_file("window: 0\n")
-    assert f"window: received 0 (int) from {path} (named by {ENV_VAR})" in refusal(None, {ENV_VAR: path})
+    path = yaml_file("band: 0\n")
+    assert f"band: received 0 (int) from {path} (named by {ENV_VAR})" in refusal(None, {ENV_VAR: path})
     assert f"from {path} (named by {INLINE}.config)" in refusal({"config": path})
 
 
 def test_inline_keys_are_left_as_they_were():
-    inline = {"config": "default", "window": 7}
+    inline = {"config": "default", "band": 7}
     resolve(inline, {})
-    assert inline == {"config": "default", "window": 7}
+    assert inline == {"config": "default", "band": 7}
 
 
 def test_a_path_may_be_relative_or_start_at_home(yaml_file, tmp_path, monkeypatch):
-    yaml_file("window: 7\n")
+    yaml_file("band: 7\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve({"config": "mac.yaml"}, {}).window == 7
-    assert resolve({"config": "~/mac.yaml"}, {}).window == 7
+    assert resolve({"config": "mac.yaml"}, {}).band == 7
+    assert resolve({"config": "~/mac.yaml"}, {}).band == 7
 
 
 # Files that cannot be used
@@ -79,7 +79,7 @@ def test_a_missing_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for message in (refusal({"config": "nope.yaml"}), refusal(None, {ENV_VAR: "nope.yaml"})):
         assert f"received 'nope.yaml': no file at {tmp_path / 'nope.yaml'}" in message
-        assert "one of the bundled default, index, long_reasoning" in message
+        assert "one of the bundled default, long_reasoning, paper" in message
     assert message.startswith(f"{ENV_VAR}: ")
 
 
@@ -94,7 +94,7 @@ def test_a_location_is_text(location):
 
 
 def test_a_file_without_permission(yaml_file, monkeypatch):
-    path = yaml_file("window: 7\n")
+    path = yaml_file("band: 7\n")
 
     def denied(*_args, **_options):
         raise PermissionError(13, "Permission denied")
@@ -150,7 +150,7 @@ def test_the_same_key_at_two_levels_is_no_duplicate(yaml_file):
 
 
 def test_a_byte_order_mark_is_skipped(yaml_file):
-    assert resolve({"config": yaml_file(b"\xef\xbb\xbfwindow: 7\n")}, {}).window == 7
+    assert resolve({"config": yaml_file(b"\xef\xbb\xbfband: 7\n")}, {}).band == 7
 
 
 # The bundled files
@@ -165,14 +165,13 @@ def test_the_default_file_states_every_default_and_explains_it():
 
 def test_the_long_reasoning_file_states_only_what_it_changes():
     keys = yaml.safe_load(bundled_configs()["long_reasoning"].read_text())
-    # The rule stands there so that it stays when the default changes.
-    assert keys == {key: value for key, value in keys.items() if key == "rule" or value != DEFAULTS[key]}
+    assert keys == {key: value for key, value in keys.items() if value != DEFAULTS[key]}
     config = resolve({"config": "long_reasoning"}, {})
     assert keys_of(config) == DEFAULTS | keys
     assert config.lag_weight > 0
 
 
-@pytest.mark.parametrize("name", ["default", "index", "long_reasoning", "paper"])
+@pytest.mark.parametrize("name", ["default", "long_reasoning", "paper"])
 def test_every_key_of_a_bundled_file_has_a_comment_above_it(name):
     lines = bundled_configs()[name].read_text().splitlines()
     bare = [
@@ -183,10 +182,10 @@ def test_every_key_of_a_bundled_file_has_a_comment_above_it(name):
     assert bare == []
 
 
-@pytest.mark.parametrize("name", ["index", "long_reasoning", "paper"])
-def test_a_bundled_file_keeps_its_rule_when_the_default_changes(name):
-    assert yaml.safe_load(bundled_configs()[name].read_text())["rule"] == ("index" if name == "index" else "match")
-    assert resolve({"config": name}, {}).rule == ("index" if name == "index" else "match")
+@pytest.mark.parametrize("name", ["long_reasoning", "paper"])
+def test_a_bundled_file_of_the_paper_s_rule_says_so(name):
+    assert yaml.safe_load(bundled_configs()[name].read_text())["rule"] == "match"
+    assert resolve({"config": name}, {}).rule == "match"
 
 
 def test_a_bundled_name_yields_to_a_file_but_not_to_a_directory(tmp_path, monkeypatch):
@@ -195,5 +194,5 @@ def test_a_bundled_name_yields_to_a_file_but_not_to_a_directory(tmp_path, monkey
     (tmp_path / "long_reasoning").mkdir()
     assert resolve({"config": "long_reasoning"}, {}).lag_weight > 0
     (tmp_path / "long_reasoning").rmdir()
-    (tmp_path / "long_reasoning").write_text("window: 7\n")
-    assert keys_of(resolve({"config": "long_reasoning"}, {})) == DEFAULTS | {"window": 7}
+    (tmp_path / "long_reasoning").write_text("band: 7\n")
+    assert keys_of(resolve({"config": "long_reasoning"}, {})) == DEFAULTS | {"band": 7}

@@ -65,7 +65,7 @@ def case(monkeypatch):
 
     builder = object.__new__(cuda.MacCUDAMetadataBuilder)
     vars(builder).update(
-        decoder=decoder, config=MacConfig(rule="index", min_context=128, band=64), all_served=True, served=[layer],
+        decoder=decoder, config=MacConfig(min_context=128, band=64), all_served=True, served=[layer],
         _planned=MagicMock(), _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
         cache_config=MagicMock(), q_data_type_prefill=torch.float32, q_data_type_decode=torch.float32,
         group=MagicMock(decoder=decoder),

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from support import ROOT
 from support.engine import ENVIRONMENT, engine, worker
+from vllm_mac.capabilities import TO_MATCH
 from vllm_mac.tools import cli
 from vllm_mac.tools.doctor import checks, show, versions
 from vllm_mac.tools.doctor.checks import OK, PROBLEM, UNCHECKED, WARNING, Finding
@@ -27,7 +28,8 @@ HERE = {
     "gpu": None, "vllm": "0.32.0+cpu", "torch": "2.13.0", "triton": None, "flashinfer": None, "vllm_mac": "0.1.0",
     "python": "3.11.7", "commit": "abc",
 }  # fmt: skip
-SMALL = {"window": 32, "band": 16, "min_context": 64}
+SMALL = {"band": 16, "min_context": 64}  # by index
+RINGS = SMALL | {"rule": "match", "window": 32}
 
 
 def test_versions_are_those_that_pip_is_told():
@@ -79,21 +81,28 @@ def test_versions_are_judged(changes, mark, text):
     assert all(one.cure for one in found)
 
 
-@pytest.mark.parametrize("capability, mark", [((7, 5), PROBLEM), ((8, 0), OK), ((9, 0), OK)])
-def test_devices_are_judged(monkeypatch, capability, mark):
+@pytest.mark.parametrize(
+    "capability, by_index, mark",
+    [
+        ((7, 5), True, PROBLEM), ((8, 0), True, OK), ((9, 0), True, OK), ((10, 0), True, PROBLEM),
+        ((10, 0), False, OK), ((7, 5), False, PROBLEM),
+    ],
+)  # fmt: skip
+def test_devices_are_judged(monkeypatch, capability, by_index, mark):
     facts = SimpleNamespace(name="A GPU", major=capability[0], minor=capability[1], total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    (found,) = checks.of_devices(HERE | {"gpu": "A GPU"})
+    (found,) = checks.of_devices(HERE | {"gpu": "A GPU"}, by_index)
     assert found.mark == mark and found.text.startswith(f"GPU 0: A GPU, sm{capability[0]}{capability[1]}, 80 GiB")
+    assert found.cure == {(7, 5): "use another GPU", (10, 0): TO_MATCH if by_index else None}.get(capability)
 
 
 @pytest.mark.cpu
 def test_a_gpu_that_pytorch_cannot_use():
-    (found,) = checks.of_devices(HERE | {"gpu": "NVIDIA L4"})
+    (found,) = checks.of_devices(HERE | {"gpu": "NVIDIA L4"}, True)
     assert found.mark == PROBLEM and "NVIDIA L4" in found.text
-    (found,) = checks.of_devices(HERE)
+    (found,) = checks.of_devices(HERE, True)
     assert found.mark == OK and found.text.startswith("no GPU: ")
 
 
@@ -117,7 +126,7 @@ def test_layers_and_rings_are_an_engine_s(models, family):
     """The doctor's layers, bytes and number of rings are those that an engine settles and allocates."""
     from vllm_mac.layers import mac_layers
 
-    mac = SMALL | {"ring_memory_gib": 0.002}
+    mac = RINGS | {"ring_memory_gib": 0.002}
     options = {"max_model_len": 512, "dtype": "float32"}
     model = models(family)
     seen = examine(str(model), mac, options, max_num_seqs=8)
@@ -154,11 +163,11 @@ def test_the_room_for_an_index_is_an_engine_s(models, family, options):
     """Pages, directions and the loss of room, as an engine makes them where it chooses the page too."""
     from vllm_mac.layers import mac_layers
 
-    mac, options = SMALL | {"rule": "index", "index_size": 32}, {"max_model_len": 512, "dtype": "float32"} | options
+    mac, options = SMALL | {"index_size": 32}, {"max_model_len": 512, "dtype": "float32"} | options
     seen = examine(str(models(family)), mac, options, max_num_seqs=8)
     assert seen.refused is None and seen.ring is None
     with engine(
-        models(family), "v1", "MAC", {"mac": mac}, **{"block_size": None, "max_model_len": 512} | options
+        models(family), "v1", "MAC", {"mac": mac}, **{"block_size": None, "max_model_len": 512, "rule": None} | options
     ) as llm:
         layers = mac_layers(worker(llm).vllm_config)
         assert [layer.exact for layer in layers] == [layer.reason for layer in seen.layers] == FAMILIES[family]
@@ -185,9 +194,9 @@ def test_the_room_for_an_index_is_an_engine_s(models, family, options):
         ("deepseek", {}, {}, "MLA"),
         ("llama", {"windw": 3}, {}, "did you mean 'window'?"),
         ("llama", {}, {"kv_cache_dtype": "fp8"}, "give --kv-cache-dtype bfloat16"),
-        ("llama", {"ring_memory_gib": 0.0001}, {}, "ring_memory_gib: 0.0001 holds no ring"),
-        ("llama", {"rule": "index", "index_size": 48}, {}, "index_size: received 48, more than the head size 32"),
-        ("lfm2", {"rule": "index"}, {}, "set rule to match"),
+        ("llama", {"rule": "match", "ring_memory_gib": 0.0001}, {}, "ring_memory_gib: 0.0001 holds no ring"),
+        ("llama", {"index_size": 48}, {}, "index_size: received 48, more than the head size 32"),
+        ("lfm2", {}, {}, "set rule: match, as in --additional-config"),
     ],
 )
 def test_what_an_engine_would_refuse(models, family, mac, options, reason):
@@ -209,7 +218,7 @@ def test_a_rotation_that_cannot_be_undone_is_explained(models, tmp_path):
         "original_max_position_embeddings": 4096,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    done = CliRunner().invoke(cli.app, ["doctor", str(tmp_path)], env={"COLUMNS": "120"})
+    done = CliRunner().invoke(cli.app, ["doctor", str(tmp_path), "--mac", '{"rule": "match"}'], env={"COLUMNS": "120"})
     assert done.exit_code == 1, done.output
     assert "layers 0-1: exact (rotary), 2 of 2" in done.output and "has no cos_sin_cache" in done.output
     assert "MAC serves no layer of this model" in done.output and "estimate" not in done.output
@@ -234,7 +243,7 @@ def test_a_large_model_takes_no_memory_of_its_own_size(models, tmp_path):
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "dtype": "bfloat16",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    seen = examine(str(tmp_path), {}, {"tensor_parallel_size": 4}, max_num_seqs=16)
+    seen = examine(str(tmp_path), {"rule": "match"}, {"tensor_parallel_size": 4}, max_num_seqs=16)
     assert seen.refused is None and groups(seen.layers) == [("MAC", None, "layers 0-79", 80)]
     one = 80 * 16 * 512 * (2 * 128 * 2 + 8)  # layers, heads, window, query and output in bfloat16, LSE and chain
     assert seen.ring == (one, (4 << 30) // one, 16)
@@ -266,7 +275,7 @@ def model_of(**changes) -> Examined:
 
     return Examined(
         layers=[*served, window], ring=(1, 4, 8), dense_bytes=10**10, experts=[(16 * 10**9, 1 / 8)], ring_element=2,
-        config=resolve({"window": 512, "band": 256}), max_model_len=10**6, **changes,
+        config=resolve({"rule": "match", "window": 512, "band": 256}), max_model_len=10**6, **changes,
     )  # fmt: skip
 
 
@@ -344,7 +353,7 @@ def test_the_command(models, tmp_path):
     out = tmp_path / "report.json"
     command = [
         "doctor", str(models("gemma3")), "--context", "4096,8192", "--hit-rate", "0,1", "--bandwidth", "1000",
-        "--mac", json.dumps(SMALL), "--max-num-seqs", "4", "--json", str(out),
+        "--mac", json.dumps(RINGS), "--max-num-seqs", "4", "--json", str(out),
     ]  # fmt: skip
     done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "120"})
     told = json.loads(out.read_text())
@@ -372,8 +381,8 @@ def test_the_command(models, tmp_path):
 def test_the_command_with_an_index(models, tmp_path):
     out = tmp_path / "report.json"
     command = [
-        "doctor", str(models("gemma3")), "--context", "4096,8192", "--hit-rate", "0,1", "--bandwidth", "1000",
-        "--mac", json.dumps(SMALL | {"rule": "index"}), "--json", str(out),
+        "doctor", str(models("gemma3")), "--context", "4096,8192", "--bandwidth", "1000", "--mac", json.dumps(SMALL),
+        "--json", str(out),
     ]  # fmt: skip
     done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "120"})
     told = json.loads(out.read_text())
@@ -383,6 +392,8 @@ def test_the_command_with_an_index(models, tmp_path):
     assert [(row["context"], row["hit_rate"]) for row in told["estimates"]] == [(4096, None), (8192, None)]
     assert told["model"]["index"]["directions"] == [32] and "ring_bytes" not in told["model"]
     assert "an assumption measured on two models" in done.output and "index GB" in done.output
+    done = CliRunner().invoke(cli.app, [*command, "--hit-rate", "0.5"], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and "--hit-rate: received '0.5', which only rule: match has" in done.output
 
 
 @pytest.mark.cpu

@@ -1,4 +1,4 @@
-"""With `rule: index`, whole engines decode by the rule, whatever the scheduler does with requests and pages.
+"""By the default, `rule: index`, whole engines decode as it says, whatever the scheduler does with requests and pages.
 
 Every step is compared with the rule written plainly (`index_shadow`), and so is the index in every complete page.
 """
@@ -13,7 +13,7 @@ from vllm_mac.counters import Count
 from vllm_mac.layers import mac_layers
 
 pytestmark = pytest.mark.cpu
-CONFIG = {"rule": "index", "min_context": 64, "band": 16}
+CONFIG = {"min_context": 64, "band": 16}
 LAYERS, HEADS, KV_HEADS = 2, 8, 2
 # Both sides sum the same float32 products in other orders; see test_engine_reuse.
 TOLERANCE = 1e-4
@@ -50,7 +50,13 @@ def engines(model):
             close()
             config = {"mac": CONFIG | {"tolerance": tolerance}}
             context = harness.engine(
-                model, runner=runner, backend="MAC", prefix_caching=caching, additional_config=config, chunk=1024
+                model,
+                runner=runner,
+                backend="MAC",
+                prefix_caching=caching,
+                additional_config=config,
+                chunk=1024,
+                rule=None,
             )
             current[key] = context, context.__enter__()
             harness.run_schedule(current[key][1], [TEACHER])
@@ -158,7 +164,7 @@ def test_maps_are_learned_from_the_first_long_prompt_and_from_longer_ones(model,
     """Until then rows are read whole. Pages that are in use, in the cache or free are indexed anew."""
     config = {"mac": CONFIG | {"tolerance": 1.0}}
     with harness.engine(
-        model, runner=runner, backend="MAC", prefix_caching=True, additional_config=config, chunk=1024
+        model, runner=runner, backend="MAC", prefix_caching=True, additional_config=config, chunk=1024, rule=None
     ) as llm:
         maps = [layer.index.maps for layer in layers(llm)]
         groups = {id(layer.group): layer.group for layer in layers(llm)}.values()
@@ -181,3 +187,13 @@ def test_maps_are_learned_from_the_first_long_prompt_and_from_longer_ones(model,
             harness.run_schedule(llm, [Add(0, "d", PROMPTS["d"], 40), Add(9, "long", text("long", 420), 8)])
             assert learned() == [420] and not any((x == y).all() for x, y in zip(versions(), before, strict=True))
         assert watch.looked > 50 and watch.worst < TOLERANCE
+
+
+def test_an_engine_that_is_told_nothing_uses_the_index(model):
+    prompt = text("long", 2100)
+    with harness.engine(model, backend="MAC", max_model_len=4096, rule=None) as llm:
+        harness.run_schedule(llm, [Add(0, "long", prompt, NEW), Add(0, "short", prompt[:1900], NEW)])
+        assert all(layer.index is not None and layer.state is None for layer in layers(llm))
+        found = moved(llm, [0] * len(Count))
+    each = (NEW - 1) * LAYERS * HEADS
+    assert found["HIT"] == found["SHORT_CONTEXT"] == each and 0 < found["SKIPPED"] and "NO_MAPS" not in found

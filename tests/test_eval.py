@@ -12,6 +12,7 @@ import pytest
 
 from support import ROOT
 from support.eval_runs import invoke
+from vllm_mac.config import resolve
 from vllm_mac.tools.eval import (
     evaluation,
     plots,
@@ -77,7 +78,7 @@ def test_models_that_cannot_be_read(tmp_path):
 
 
 def test_configurations_are_whole_and_named(tmp_path):
-    (tmp_path / "mine.yaml").write_text("window: 99\n")
+    (tmp_path / "mine.yaml").write_text("rule: match\nwindow: 99\n")
     found = configurations(["paper", 'b={"band": 9}', "c=paper", str(tmp_path / "mine.yaml")], audit=False)
     assert list(found) == ["paper", "b", "c", "mine"]
     assert found["paper"] == found["c"] and found["b"]["band"] == 9 and found["mine"]["window"] == 99
@@ -92,6 +93,10 @@ def test_configurations_are_whole_and_named(tmp_path):
         "mass_floor": None,
     }
     assert paper.items() <= found["paper"].items()
+    # Only hits of the paper's rule are audited.
+    audited = configurations(["default", "paper", 'a={"rule": "match", "audit": 0.5}'], audit=True)
+    assert {name: keys["audit"] for name, keys in audited.items()} == {"default": 0, "paper": 1, "a": 0.5}
+    assert audited["default"]["rule"] == "index" and resolve(audited["default"], {}).rule == "index"
 
 
 # A whole run
@@ -107,7 +112,7 @@ def test_eval_on_real_engines(tmp_path):
     draw = random.Random(0)
     texts = [" ".join(draw.choices(["red", "green", "blue", "and", "or", "not"], k=150)) for _ in range(2)]
     prompts.write_text("".join(json.dumps({"prompt": text, "max_tokens": 40}) + "\n" for text in texts))
-    keys = {"window": 64, "band": 32, "min_context": 128}
+    keys = {"rule": "match", "window": 64, "band": 32, "min_context": 128}
     configurations = {"reuse": keys, "never": keys | {"threshold": 1.0}}
     engine = {"block_size": 32, "dtype": "float32", "kv_cache_memory_bytes": 32 << 20, "enforce_eager": True}
     quick = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",

@@ -299,8 +299,8 @@ def test_the_standard_library_and_a_yardstick_on_real_engines(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", "from vllm_mac.tools.cli import main; main()", "eval", "--model", str(write("llama", tmp_path / "models")),
          "--tasks", "real", "--lengths", "2000", "--samples", "1", "--kl", "2", "--yardstick", "chunks",
-         "--mac", 'reuse={"window": 64, "band": 32, "min_context": 128}', "--engine", json.dumps(engine_), "--out", str(out),
-         "--plot", str(tmp_path / "plot.png"), "--no-progress"],
+         "--mac", 'reuse={"rule": "match", "window": 64, "band": 32, "min_context": 128}',
+         "--engine", json.dumps(engine_), "--out", str(out), "--plot", str(tmp_path / "plot.png"), "--no-progress"],
         capture_output=True, text=True, timeout=600, check=False,
         env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | quick,
     )  # fmt: skip

@@ -37,6 +37,7 @@ def load(monkeypatch):
         count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None,
         holders=None, media=False, specs={},
     ) -> list[MacLayer]:  # fmt: skip
+        of_rule = {} if mac.get("rule") == "index" else {"rule": "match", "window": 8}
         drafting = SimpleNamespace(attention_backend=backend and SimpleNamespace(name=backend))
         vllm_config = after[0].vllm_config if after else SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={}),
@@ -44,7 +45,7 @@ def load(monkeypatch):
             parallel_config=SimpleNamespace(pipeline_parallel_size=stages, use_ubatching=False),
             scheduler_config=SimpleNamespace(max_num_seqs=2),
             speculative_config=drafting if backend else None,
-            additional_config={"mac": {"window": 8, "band": 4, "min_context": 16} | mac},
+            additional_config={"mac": of_rule | {"band": 4, "min_context": 16} | mac},
         )  # fmt: skip
         made = []
         for i in range(len(after), len(after) + count):
@@ -220,7 +221,7 @@ def test_the_refusal_names_every_other_dtype(monkeypatch):
         layers.check_device(torch.float8_e4m3fn, torch.device("cuda"))
     choices = str(caught.value).rpartition("one of ")[2].split(", ")
     with pytest.raises(MacConfigError) as caught:
-        resolve({"ring_dtype": "x"}, {})
+        resolve({"rule": "match", "ring_dtype": "x"}, {})
     assert str(caught.value).endswith(", ".join([*choices, "float8_e4m3fn"]))
 
 
@@ -261,7 +262,8 @@ def test_no_index_lies_where_other_layers_have_their_keys(load, other, refused):
     made = lambda rule, exact=(1,): load(2, {"rule": rule}, specs={0: page(), 1: other}, exact=exact)
     if refused:
         with pytest.raises(
-            MacConfigError, match=r"rule: .* those of model.layers.1.* differ from .*0.*; set rule to match"
+            MacConfigError,
+            match=r"^rule: index needs .* those of model.layers.1.* differ from .*0.*: set rule: match, as in ",
         ):
             made("index")
     else:

@@ -399,6 +399,9 @@ def test_the_log_line():
         "MAC: hit rate 60.0%, KV read 25.0%, rings 3 of 8 active, exact: short_context 15.0%, no_ring 5.0%"
     )
     assert log_line.line([name._replace(value=0) for name in since], now) is None
+    # By index there are no rings; before it is used, and where no layer uses MAC, nothing is by index.
+    assert log_line.line(since, []) == "MAC: by index 60.0%, KV read 25.0%, exact: short_context 15.0%, no_ring 5.0%"
+    assert log_line.line(since[2:], []) == "MAC: KV read 25.0%, exact: short_context 75.0%, no_ring 25.0%"
 
 
 def test_the_log_line_is_of_its_interval_and_of_rank_0(monkeypatch):

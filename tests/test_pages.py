@@ -31,7 +31,11 @@ PAGES = sorted(
     for path in ROOT.rglob("*.md")
     if not any((part.startswith(".") and part != ".github") or part == "build" for part in path.relative_to(ROOT).parts)
 )
-FILES = {"my.yaml": "threshold: 0.9\n", "mac.yaml": "threshold: 0.9\n", "prompts.jsonl": '{"prompt": "Say one."}\n'}
+FILES = {
+    "my.yaml": "tolerance: 1.0\n",
+    "mac.yaml": "rule: match\nthreshold: 0.9\n",
+    "prompts.jsonl": '{"prompt": "Say one."}\n',
+}
 
 
 def blocks() -> list:

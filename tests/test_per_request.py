@@ -10,7 +10,7 @@ from vllm_mac.config import MacConfig
 from vllm_mac.per_request import NOTHING, Ask, RequestError, read
 
 pytestmark = pytest.mark.cpu
-AUDITED, INDEXED = MacConfig(audit=0.01), MacConfig(rule="index")
+AUDITED, MATCHED, INDEXED = MacConfig(rule="match", audit=0.01), MacConfig(rule="match"), MacConfig()
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_everything_else_is_refused_with_field_value_and_choices(sent, texts):
 
 def test_audits_need_buffers():
     with pytest.raises(RequestError, match=r"mac: received 'audit', .* no buffers.*with audit at 0.*'on', 'off'"):
-        read({"mac": "audit"}, MacConfig())
-    assert read({"mac": "off", "mac_threshold": 0.5}, MacConfig()) == Ask(exact=True, slack=0.25)
+        read({"mac": "audit"}, MATCHED)
+    assert read({"mac": "off", "mac_threshold": 0.5}, MATCHED) == Ask(exact=True, slack=0.25)
 
 
 @pytest.mark.parametrize("sent, asked", [({}, NOTHING), ({"mac": "on"}, NOTHING), ({"mac": "off"}, Ask(exact=True))])

@@ -16,7 +16,6 @@ from support.servers import environment
 from vllm_mac import plugin
 
 REGISTRY = "vllm.v1.attention.backends.registry"
-CONFIG = {"mac": {"window": 32, "band": 16, "min_context": 64, "threshold": 0.45}}
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ class Runner:
         if not v2:
             self.input_batch = SimpleNamespace(req_ids=self.rows)
         # The second of three KV-cache groups is MAC's.
-        settings = MacConfig(audit=0.01 if audits else 0.0)
+        settings = MacConfig(rule="match", audit=0.01 if audits else 0.0)
         requests._followed[self] = requests.Followed(RingOwners(rings, 8, (4,)), (1,), settings=settings)
 
     def step(self, rows: list[str], output, padding: int = 0) -> requests.RowRings:

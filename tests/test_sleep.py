@@ -109,7 +109,7 @@ def test_a_gpu_s_decoder_is_kept_with_its_first_layer(monkeypatch):
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False),
         scheduler_config=SimpleNamespace(max_num_seqs=2),
         cache_config=SimpleNamespace(block_size=16), device_config=SimpleNamespace(device="cpu"), speculative_config=None,
-        additional_config={"mac": {"window": 8, "band": 4, "min_context": 16, "audit": 0.5}},
+        additional_config={"mac": {"rule": "match", "window": 8, "band": 4, "min_context": 16, "audit": 0.5}},
     )  # fmt: skip
     model = torch.nn.ModuleList()
     for i in range(2):

@@ -65,10 +65,14 @@ def refused(make, *arguments, **options) -> str:
     [
         ({"windw": 256}, "windw: unknown key, received 256 (int) from --additional-config mac; did you mean 'window'?"),
         (
-            {"window": "wide"},
-            "window: received 'wide' (str) from --additional-config mac; must be an integer from 1 to 65536",
+            {"band": "wide"},
+            "band: received 'wide' (str) from --additional-config mac; must be an integer of at least 1",
         ),
         ({"band": 4096}, "band + sink must be less than min_context - 1"),
+        (
+            {"window": 64},
+            "which only rule: match reads, and rule is index, the default; leave it out, or set rule to match",
+        ),
         ({"config": "absent.yaml"}, "--additional-config mac.config: received 'absent.yaml': no file at"),
         ("wide", "--additional-config mac: received 'wide' (str); must be a mapping"),
     ],
@@ -102,7 +106,7 @@ def test_keys_beside_the_block_that_are_certainly_meant_for_it(make, warnings, k
 )
 def test_keys_beside_the_block_that_look_like_its_own(make, warnings, key, said):
     for _ in range(2):
-        make(attention_backend="MAC", additional_config={key: {}, "mac": {"window": 32}})
+        make(attention_backend="MAC", additional_config={key: {}, "mac": {"band": 32}})
     assert [repr(key) in text for text in warnings] == [True] * said
 
 
@@ -110,7 +114,7 @@ def test_keys_beside_the_block_that_look_like_its_own(make, warnings, key, said)
 def test_what_nothing_reads_draws_one_warning(make, warnings, monkeypatch, chosen):
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "MAC")
     for _ in range(2):
-        make(attention_backend="MAC" if chosen else None, additional_config={"mac": {"window": 32}})
+        make(attention_backend="MAC" if chosen else None, additional_config={"mac": {"band": 32}})
     assert len(warnings) == (0 if chosen else 2)
     assert chosen or (
         "Give --attention-backend MAC" in warnings[0] and "has 'mac', but no layer's backend is MAC" in warnings[1]
@@ -123,7 +127,9 @@ REFUSED = [
     ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
      f"use_kv_connector: {BACKEND['supports_kv_connector'].because}: leave out --kv-transfer-config and"),
     ({"kv_offloading_size": 1.0}, "use_kv_connector: "),
-    ({"block_size": 48}, "--block-size is 48, and MAC takes multiples of 32: leave out --block-size"),
+    ({"block_size": 48}, "--block-size is 48, and rule: index takes one of 32, 64, 128, 256: leave out --block-size"),
+    ({"block_size": 48, "additional_config": {"mac": {"rule": "match"}}},
+     "--block-size is 48, and MAC takes multiples of 32: leave out --block-size"),
     ({"attention_config": {"backend": "MAC", "use_non_causal": True}, "attention_backend": None}, "use_non_causal: "),
     ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "leave out --decode-context-parallel-size"),
     ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "attention_backend": "MAC"}},
@@ -131,44 +137,42 @@ REFUSED = [
 ]  # fmt: skip
 
 
-INDEX = {"rule": "index"}
+TO_MATCH = """set rule: match, as in --additional-config '{"mac": {"rule": "match"}}' (rule: index is the default)"""
 REFUSED_INDEX = [
     ("llama", {}, {"block_size": 96},
-     "--block-size is 96, and rule: index takes one of 32, 64, 128, 256: leave out --block-size"),
+     f"--block-size is 96, and rule: index takes one of 32, 64, 128, 256: leave out --block-size, or {TO_MATCH}"),
     ("llama", {"index_size": 48}, {},
      "index_size: received 48, more than the head size 32; must be null or a multiple of 16 from 32 to 32: choose"),
-    ("lfm2", {}, {}, "where rule: index writes an index: set rule to match"),
+    ("lfm2", {}, {}, f"where rule: index writes an index: {TO_MATCH}"),
     ("llama", {}, {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "1"]},
-     "--kv-cache-dtype-skip-layers gives KV pages of two sizes, and rule: index takes one: set rule to match"),
+     f"--kv-cache-dtype-skip-layers gives KV pages of two sizes, and rule: index takes one: {TO_MATCH}"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("family, keys, options, reason", REFUSED_INDEX)
 def test_what_an_index_cannot_serve(make, family, keys, options, reason):
-    message = refused(make, family, additional_config={"mac": INDEX | keys}, **options)
+    message = refused(make, family, additional_config={"mac": keys}, **options)
     assert reason in message and len(message.splitlines()) == 1
-    for other in ({"rule": "match"}, {"enabled": False}):
-        make(family, attention_backend="MAC", additional_config={"mac": INDEX | keys | other}, **options)
+    for other in ({"rule": "match"}, {"enabled": False} | keys):
+        make(family, attention_backend="MAC", additional_config={"mac": other}, **options)
+    make(family, **options)  # without MAC
 
 
 @pytest.mark.parametrize("layout, serves", [("NHD", True), ("LBHNC", True), ("LHBNC", False), ("BLHNC", False)])
 def test_layouts_of_pages_that_an_index_takes(make, monkeypatch, layout, serves):
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
-    index = {"additional_config": {"mac": INDEX}}
     if serves:
-        make(attention_backend="MAC", **index)
+        make(attention_backend="MAC")
     else:
-        message = refused(make, **index)
-        assert (
-            f"VLLM_KV_CACHE_LAYOUT is {layout}, and rule: index takes one of LBNHC, LBHNC, NHD, HND: unset" in message
-        )
-    make(attention_backend="MAC")
+        because = f"VLLM_KV_CACHE_LAYOUT is {layout}, and rule: index takes one of LBNHC, LBHNC, NHD, HND"
+        assert f"{because}: unset VLLM_KV_CACHE_LAYOUT, or {TO_MATCH}" in refused(make)
+    make(attention_backend="MAC", additional_config={"mac": {"rule": "match"}})
 
 
 @pytest.mark.parametrize("options", [{}, {"block_size": 64}])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_what_an_index_serves(make, family, options):
-    make(family, attention_backend="MAC", additional_config={"mac": INDEX | {"index_size": 32}}, **options)
+    make(family, attention_backend="MAC", additional_config={"mac": {"index_size": 32}}, **options)
 
 
 @pytest.mark.parametrize("options, reason", REFUSED)
@@ -224,7 +228,8 @@ def test_the_layers_that_the_refusals_are_about(make):
     windows = {"backend_per_kind": {"sliding_window_mla": "MAC"}}
     make(attention_config=windows, kv_cache_dtype="fp8")
     make("deepseek", attention_config={"backend_per_kind": {"full_attention": "MAC"}})
-    make(attention_backend="MAC", kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=["0", "1"])
+    match = {"additional_config": {"mac": {"rule": "match"}}}  # by index pages would have two sizes
+    make(attention_backend="MAC", kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=["0", "1"], **match)
 
 
 @pytest.mark.parametrize("options", [{}, {"block_size": 64}, {"attention_config": {"use_non_causal": True}}])
@@ -295,7 +300,9 @@ def test_gpus_that_are_too_old_for_a_ring(monkeypatch, make):
     ):  # fmt: skip
         monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
         monkeypatch.setattr(type(current_platform), "get_device_capability", lambda self, device_id=0: capability)
-        found = [because for because, _ in startup.refusals(config, startup.resolve({"ring_dtype": ring}))]
+        found = [
+            because for because, _ in startup.refusals(config, startup.resolve({"rule": "match", "ring_dtype": ring}))
+        ]
         assert len(found) == (reason is not None) and all(reason in because for because in found)
 
 
@@ -306,6 +313,8 @@ def test_gpus_that_are_too_new_for_an_index(monkeypatch, make, capability, refus
     config = make(attention_backend="MAC")
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     monkeypatch.setattr(type(current_platform), "get_device_capability", lambda self, device_id=0: capability)
-    found = [*startup.refusals(config, startup.resolve({"rule": "index"}))]
-    assert any("rule: index are for GPUs before sm100" in because for because, _ in found) == refused
+    found = [*startup.refusals(config, startup.resolve())]
+    assert [cure for because, cure in found if "rule: index are for GPUs before sm100" in because] == [
+        TO_MATCH
+    ] * refused
     assert not [*startup.refusals(config, startup.resolve({"rule": "match"}))]

@@ -12,7 +12,7 @@ LONGEST, LONGEST_TEST = 450, 600
 # Imports point one way, downwards. Modules of one level may import each other.
 CONFIG, VALUES, METHOD, KERNELS, DECODERS, WORKER, PLATFORMS, TOOLS = range(8)
 LEVELS = {
-    CONFIG: {"__init__", "config"},
+    CONFIG: {"__init__", "config", "config_files"},
     VALUES: {"counters", "key_index", "limits", "rope", "state"},
     METHOD: {"audit", "counter_files", "lookup", "owners", "paged", "reference", "ring", "totals"},
     KERNELS: {"kernels"},

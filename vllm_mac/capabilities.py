@@ -25,6 +25,8 @@ BLOCK_SIZES = {"cpu": 32, "cuda": 16}
 INDEX_BLOCK_SIZES = {"cpu": (32, 64, 128, 256), "cuda": (16, 32, 64)}
 # What VLLM_KV_CACHE_LAYOUT may be with `rule: index`: pages in one part, and those of other layers not between them.
 INDEX_LAYOUTS = ("LBNHC", "LBHNC", "NHD", "HND")
+# What to do where no index can be: its users need not know that they chose one.
+TO_MATCH = """set rule: match, as in --additional-config '{"mac": {"rule": "match"}}' (rule: index is the default)"""
 # Compute capabilities.
 GPUS_FROM, FLOAT8_RINGS_FROM, INDEX_BEFORE = (8, 0), (8, 9), (10, 0)
 
@@ -212,7 +214,7 @@ def refused_kv_cache_dtype(kv_cache_dtype: str) -> str:
     return f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(KV_CACHE_DTYPES)}"
 
 
-def refused_block_size(block_size: int, platform: str, rule: str = "match") -> str | None:
+def refused_block_size(block_size: int, platform: str, rule: str) -> str | None:
     """Why KV blocks of so many tokens, chosen by the user, are refused, or None. platform: a key of `BLOCK_SIZES`."""
     if rule == "index":
         sizes = INDEX_BLOCK_SIZES[platform]

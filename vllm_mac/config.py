@@ -7,13 +7,10 @@ import difflib
 import json
 import os
 import re
-import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,6 +24,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from vllm_mac.config_files import MacConfigError, find, read, show
+
 ENV_VAR = "MAC_ATTENTION_CONFIG"  # vLLM warns about unknown VLLM_* names
 INLINE = "--additional-config mac"
 FILE_KEY = "config"  # the inline key that names a YAML file
@@ -37,15 +36,10 @@ _PATTERN_RULE = (
     "layer's full name such as 'model.layers.*.self_attn.attn'"
 )
 
+Rule = Literal["index", "match"]
+RULES: tuple[str, ...] = get_args(Rule)
 RingDtype = Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]
 RING_DTYPES: tuple[str, ...] = get_args(RingDtype)
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 120
-
-
-class MacConfigError(ValueError):
-    """The configuration is wrong. The message lists every problem found."""
 
 
 def _check_pattern(item: object) -> object:
@@ -97,15 +91,9 @@ def _pattern_matches(pattern: int | str, name: str, index: int) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _only_of_matches(what: str, key: str, value: float, none: str) -> PydanticCustomError:
-    return PydanticCustomError(
-        "fields_disagree",
-        f"{what}, which only rule: match has: received {{received}}; set {key} to {none}, or rule to match",
-        {"received": f"rule=index, {key}={value}", "fields": ("rule", key)},
-    )
-
-
 class _Section(BaseModel):
+    """Keys. A description that begins with a rule and a colon says that only this rule reads the key (`only_of`)."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -125,10 +113,10 @@ class MacConfig(_Section):
     """The resolved configuration of one worker. Lengths and positions are in tokens."""
 
     enabled: bool = Field(True, description="Whether MAC runs at all; false is exact attention.")
-    rule: Literal["match", "index"] = Field(
-        "match",
-        description="How reads are saved: by reusing what a query like this one read (match), or by an index of the "
-        "keys that tells which of them matter (index).",
+    rule: Rule = Field(
+        "index",
+        description="How reads are saved: by an index of the keys that tells which of them matter (index), or by "
+        "reusing what a query like this one read (match, the paper's).",
     )
     tolerance: float = Field(
         1.5,
@@ -237,8 +225,6 @@ class MacConfig(_Section):
     @field_validator("error_budget", mode="after")
     @classmethod
     def _errors_are_audited(cls, budget: float | None, info: ValidationInfo) -> float | None:
-        if budget is not None and info.data.get("rule") == "index":
-            raise _only_of_matches("a budget is of hits", "error_budget", budget, "null")
         if budget is None or info.data.get("audit") != 0:  # absent: wrong by itself and reported so
             return budget
         raise PydanticCustomError(
@@ -247,13 +233,6 @@ class MacConfig(_Section):
             "decode steps above 0, such as 0.01, or error_budget to null",
             {"received": f"error_budget={budget}, audit=0.0", "fields": ("audit", "error_budget")},
         )
-
-    @field_validator("audit", mode="after")
-    @classmethod
-    def _matches_are_audited(cls, audit: float, info: ValidationInfo) -> float:
-        if not audit or info.data.get("rule") != "index":
-            return audit
-        raise _only_of_matches("audits are of hits", "audit", audit, "0")
 
     def covers(self, layer_name: str, layer_index: int) -> bool:
         """Whether `layers` selects the layer of this full name and 0-based index."""
@@ -278,22 +257,28 @@ class MacConfig(_Section):
         return [p for p in patterns if not any(_pattern_matches(p, *layer) for layer in layers)]
 
     def describe(self) -> str:
-        """One line for the log: every key with its value, `layers` by its dotted keys."""
-        values = self.model_dump(mode="json")
-        layers = values.pop("layers")
-        values |= {f"layers.{key}": value for key, value in layers.items()}
+        """One line for the log: every key that the rule reads with its value, `layers` by its dotted keys."""
         return " ".join(
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()
+            f"{'.'.join(at)}={value if isinstance(value, str) else json.dumps(value)}"
+            for at, value in _leaves(self.model_dump(mode="json"))
+            if only_of(at) in (None, self.rule)
         )
 
 
-def bundled_configs() -> dict[str, Path]:
-    """The YAML files that come with the package, by the name that selects each."""
-    here = Path(__file__).resolve().parent
-    installed = here / "configs"
-    # In a checkout the folder lies beside the package.
-    folder = installed if installed.is_dir() else here.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+def only_of(at: Sequence[str]) -> str | None:
+    """The rule that alone reads a key, or None. at: the key's name, below `layers` after that."""
+    section = MacConfig if len(at) == 1 else LayerSelection
+    rule = (section.model_fields[at[-1]].description or "").partition(":")[0]
+    return rule if rule in RULES else None
+
+
+def _leaves(keys: Mapping) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yields the place (as `only_of` takes it) and the value of each known key that is given."""
+    for key, value in keys.items():
+        if key == "layers" and isinstance(value, Mapping):
+            yield from ((("layers", own), value[own]) for own in LayerSelection.model_fields if own in value)
+        elif key in MacConfig.model_fields:
+            yield (key,), value
 
 
 def resolve(inline: object = None, environ: Mapping[str, str] = os.environ) -> MacConfig:
@@ -316,26 +301,51 @@ def resolve(inline: object = None, environ: Mapping[str, str] = os.environ) -> M
     fields = tuple(MacConfig.model_fields)
     stages = [(inline_keys, INLINE, (*fields, FILE_KEY))]
     if location is not None:
-        path = _find(location, named_by)
+        path = find(location, named_by)
         source = f"{path} (named by {named_by})"
-        stages.insert(0, (_as_mapping(_read(path, source), source), source, fields))
+        stages.insert(0, (_as_mapping(read(path, source), source), source, fields))
 
     problems: list[str] = []
     values: dict[str, object] = {}
     sources: dict[str, str] = {}
+    complete = {source for keys, source, _ in stages if keys.keys() >= {*fields}}
     for keys, source, known in stages:
         for key, value in keys.items():
             if key in fields:
                 values[key], sources[key] = value, source
             else:
                 problems.append(_unknown_key(str(key), value, source, known))
+    unread = _unread(values, sources, complete)
+    problems += unread.values()
     try:
         config = MacConfig.model_validate(values)
     except ValidationError as invalid:
-        problems += [_problem(error, sources) for error in invalid.errors()]
+        # What is not read need not be right.
+        errors = (error for error in invalid.errors() if not {error["loc"][:1], error["loc"][:2]} & unread.keys())
+        problems += [_problem(error, sources) for error in errors]
     if problems:
         raise MacConfigError("invalid MAC configuration:\n  " + "\n  ".join(problems))
     return config
+
+
+def _unread(values: Mapping, sources: Mapping[str, str], complete: Container[str]) -> dict[tuple[str, ...], str]:
+    """Keys that are given though only the other rule reads them, by their place, with what to say of each.
+
+    complete: sources that give every key, as `configs/default.yaml` does; what is the default there asks for nothing.
+    """
+    rule = values.get("rule", MacConfig.model_fields["rule"].default)
+    if rule not in RULES:
+        return {}
+    defaults, found = dict(_leaves(MacConfig().model_dump(mode="json"))), {}
+    chosen = f"rule is {rule} from {sources['rule']}" if "rule" in sources else f"rule is {rule}, the default"
+    for at, value in _leaves(values):
+        other, source = only_of(at), sources[at[0]]
+        if other not in (None, rule) and not (source in complete and value == defaults[at]):
+            found[at] = (
+                f"{'.'.join(at)}: received {show(value)} from {source}, which only rule: {other} reads, and {chosen}; "
+                f"leave it out, or set rule to {other}"
+            )
+    return found
 
 
 def _as_mapping(value: object, source: str) -> dict:
@@ -344,64 +354,15 @@ def _as_mapping(value: object, source: str) -> dict:
     if isinstance(value, Mapping):
         return dict(value)
     raise MacConfigError(
-        f"{source}: received {_show(value)}; must be a mapping with keys from {', '.join(MacConfig.model_fields)}"
+        f"{source}: received {show(value)}; must be a mapping with keys from {', '.join(MacConfig.model_fields)}"
     )
-
-
-def _find(location: object, named_by: str) -> Path:
-    bundled = bundled_configs()
-    choices = f"must be a YAML file, or one of the bundled {', '.join(bundled)}"
-    if not isinstance(location, str):
-        raise MacConfigError(f"{named_by}: received {_show(location)}; {choices}")
-    path = os.path.expanduser(location)
-    if os.path.exists(path) and not os.path.isdir(path):
-        return Path(path)
-    if location in bundled:
-        return bundled[location]
-    fault = "a directory" if os.path.isdir(path) else "no file"
-    raise MacConfigError(f"{named_by}: received {location!r}: {fault} at {os.path.abspath(path)}; {choices}")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML readers keep the last of two equal keys in silence; here they are an error."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        first: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if (key.tag, key.value) in first:
-                raise yaml.MarkedYAMLError(
-                    problem=f"duplicate key {key.value!r}, first on line {first[key.tag, key.value]}",
-                    problem_mark=key.start_mark,
-                )
-            first[key.tag, key.value] = key.start_mark.line + 1
-        return node
-
-
-def _read(path: Path, source: str) -> object:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise MacConfigError(f"{source}: cannot be read: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise MacConfigError(f"{source}{where}: not valid YAML: {error.problem}") from error
-    # Bytes that are no UTF-8, and scalars such as the date 2020-13-45, raise ValueError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise MacConfigError(f"{source}: not valid YAML: {error}") from error
-
-
-def _show(value: object) -> str:
-    return f"{_SHORT.repr(value)} ({type(value).__name__})"
 
 
 def _unknown_key(name: str, value: object, source: str, known: Iterable[str]) -> str:
     leaf = name.rpartition(".")[2]
     nearest = difflib.get_close_matches(leaf.lower(), known, n=1, cutoff=0.6)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    return f"{name}: unknown key, received {_show(value)} from {source}{hint} Known keys: {', '.join(known)}"
+    return f"{name}: unknown key, received {show(value)} from {source}{hint} Known keys: {', '.join(known)}"
 
 
 def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
@@ -414,7 +375,7 @@ def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
         return f"{name}: {error['msg']} ({', '.join(origins)})"
     if error["type"] in ("extra_forbidden", "invalid_key"):
         return _unknown_key(name, value, source, tuple(LayerSelection.model_fields))
-    return f"{name}: received {_show(value)} from {source}; must be {_valid(loc)}"
+    return f"{name}: received {show(value)} from {source}; must be {_valid(loc)}"
 
 
 def _valid(loc: tuple[int | str, ...]) -> str:

@@ -266,8 +266,8 @@ def _check_index(served: list[MacLayer], vllm_config: VllmConfig) -> None:
     others = [name for name, spec in specs.items() if _token_bytes(spec) != own]
     if others:
         raise MacConfigError(
-            f"rule: received 'index', for which all layers need KV pages of one size, and those of {others[0]} differ from "
-            f"those of {first}; set rule to match"
+            f"rule: index needs KV pages of one size in all layers, and those of {others[0]} differ from those of "
+            f"{first}: {capabilities.TO_MATCH}"
         )
 
 
@@ -306,7 +306,7 @@ def check_index_device(device: torch.device) -> None:
     if device.type != "cuda":
         return
     if reason := capabilities.refused_index_gpu(torch.cuda.get_device_capability(device)):
-        raise MacConfigError(f"rule: received 'index'; {reason}. Set rule to match.")
+        raise MacConfigError(f"{reason}: {capabilities.TO_MATCH}")
 
 
 def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:

@@ -87,7 +87,7 @@ def read(extra_args: Mapping | None, config: MacConfig) -> Ask:
     elif mode == AUDIT and not config.audit:
         problems.append(
             f"{MODE}: received {AUDIT!r}, for which there are no buffers, as the engine was started with audit at 0; "
-            'start it with --additional-config \'{"mac": {"audit": 0.01}}\' or another audit above 0, '
+            'start it with --additional-config \'{"mac": {"rule": "match", "audit": 0.01}}\' or another audit above 0, '
             f"or choose from {ON!r}, {OFF!r}"
         )
     # bool is an int to Python. NaN is in no range.

@@ -27,7 +27,6 @@ VARIABLE = "VLLM_ATTENTION_BACKEND"  # no vLLM that is supported reads it; older
 KEYS = (*MacConfig.model_fields, FILE_KEY)
 # KV-cache kinds by which vLLM looks a layer's backend up in `backend_per_kind`.
 PLAIN, MLA = ("full_attention", "sliding_window"), ("mla_attention", "sliding_window_mla")
-TO_MATCH = "set rule to match"
 ENCODERS = {"encoder_only": ("encoder_only_attention",), "encoder_decoder": ("cross_attention",)}
 
 
@@ -105,7 +104,7 @@ def refusals(
         elif (
             config.enabled and config.rule == "index" and (reason := capabilities.refused_index_gpu(tuple(capability)))
         ):
-            yield reason, TO_MATCH
+            yield reason, capabilities.TO_MATCH
         elif reason := capabilities.refused_ring_dtype(config.ring_dtype, tuple(capability), RING_DTYPES):
             yield reason, "choose another ring_dtype"
     if model.attn_type in ENCODERS:
@@ -137,7 +136,8 @@ def refusals(
         and platform
         and (reason := capabilities.refused_block_size(cache.block_size, platform, rule))
     ):
-        yield reason, "leave out --block-size"
+        match = rule == "index" and not capabilities.refused_block_size(cache.block_size, platform, "match")
+        yield reason, "leave out --block-size" + (f", or {capabilities.TO_MATCH}" if match else "")
 
 
 def _against_index(model, config: MacConfig, two_dtypes: bool) -> Iterator[tuple[str, str | None]]:
@@ -151,13 +151,19 @@ def _against_index(model, config: MacConfig, two_dtypes: bool) -> Iterator[tuple
         yield (
             "the model is hybrid: pages of its other layers are as large as those of attention, where rule: index "
             "writes an index",
-            TO_MATCH,
+            capabilities.TO_MATCH,
         )
     if (layout := envs.VLLM_KV_CACHE_LAYOUT) not in (None, *capabilities.INDEX_LAYOUTS):
         choices = ", ".join(capabilities.INDEX_LAYOUTS)
-        yield f"VLLM_KV_CACHE_LAYOUT is {layout}, and rule: index takes one of {choices}", "unset VLLM_KV_CACHE_LAYOUT"
+        yield (
+            f"VLLM_KV_CACHE_LAYOUT is {layout}, and rule: index takes one of {choices}",
+            f"unset VLLM_KV_CACHE_LAYOUT, or {capabilities.TO_MATCH}",
+        )
     if two_dtypes:
-        yield "--kv-cache-dtype-skip-layers gives KV pages of two sizes, and rule: index takes one", TO_MATCH
+        yield (
+            "--kv-cache-dtype-skip-layers gives KV pages of two sizes, and rule: index takes one",
+            capabilities.TO_MATCH,
+        )
     # Where heads differ by layer, each layer's own is checked once it is built.
     if reason := capabilities.refused_index_size(config.index_size, model.get_head_size()):
         yield reason, "choose another index_size"
@@ -210,7 +216,7 @@ def _check_neighbours(keys: Mapping) -> None:
         if key != BLOCK and _looks_like_ours(str(key)):
             logger.warning_once(
                 "--additional-config: MAC does not read %s, which looks like its own; its keys go into %s, as in "
-                """'{"mac": {"window": 512}}'""", repr(key), repr(BLOCK),
+                """'{"mac": {"tolerance": 1.0}}'""", repr(key), repr(BLOCK),
             )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python examples/serve/client.py --base-url http://localhost:8000/v1 "Why is the sky blue?"
 
-The last two ways are MAC's: what `vllm_xargs` holds is for the one request that it comes with.
+The last way is MAC's: what `vllm_xargs` holds is for the one request that it comes with.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import time
 from openai import OpenAI, OpenAIError
 
 OFF = {"mac": "off"}  # this request is decoded exactly
-STRICTER = {"mac_threshold": 0.95}  # its queries have to be more alike than the server asks
 
 
 def options() -> argparse.Namespace:
@@ -44,7 +43,6 @@ def main(args: argparse.Namespace) -> None:
         ("chat", chat),
         ("streamed", streamed),
         ("MAC off", lambda: chat(extra_body={"vllm_xargs": OFF})),
-        ("stricter", lambda: chat(extra_body={"vllm_xargs": STRICTER})),
     ):
         start = time.perf_counter()
         text = ask()

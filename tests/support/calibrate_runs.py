@@ -67,7 +67,12 @@ def made_up(errors: dict, reads: dict, heads: int = 8, prompts: int = 2) -> Meas
                 counts["error"][half, row, c] = value * 100 * heads
                 counts["read"][half, row, c] = 1000 * reads[key][row]
     environment = dict.fromkeys(("command", "gpu", "vllm", "torch", "commit", "timestamp"), "?")
-    source = {"model": "m", "prompts": "p", "mac": MacConfig().model_dump(mode="json"), "environment": environment}
+    source = {
+        "model": "m",
+        "prompts": "p",
+        "mac": MacConfig(rule="match").model_dump(mode="json"),
+        "environment": environment,
+    }
     names = "model.layers.0.attn", "model.layers.1.attn"
     return Measured(counts, names, (0, 1), GRID, False, (4000,) * prompts, source)
 

@@ -5,12 +5,13 @@ import pytest
 from vllm_mac.config import (
     MacConfig,
     MacConfigError,
+    only_of,
     resolve,
 )
 
 DEFAULTS = {
     "enabled": True,
-    "rule": "match",
+    "rule": "index",
     "tolerance": 1.5,
     "index_size": None,
     "window": 512,
@@ -31,6 +32,11 @@ DEFAULTS = {
     "error_budget": None,
     "layers": {"include": None, "exclude": [], "threshold": {}},
 }
+
+
+def chosen(*at: str) -> dict[str, str]:
+    """The key `rule` with a rule that reads the key at this place; none for `rule` itself."""
+    return {} if at == ("rule",) else {"rule": only_of(at) or "match"}
 
 
 def keys_of(config: MacConfig) -> dict:

@@ -15,7 +15,7 @@ from vllm_mac.state import Geometry, LayerState, RingStore, Rows
 
 def make(rows=9, heads=8, kv_heads=2, d=64, page=16, columns=40, rings=3, dtype=torch.float16, **keys):
     """A decoder and layers of four kinds: the first two differ in thresholds alone, the others in their rotation."""
-    config = resolve({"window": 32, "band": 24, "min_context": 64, "miss_engine": "triton"} | keys, {})
+    config = resolve({"rule": "match", "window": 32, "band": 24, "min_context": 64, "miss_engine": "triton"} | keys, {})
     geometry = Geometry(rows, heads, kv_heads, d, page, columns, dtype, config.band, config.sink, d**-0.5)
     decoder = Decoder(geometry, config, torch.device(DEVICE))
     query_dtype, out_dtype = ring_dtypes(config, dtype)

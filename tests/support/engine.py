@@ -115,13 +115,15 @@ def engine(
     max_model_len=1024,
     dtype="float32",
     memory=32 << 20,
+    rule="match",
     **options,
 ):
     """A `vllm.LLM` on `model`, shut down and its memory returned at the end.
 
     backend: an attention backend's name, or None for vLLM's own. chunk: most tokens
     in one step. blocks: number of KV blocks (None: `memory` bytes of them), of which vLLM never
-    gives out the first. options: vLLM's own, which come before what is chosen here. block_size: the CPU backend takes multiples of 32.
+    gives out the first. rule: MAC's, where `additional_config` names none; None for MAC's own default. options: vLLM's
+    own, which come before what is chosen here. block_size: the CPU backend takes multiples of 32.
     """
     if runner not in RUNNERS:
         raise ValueError(f"runner: {runner!r}, choose from {RUNNERS}")
@@ -152,7 +154,7 @@ def engine(
             kv_cache_memory_bytes=memory,
             num_gpu_blocks_override=blocks,
             attention_backend=backend,
-            additional_config=additional_config or {},
+            additional_config=with_rule(additional_config or {}, rule if backend == "MAC" else None),
             **{"enforce_eager": True} | shared_gpu() | options,
         )
         yield llm
@@ -163,6 +165,11 @@ def engine(
         # Collects, and forgets vLLM's cached environment, so that the next engine may differ.
         cleanup_dist_env_and_memory()
         frozen.close()
+
+
+def with_rule(additional_config: dict, rule: str | None) -> dict:
+    """A configuration with this rule of MAC's, where it names none."""
+    return additional_config | {"mac": {"rule": rule} | additional_config.get("mac", {})} if rule else additional_config
 
 
 def _modules_frozen() -> ExitStack:

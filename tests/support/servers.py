@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
 
-from support.engine import ENVIRONMENT
+from support.engine import ENVIRONMENT, with_rule
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 
@@ -47,11 +47,11 @@ def served(log, model, *options: str, **variables: str):
 
 
 def tiny(log, model, additional_config: dict, *options: str, **variables: str):
-    """`served` as suits a tiny model, with MAC."""
+    """`served` as suits a tiny model, with MAC, by `rule: match` unless the configuration says another."""
     return served(
         log, model, "--served-model-name", "tiny", "--attention-backend", "MAC",
-        "--additional-config", json.dumps(additional_config), "--dtype", "float32", "--max-model-len", "1024",
-        "--max-num-seqs", "4", "--enforce-eager", *options, **variables,
+        "--additional-config", json.dumps(with_rule(additional_config, "match")), "--dtype", "float32",
+        "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager", *options, **variables,
     )  # fmt: skip
 
 

@@ -61,8 +61,18 @@ def mapping(text: str) -> dict:
     except ValueError as error:
         raise typer.BadParameter(f"received {text!r}; not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise typer.BadParameter(f'received {text!r}; choose a JSON object such as {{"threshold": 0.6}}')
+        raise typer.BadParameter(f'received {text!r}; choose a JSON object such as {{"tolerance": 1.0}}')
     return value
+
+
+def only_of_match(given: dict[str, Any], how: str) -> None:
+    """Refuse options, by name, that were given though only `rule: match` has what they mean. how: to choose it."""
+    for option, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"received {value!r}, which only rule: match has, and the rule is index; leave it out, or give {how}",
+                param_hint=option,
+            )
 
 
 def choice(option: str, value: str, choices) -> str:

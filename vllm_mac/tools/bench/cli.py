@@ -19,6 +19,7 @@ app = typer.Typer(
 _heads = option_types.pairs(
     "/", "query heads/KV heads such as 32/8, the former a multiple of the latter", lambda h, k: h % k == 0
 )
+RATES, LAGS, MEAN_LAG = "0,0.5,0.75,0.9,0.97,0.99,1", ("geometric", "uniform", "constant"), 64
 _shapes = option_types.pairs("x", "requests at once x prompt tokens such as 1x122880")
 
 
@@ -28,18 +29,27 @@ def kernel(
     context: Annotated[str, typer.Option(help="Tokens in each row's KV cache.")] = "131072",
     heads: Annotated[str, typer.Option(help="Query heads/KV heads.")] = "32/8,32/4",
     head_size: Annotated[int, typer.Option(min=32, max=256)] = 128,
-    rule: Annotated[str | None, typer.Option(help="match or index; by default what --mac says, else match.")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="index or match; by default what --mac says, else MAC's default.")
+    ] = None,
     hit_rate: Annotated[
-        str, typer.Option(help="Shares of heads that hit; each head hits independently.")
-    ] = "0,0.5,0.75,0.9,0.97,0.99,1",
-    window: Annotated[int | None, typer.Option(help="MAC's window; 512 by default.")] = None,
+        str | None,
+        typer.Option(help=f"match: shares of heads that hit, each head independently; {RATES} by default."),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="match: MAC's window; 512 by default.")] = None,
     band: Annotated[int | None, typer.Option(help="MAC's band; 256 by default.")] = None,
     mean_lag: Annotated[
-        int, typer.Option(min=1, help="Mean distance to the matched position, before it is clipped.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=1, help=f"match: mean distance to the matched position, before it is clipped; {MEAN_LAG} by default."
+        ),
+    ] = None,
     lags: Annotated[
-        str, typer.Option(help="Distribution of that distance: geometric, uniform or constant.")
-    ] = "geometric",
+        str | None,
+        typer.Option(
+            help="match: distribution of that distance: geometric, uniform or constant; geometric by default."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     page: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a KV page; 16 by default, 64 with an index.")
@@ -62,24 +72,24 @@ def kernel(
     """Time one layer's decode attention in CUDA-graph replay, MAC beside the best exact decode.
 
     --batch, --context, --heads and --hit-rate take lists separated by commas; every combination is measured. For each
-    shape FlashInfer with tensor cores and FlashAttention run first (the faster one is "best exact"), then MAC at each
-    hit rate. Results are compared with float32 PyTorch before anything is timed; a wrong result ends the run. The data
-    decide the hits: a head's ring has an entry near its query, at a random lag, or it has none.
-
-    A graph holds several layers, each with its own rings, queries and KV, so that the GPU's caches do not help. Times
-    are per layer. "begin" is the work of a step that all layers share. For contexts below MAC's min_context there is
-    one row of MAC, without matches.
-
-    Layers run back to back, which hides the latency of kernel launches. With --between, each layer follows a read of
-    other memory, as in a model (a layer of Llama-3.1-8B has 416 MiB of weights); the time of the read is subtracted.
+    shape FlashInfer with tensor cores and FlashAttention run first (the faster one is "best exact"), then MAC. Results
+    are compared with float32 PyTorch before anything is timed; a wrong result ends the run.
 
     With --rule index rows are decoded by the index of keys: looked up first, then read whole, which is what rows below
     min_context cost. Keys spread out less from direction to direction, and a few percent of the tokens weigh more than
     1.5 times the average one in some head of their KV group. "KV read" counts the index. The table also shows what each
-    of the kernels (weigh, look, merge) adds to those before it. --hit-rate, --window, --lags and --mean-lag are
-    of --rule match.
+    of the kernels (weigh, look, merge) adds to those before it.
 
-    The default run takes about 3 minutes and 50 GiB on an H200.
+    With --rule match there is a row for each hit rate. The data decide the hits: a head's ring has an entry near its
+    query, at a random lag, or it has none. For contexts below MAC's min_context there is one row, without matches.
+
+    A graph holds several layers, each with its own queries, KV and rings, so that the GPU's caches do not help. Times
+    are per layer. "begin" is the work of a step that all layers share.
+
+    Layers run back to back, which hides the latency of kernel launches. With --between, each layer follows a read of
+    other memory, as in a model (a layer of Llama-3.1-8B has 416 MiB of weights); the time of the read is subtracted.
+
+    With --rule match alone it takes about 3 minutes and 50 GiB on an H200.
     """
     batches, contexts = (
         option_types.parse("--batch", option_types.numbers(int, 1, math.inf), batch),
@@ -87,15 +97,15 @@ def kernel(
     )
     pairs, rates = (
         option_types.parse("--heads", _heads, heads),
-        option_types.parse("--hit-rate", option_types.numbers(float, 0, 1), hit_rate),
+        option_types.parse("--hit-rate", option_types.numbers(float, 0, 1), RATES if hit_rate is None else hit_rate),
     )
     exact = () if baselines == "none" else option_types.names(baselines)
     keys = option_types.parse("--mac", option_types.mapping, mac)
     keys |= {key: value for key, value in (("window", window), ("band", band)) if value is not None}
     if rule is not None:
-        option_types.choice("--rule", rule, ("match", "index"))
+        option_types.choice("--rule", rule, ("index", "match"))
         keys["rule"] = rule
-    option_types.choice("--lags", lags, ("geometric", "uniform", "constant"))
+    option_types.choice("--lags", LAGS[0] if lags is None else lags, LAGS)
     option_types.choice("--dtype", dtype, ("bfloat16", "float16"))
     for name in exact:
         option_types.choice("--baselines", name, ("FLASHINFER", "FLASH_ATTN", "none"))
@@ -105,10 +115,12 @@ def kernel(
 
         require_cuda()
         config = resolve(keys)
+        if config.rule != "match":
+            option_types.only_of_match({"--hit-rate": hit_rate, "--mean-lag": mean_lag, "--lags": lags}, "--rule match")
         bench = KernelBench(
             batches=batches, contexts=contexts, heads=pairs, hit_rates=rates, config=config, head_size=head_size,
-            dtype=dtype, page=page or PAGES[config.rule], lags=lags, mean_lag=mean_lag, layers=layers, seed=seed,
-            baselines=exact, between=between,
+            dtype=dtype, page=page or PAGES[config.rule], lags=lags or LAGS[0], mean_lag=mean_lag or MEAN_LAG,
+            layers=layers, seed=seed, baselines=exact, between=between,
         )  # fmt: skip
         # Two steps more than rows: the read bandwidth, and filling the KV cache.
         with terminal.progress(progress, bench.measurements() + 2) as report:

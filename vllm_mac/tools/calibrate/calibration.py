@@ -87,7 +87,8 @@ def prompts(
 def check(grid: Grid) -> None:
     """Raises MacConfigError where MAC's configuration does not accept a value of the grid."""
     for band, sink in product(grid.bands, grid.sinks):
-        resolve({"window": grid.window, "min_context": grid.min_context, "band": band, "sink": sink}, {})
+        keys = {"window": grid.window, "min_context": grid.min_context, "band": band, "sink": sink}
+        resolve({"rule": "match"} | keys, {})
 
 
 def reply(calibration: Calibration, request: requests.Request) -> int:

@@ -140,9 +140,10 @@ def calibrate(
     The choice is written to --out. Layers that cannot stay within the budget stay exact. Half of the prompts are held
     out, and the choice is reported on them too.
 
-    --mac has the keys that are not calibrated: window, min_context, layers.include, ... With kl every threshold of every
-    layer is another pass over half of the prompts; with --keep a stopped run can continue. With the other metrics, time
-    and memory grow with the number of combinations, and choosing again from --keep's file takes seconds.
+    --mac has the keys that are not calibrated: window, min_context, layers.include, ... Thresholds are of rule: match:
+    it runs under this rule and writes it to --out, whatever a file that --mac names says. With kl every threshold of
+    every layer is another pass over half of the prompts; with --keep a stopped run can continue. With the other metrics,
+    time and memory grow with the number of combinations, and choosing again from --keep's file takes seconds.
     """
     from vllm_mac.config import MacConfigError
     from vllm_mac.tools.calibrate.measured import METRICS

@@ -79,13 +79,14 @@ def of_versions(environment: dict) -> Iterator[Finding]:
     yield Finding(place, OK, f"vllm-mac {environment['vllm_mac']}, commit {environment['commit']}")
 
 
-def of_devices(environment: dict) -> Iterator[Finding]:
+def of_devices(environment: dict, by_index: bool) -> Iterator[Finding]:
+    """by_index: whether MAC is to decode by the index of keys."""
     try:
         import torch
     except ImportError as error:
         yield Finding("devices", PROBLEM, f"PyTorch cannot be imported: {error}", INSTALL)
         return
-    from vllm_mac.capabilities import refused_gpu
+    from vllm_mac.capabilities import TO_MATCH, refused_gpu, refused_index_gpu
 
     if not torch.cuda.is_available():
         if environment["gpu"] is None:
@@ -97,13 +98,16 @@ def of_devices(environment: dict) -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        reason = refused_gpu((facts.major, facts.minor))
+        capability = (facts.major, facts.minor)
+        reason = refused_gpu(capability)
+        without = by_index and not reason and refused_index_gpu(capability)
         text = f"GPU {index}: {facts.name}, sm{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
-        yield (
-            Finding("devices", PROBLEM, f"{text}: {reason}", "use another GPU")
-            if reason
-            else Finding("devices", OK, text)
-        )
+        if reason or without:
+            yield Finding(
+                "devices", PROBLEM, f"{text}: {reason or without}", TO_MATCH if without else "use another GPU"
+            )
+        else:
+            yield Finding("devices", OK, text)
 
 
 def of_plugin() -> Iterator[Finding]:

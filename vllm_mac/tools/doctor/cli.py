@@ -25,11 +25,12 @@ def doctor(
     context: Annotated[str, typer.Option(help="Tokens in each row's KV cache, for the estimate.")] = "32768",
     batch: Annotated[str, typer.Option(help="Rows that decode together, for the estimate.")] = "1",
     hit_rate: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Share of heads that hit, for the estimate with rule: match. Measure yours with vllm_mac_heads_total."
+            help="With rule: match, the share of heads that hit, for the estimate; 0.5 by default. Measure yours with "
+            "vllm_mac_heads_total."
         ),
-    ] = "0.5",
+    ] = None,
     bandwidth: Annotated[
         float | None,
         typer.Option(min=1, help="GB/s for the estimate, such as another machine's; by default measured here."),
@@ -42,8 +43,9 @@ def doctor(
     """Check whether MAC works here, what it does with a model's layers, and what it may gain.
 
     Versions, devices and vLLM's way to the plugin are checked on any machine. With a MODEL, vLLM builds it without
-    weights, whatever its size, and each layer is decided as in an engine: MAC, exact (and why), or refused. The rings
-    (with rule: index, the room for the index) and an estimate from bytes and bandwidth follow; --context, --batch and --hit-rate take lists separated by commas.
+    weights, whatever its size, and each layer is decided as in an engine: MAC, exact (and why), or refused. The room
+    for the index (with rule: match, the rings) and an estimate from bytes and bandwidth follow; --context, --batch and
+    --hit-rate take lists separated by commas.
     The command cannot see what depends on the weights (the kernels of a quantisation, for instance) or on other
     machines. Without a GPU the model is the one that vLLM's CPU engine builds: a GPU may decide otherwise on attention
     sinks and on head sizes other than 64, 128 and 256, and a quantisation that CPUs lack cannot be built.
@@ -53,7 +55,9 @@ def doctor(
     workload = Workload(
         contexts=option_types.parse("--context", option_types.numbers(int, 1, math.inf), context),
         batches=option_types.parse("--batch", option_types.numbers(int, 1, math.inf), batch),
-        hit_rates=option_types.parse("--hit-rate", option_types.numbers(float, 0, 1), hit_rate),
+        hit_rates=option_types.parse(
+            "--hit-rate", option_types.numbers(float, 0, 1), "0.5" if hit_rate is None else hit_rate
+        ),
         bandwidth=bandwidth * 1e9 if bandwidth else None,
     )
     keys = option_types.parse("--mac", option_types.mapping, mac)
@@ -69,7 +73,7 @@ def doctor(
     with terminal.progress(progress, 5 if model else 3) as report:
         for what, found in (
             ("versions", checks.of_versions(here)),
-            ("devices", checks.of_devices(here)),
+            ("devices", checks.of_devices(here, _by_index(keys))),
             ("plugin", checks.of_plugin()),
         ):
             report(what)
@@ -85,6 +89,8 @@ def doctor(
                 from vllm_mac.tools.doctor.model import examine
 
                 examined = examine(model, keys, arguments, max_num_seqs)
+                if examined.index is not None:
+                    option_types.only_of_match({"--hit-rate": hit_rate}, """--mac '{"rule": "match"}'""")
                 facts["model"] = show.facts(model, examined)
                 findings += show.of_layers(examined)
                 if examined.ring is not None or examined.index is not None:  # MAC serves a layer
@@ -99,6 +105,17 @@ def doctor(
         print(f"report in {json_path}", file=sys.stderr)
     if status:
         raise typer.Exit(status)
+
+
+def _by_index(keys: dict) -> bool:
+    """Whether MAC would decode by the index of keys. Where the keys are wrong, a model's part of the report says so."""
+    from vllm_mac.config import MacConfigError, resolve
+
+    try:
+        config = resolve(keys)
+    except MacConfigError:
+        return False
+    return config.enabled and config.rule == "index"
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,8 @@ def evaluate(
         int, typer.Option(min=0, help="Prompts whose last 256 tokens are decoded under teacher forcing; 0 for none.")
     ] = 8,
     audit: Annotated[
-        bool, typer.Option("--audit/--no-audit", help="Also compute hits exactly, to count their error.")
+        bool,
+        typer.Option("--audit/--no-audit", help="With rule: match, also compute hits exactly, to count their error."),
     ] = True,
     engine: Engine = "{}",
     gpus: Annotated[
@@ -172,6 +173,6 @@ def configurations(given: list[str], audit: bool) -> dict[str, dict]:
             else {"config": value}
         )
         found[name] = resolve(keys).model_dump(mode="json")
-        if audit and found[name].get("audit") == 0:
+        if audit and found[name]["rule"] == "match" and found[name]["audit"] == 0:
             found[name]["audit"] = 1.0
     return found
