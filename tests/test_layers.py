@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_mac import layers
+from vllm_mac import index_pages, layers
 from vllm_mac.config import MacConfigError, resolve
 from vllm_mac.layers import MacLayer
 from vllm_mac.rope import Rotary
@@ -230,6 +230,33 @@ def test_layers_of_chunked_local_attention_are_exact(load):
     made = load(3, {}, specs={1: ChunkedLocalAttentionSpec, 2: SinkFullAttentionSpec})
     assert [layer.exact for layer in made] == [None, "local_attention", "local_attention"]
     assert [layer.served for layer in made] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "gpu, size, keys, exact",
+    [
+        (True, 64, {}, "small_heads"),
+        (True, 96, {}, None),
+        (True, 64, {"index_size": 32}, None),
+        (True, 64, {"rule": "match"}, None),
+        (False, 64, {}, None),
+    ],
+)
+def test_small_heads_stay_exact_on_gpus(monkeypatch, gpu, size, keys, exact):
+    """Neither are they served nor have their pages room for an index; unless the user gives the index a size."""
+    monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: gpu))
+    rule = keys.get("rule", "index")
+    assert layers.too_small_to_index(size, keys.get("index_size")) == (exact is not None or keys == {"rule": "match"})
+    config = resolve(keys, {})
+    monkeypatch.setattr(index_pages, "indexing", lambda: config if rule == "index" else None)
+    spec = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=size, dtype=torch.bfloat16)
+    assert (index_pages.with_index(spec).page_size_padded is None) == (exact is not None or rule == "match")
+
+
+def test_layers_with_small_heads_are_counted_as_such(load, monkeypatch):
+    monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    assert [layer.exact for layer in load(2, {"rule": "index"}, exact=(1,))] == ["small_heads", "sliding_window"]
+    assert [layer.exact for layer in load(1, {"rule": "index", "index_size": 32})] == [None]
 
 
 def test_an_index_of_more_directions_than_keys_have_numbers_is_refused(load):

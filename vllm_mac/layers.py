@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_mac import capabilities
@@ -31,7 +32,7 @@ from vllm_mac.totals import allocate
 
 logger = init_logger("vllm.mac")
 
-HEAD_SIZES = range(32, 257)
+HEAD_SIZES, LEAST_INDEXED = range(32, 257), 96
 
 
 class MacLayer:
@@ -166,6 +167,12 @@ def index_rule(layer: MacLayer) -> IndexRule:
     return IndexRule.of(layer.config, layer.scale)
 
 
+def too_small_to_index(head_size: int, index_size: int | None) -> bool:
+    """Whether layers with such heads stay exact with `rule: index`. On GPUs the index of small keys takes as long to read as
+    the keys; `examples/results/lookup.md` has the times. A size that the user gives is the user's choice."""
+    return index_size is None and head_size < LEAST_INDEXED and current_platform.is_cuda()
+
+
 def configuration(vllm_config: VllmConfig) -> MacConfig:
     """MAC's configuration. Reads its file, so a process resolves it once for a model: `MacLayer.settings`."""
     return resolve((vllm_config.additional_config or {}).get("mac"))
@@ -206,6 +213,8 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
             layer.exact = "local_attention"
         if layer.exact is None and not config.covers(layer.name, extract_layer_index(layer.name)):
             layer.exact = "excluded"
+        if layer.exact is None and config.rule == "index" and too_small_to_index(layer.head_size, config.index_size):
+            layer.exact = "small_heads"
         if layer.exact is None and config.rule == "match":
             try:
                 layer.rotary = find_rotary(

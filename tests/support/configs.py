@@ -2,12 +2,7 @@
 
 import pytest
 
-from vllm_mac.config import (
-    MacConfig,
-    MacConfigError,
-    only_of,
-    resolve,
-)
+from vllm_mac.config import MIN_CONTEXTS, MacConfig, MacConfigError, only_of, resolve
 
 DEFAULTS = {
     "enabled": True,
@@ -19,7 +14,7 @@ DEFAULTS = {
     "sink": 0,
     "threshold": 0.85,
     "distance": "absolute",
-    "min_context": 2048,
+    "min_context": "auto",
     "lag_weight": 0.0,
     "reuse": "anchored",
     "max_chain": None,
@@ -40,7 +35,9 @@ def chosen(*at: str) -> dict[str, str]:
 
 
 def keys_of(config: MacConfig) -> dict:
-    return config.model_dump(mode="json")
+    """Its keys, `auto` for a `min_context` that the rule has by default."""
+    keys = config.model_dump(mode="json")
+    return keys | ({"min_context": "auto"} if keys["min_context"] == MIN_CONTEXTS[config.rule] else {})
 
 
 def refusal(inline: object, environ: dict[str, str] | None = None) -> str:
