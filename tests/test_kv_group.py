@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from vllm_mac import cpu, kv_group
+from vllm_mac.key_index import worth_learning
+from vllm_mac.learning import choose
 from vllm_mac.requests import RowRings
 from vllm_mac.ring import RingTable
 
@@ -36,6 +38,29 @@ def test_rows_read_what_their_requests_may(monkeypatch):
     chunks = [(x.begin, x.end, x.chunk.start, x.chunk.ring, int(x.chunk.blocks)) for x in step.chunks]
     assert chunks == [(4, 13, 71, 3, 4), (13, 17, 120, -1, 5)]
     assert table.first[:5].tolist() == [70, 100, 40, 50, 90] and table.last[:5].tolist() == [90, 100, 70, 79, 119]
+
+
+@pytest.mark.parametrize("counts, row", [((9, 80, 70), 1), ((9, 10, 70), 2), ((9, 10, 11), None), ((64, 80, 70), 0)])
+def test_maps_are_learned_from_the_longest_row_that_has_queries_enough(counts, row):
+    """A longer row of which this step reads, or verifies, a few tokens hides no other."""
+    begin = np.concatenate(([0], np.cumsum(counts)))
+    table = torch.arange(3)[:, None]
+    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), table, 200, 256)
+    assert (found and found.blocks.item()) == row
+    if row is not None:
+        assert (found.begin, found.end) == (begin[row], begin[row + 1])
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_other_weights_are_learned_once_by_a_row_as_long(on_gpu):
+    group = kv_group.Group([], SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={})), "cpu")
+    group.layers = [SimpleNamespace(index=index) for index in (None, object(), object())]
+    group.decoder = SimpleNamespace(learned=1000) if on_gpu else None
+    holder = group.decoder or group
+    holder.learned = 1000
+    for layer in group.layers:
+        group.learn_anew(layer)
+    assert worth_learning(1000, 64, holder.learned) and not worth_learning(990, 64, holder.learned)
 
 
 def test_what_only_a_draft_model_reads_counts_for_no_ring(monkeypatch):

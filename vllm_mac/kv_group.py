@@ -10,7 +10,8 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_mac.audit import Audit
-from vllm_mac.layers import mac_layers
+from vllm_mac.key_index import GROWTH
+from vllm_mac.layers import MacLayer, mac_layers
 from vllm_mac.learning import choose
 from vllm_mac.publisher import publish
 from vllm_mac.requests import executing, row_rings
@@ -69,6 +70,14 @@ class Group:
     def begin_decodes(self) -> bool:
         """Whether all rows of the decode step about to be planned are audited; to be called once for each."""
         return self._audit is not None and self._audit.begin_step()
+
+    def learn_anew(self, layer: MacLayer) -> None:
+        """Have the next row as long as the one that maps of the index were learned from teach them anew; `layer` has
+        other weights. Of a group's layers the first one counts."""
+        if layer is not next(one for one in self.layers if one.index is not None):
+            return
+        holder = self if self.decoder is None else self.decoder
+        holder.learned = int(holder.learned / GROWTH)
 
     @property
     def table(self) -> RingTable | None:

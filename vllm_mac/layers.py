@@ -110,8 +110,10 @@ class MacLayer:
         Raises MacConfigError where the byte budget does not hold one ring, where the device
         cannot convert to the rings' dtype, and where MAC is chosen for a draft model by name.
         """
-        if self.served:
-            return  # weights were reloaded
+        if self.served:  # weights were reloaded
+            if self.index is not None and self.group is not None:
+                self.group.learn_anew(self)
+            return
         layers = mac_layers(self.vllm_config)
         if not self.settled:
             settle([layer for layer in layers if not layer.settled], dtype)

@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_mac.key_index import worth_learning
+from vllm_mac.key_index import LEAST_QUERIES, worth_learning
 from vllm_mac.state import Learning
 
 
@@ -16,7 +16,8 @@ def choose(
     begin: `[B + 1]`, where each row's tokens begin. length: `[B]`, tokens of each row after this step. prefilled: `[B]`
     bool. learned: tokens of the row that maps were learned from, 0 for none. least: tokens that a row must have.
     """
-    rows = np.flatnonzero(prefilled & (length >= least))
+    # Without those that have too few tokens in this step: they would hide a shorter row that has enough.
+    rows = np.flatnonzero(prefilled & (length >= least) & (np.diff(begin) >= LEAST_QUERIES))
     if not len(rows):
         return None
     row = int(rows[np.argmax(length[rows])])

@@ -72,6 +72,14 @@ class Sleep:
 
 
 @dataclass(frozen=True)
+class Call:
+    """Do something to the engine: `action(llm)`."""
+
+    step: int
+    action: Callable
+
+
+@dataclass(frozen=True)
 class Limits:
     """Limits of one schedule, narrower than its engine's, so that one engine serves many."""
 
@@ -258,6 +266,8 @@ def _apply(llm, run: Run, event, logprobs: int) -> None:
         if event.level == 2:
             llm.collective_rpc("reload_weights")
         llm.wake_up(tags=["kv_cache"])
+    elif isinstance(event, Call):
+        event.action(llm)
     else:
         llm.reset_prefix_cache(reset_running_requests=True)
 

@@ -73,7 +73,7 @@ def index_shadow(llm, opted_out=()):
 
 def _check(watch, impl, query, kv, blocks, output, length: int, opted_out: bool) -> None:
     _, kv_heads, page, width = kv.shape
-    maps, config = impl.mac.index.maps, impl.mac.settings
+    maps, config = impl.mac.index.maps, impl.mac.config
     layout = PageLayout(kv_heads, width // 2, page, maps.shift.shape[1], kv.itemsize)
     codes, means = layout.views(kv)
     for block in blocks[: length // page].tolist() if maps.ready else ():

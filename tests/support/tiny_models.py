@@ -149,6 +149,40 @@ def _deepseek():
     )
 
 
+def _longrope():
+    """Phi-3's long-context variant: other factors once a server's longest sequence is longer than the original 256."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = {k: v for k, v in COMMON.items() if k != "head_dim"} | {"num_attention_heads": 4}
+    rope = dict(rope_type="longrope", original_max_position_embeddings=256, **THETA)
+    rope |= dict(short_factor=[1 + 0.02 * i for i in range(16)], long_factor=[1 + 0.3 * i for i in range(16)])
+    return Phi3ForCausalLM, Phi3Config(**config, original_max_position_embeddings=256, rope_parameters=rope)
+
+
+def _smollm3():
+    """One layer with RoPE and one without. vLLM runs the class by Transformers' own code."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    rope = {"rope_type": "default", **THETA}
+    return SmolLM3ForCausalLM, SmolLM3Config(**COMMON, rope_parameters=rope, no_rope_layers=[1, 0])
+
+
+def _opt():
+    """No RoPE: positions are embedded."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = {k: v for k, v in COMMON.items() if k != "head_dim"}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 2048}
+    return OPTForCausalLM, OPTConfig(**config, ffn_dim=256, word_embed_proj_dim=HIDDEN, dropout=0.0)
+
+
+def _mrope():
+    """Qwen2 with the rotation of Qwen2-VL, whose positions have three parts."""
+    model_class, config = _qwen2()
+    config.rope_parameters = {"rope_type": "default", "mrope_section": [4, 6, 6], **THETA}
+    return model_class, config
+
+
 def _bert():
     from transformers import BertConfig, BertModel
 
@@ -176,9 +210,14 @@ BUILDERS = {
     "gptoss": _gptoss,
     "lfm2": _lfm2,
     "deepseek": _deepseek,
+    "longrope": _longrope,
+    "smollm3": _smollm3,
+    "opt": _opt,
+    "mrope": _mrope,
     "bert": _bert,
 }
-DECODERS = [name for name in BUILDERS if name not in ("gptoss", "lfm2", "deepseek", "bert")]
+NO_ROTARY = ("longrope", "smollm3", "opt", "mrope")  # at least one layer has no rotation that `rule: match` can undo
+DECODERS = [name for name in BUILDERS if name not in ("gptoss", "lfm2", "deepseek", "bert", *NO_ROTARY)]
 SINK = 6.0  # weighs as much as several hundred keys of an average score
 
 
@@ -192,7 +231,7 @@ def write(name: str, folder: str | Path, seed: int = 0) -> Path:
         model_class, config = BUILDERS[name]()
         config.dtype = "float32"
         model = model_class(config).float()
-        if name in (*DECODERS, "gptoss"):
+        if name in (*DECODERS, *NO_ROTARY, "gptoss"):
             rescale(model, config)
         for parameter in (p for key, p in model.named_parameters() if key.endswith("sinks")):
             parameter.data.fill_(SINK)
