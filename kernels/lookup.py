@@ -1,9 +1,9 @@
 """Decode by the index of keys. `lookup.decode` is the oracle; see there for the rule.
 
-Three launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `look_kernel` estimates them one by one, lists
-those that weigh enough, reads them, and adds the others by the mean values of their pages. `merge_kernel` merges. The
-spans of `SPAN` tokens of a (row, KV head) pair go round among its `ns` programs, each of which does all of this for its own.
-Tokens are the rows of blocks and heads their columns: Hopper's tensor cores take 64 rows at once, and 8 columns.
+Three launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `look_kernel` estimates them one by one,
+lists those that weigh enough, reads them, and adds the others by the mean values of their pages. `merge_kernel`
+merges. The spans of `SPAN` tokens of a (row, KV head) pair go round among its `ns` programs of `look_kernel`. Tokens
+are the rows of blocks and heads their columns: Hopper's tensor cores take 64 rows at once, and 8 columns.
 """
 
 import math
@@ -54,10 +54,10 @@ def _narrow(q, low, high, mean, log2_scale):
 
     low, high: `[BD, BN]`, maps to the two halves of the directions. mean: `[BD]`, the mean key.
 
-    The first four: `[BN, BQ]` int8, the upper and the lower bytes of 16 bits, for the two halves of the directions. A score
-    is `factor` `[BQ]` times the product of 16 bits with the codes, plus `constant` `[BQ]`. base: `[BQ]`, to subtract from scores
-    before `exp2`. It lies half-way between the mean key's score, near which many are, and the highest that codes can give, or
-    higher, so that no sum overflows.
+    The first four: `[BN, BQ]` int8, the upper and the lower bytes of 16 bits, for the two halves of the directions. A
+    score is `factor` `[BQ]` times the product of 16 bits with the codes, plus `constant` `[BQ]`. base: `[BQ]`, to
+    subtract from scores before `exp2`. It lies half-way between the mean key's score, near which many are, and the
+    highest that codes can give, or higher, so that no sum overflows.
     """
     if INTERPRETED:  # see `partial.attend`
         q, low, high = q.to(tl.float32), low.to(tl.float32), high.to(tl.float32)
@@ -203,9 +203,10 @@ def look_kernel(
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: the partial result over its tokens, see `partial`, and how many of them it read.
 
-    Its tokens are those of its spans, and where the row is looked up a share of the near ones instead of those in its spans.
-    room: 1/16 of the tokens that a program's list in `p_tokens` holds; where they are not enough, its spans are read whole.
-    nw: programs of `weigh_kernel`. p_weight: `[pairs, spans, BQ]`, what a page of a span weighs without what is listed, as a share of all.
+    Its tokens are those of its spans, and where the row is looked up a share of the near ones instead of those in its
+    spans. room: 1/16 of the tokens that a program's list in `p_tokens` holds; where they are not enough, its spans are
+    read whole. nw: programs of `weigh_kernel`. p_weight: `[pairs, spans, BQ]`, what a page of a span weighs without
+    what is listed, as a share of all.
     """
     # 1. The row. What `weigh_kernel` did not write may be read before it ends.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -429,11 +430,13 @@ def launches(
     )  # fmt: skip
     yield "weigh"
     look_kernel[(ns, kv_heads, count)](
-        **everywhere, **parts, ns=ns, SPAN=tuning.span, num_warps=tuning.warps * wider if work.pdl else 8, p_means=means, p_tokens=work.tokens, p_weight=work.weight,
-        s_mean_page=means.stride(0), s_weight=work.weight.stride(0), room=work.tokens.numel() // (count * kv_heads * ns) // 16,
+        **everywhere, **parts, p_means=means, p_tokens=work.tokens, p_weight=work.weight,
+        s_mean_page=means.stride(0), s_weight=work.weight.stride(0), ns=ns, SPAN=tuning.span,
+        room=work.tokens.numel() // (count * kv_heads * ns) // 16,
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
         BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages, BNW=power_of_two(tuning.most),
         LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
+        num_warps=tuning.warps * wider if work.pdl else 8,
         maxnreg=tuning.registers if d <= 128 and work.pdl else None,  # before sm90 it would spill
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
     )  # fmt: skip

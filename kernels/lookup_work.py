@@ -20,8 +20,12 @@ def narrow_width(directions: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the work is split. per_sm, weighers_per_sm: programs of `look_kernel` and of `weigh_kernel` for each SM. most: programs of one (row, KV head) pair at most. span: tokens
-    whose codes are loaded at once. block, pages: tokens and pages that are read at once. The others are launch options."""
+    """How the work is split.
+
+    per_sm, weighers_per_sm: programs of `look_kernel` and of `weigh_kernel` for each SM. most: programs of one (row, KV
+    head) pair at most. span: tokens whose codes are loaded at once. block, pages: tokens and pages that are read at
+    once. The others are launch options.
+    """
 
     per_sm: int = 4
     weighers_per_sm: int = 4
