@@ -373,7 +373,7 @@ def test_index_rows(baselines, launched):
     assert looked_up["bytes"] == pytest.approx(kv + 2 * 2 * 6 * 64 * 2)
     for row in (short, looked_up, whole):
         assert (row["weigh_ms"], row["look_ms"], row["merge_ms"]) == (4, 12, 48)
-        assert row["p50"] == 256 and row["relative_error"] < 2e-3 and "rule=index" in row["config"]
+        assert row["p50"] == 64 and row["relative_error"] < 2e-3 and "rule=index" in row["config"]
 
 
 def test_index_rows_beside_the_best_exact_one(baselines):
@@ -388,10 +388,10 @@ def test_index_rows_beside_the_best_exact_one(baselines):
 def test_no_speed_of_a_wrong_lookup(baselines, monkeypatch, spoil, said):
     right, calls = synthetic_index.IndexStep.decode, []
 
-    def wrong(step, layer, stages=4):
+    def wrong(step, layer, stages=3):
         calls.append(stages)
         layer.maps.ready.fill_(spoil != "maps")
-        if spoil == "late" and calls.count(4) > 3:
+        if spoil == "late" and calls.count(3) > 3:
             layer.query.zero_()
         right(step, layer, stages)
         if spoil in ("out", "nan"):
