@@ -190,9 +190,10 @@ def test_maps_are_learned_from_the_first_long_prompt_and_from_longer_ones(model,
 
 
 def test_an_engine_that_is_told_nothing_uses_the_index(model):
-    prompt = text("long", 2100)
-    with harness.engine(model, backend="MAC", max_model_len=4096, rule=None) as llm:
-        harness.run_schedule(llm, [Add(0, "long", prompt, NEW), Add(0, "short", prompt[:1900], NEW)])
+    longer = {"hf_overrides": {"max_position_embeddings": 8320}}
+    prompt = text("long", 8200)
+    with harness.engine(model, backend="MAC", max_model_len=8320, rule=None, **longer) as llm:
+        harness.run_schedule(llm, [Add(0, "long", prompt, NEW), Add(0, "short", prompt[:8100], NEW)])
         assert all(layer.index is not None and layer.state is None for layer in layers(llm))
         found = moved(llm, [0] * len(Count))
     each = (NEW - 1) * LAYERS * HEADS
