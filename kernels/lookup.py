@@ -437,7 +437,7 @@ def launches(
         BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages, BNW=power_of_two(tuning.most),
         LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
         num_warps=tuning.warps * wider if work.pdl else 8,
-        maxnreg=tuning.registers if d <= 128 and work.pdl else None,  # before sm90 it would spill
+        maxnreg=tuning.registers if d <= 128 else None,  # with fewer warps, or without a limit, it spills before sm90
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
     )  # fmt: skip
     yield "look"

@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from byte_model import LOGIT_STD, OUTPUT_STD
+from transformers import LlamaModel
 from vllm import SamplingParams
 
 from support import engine as harness
@@ -37,6 +38,19 @@ MODELS = {
     "no RoPE": ("opt", {}),
     "M-RoPE": ("mrope", {"hf_overrides": {"architectures": ["PicturesForCausalLM"]}}),
 }
+
+
+@pytest.fixture(autouse=True)
+def _transformers_own_class():
+    """vLLM's Transformers backend changes the model's class for good; other tests make models of it in this process."""
+    kept, bases = dict(vars(LlamaModel)), LlamaModel.__bases__
+    yield
+    LlamaModel.__bases__ = bases
+    for name in [name for name in vars(LlamaModel) if name not in kept]:
+        delattr(LlamaModel, name)
+    for name, value in kept.items():
+        if vars(LlamaModel)[name] is not value:
+            setattr(LlamaModel, name, value)
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def refused(make, *arguments, **options) -> str:
             {"band": "wide"},
             "band: received 'wide' (str) from --additional-config mac; must be an integer of at least 1",
         ),
-        ({"band": 4096}, "band + sink must be less than min_context - 1"),
+        ({"band": 8192}, "band + sink must be less than min_context - 1"),
         (
             {"window": 64},
             "which only rule: match reads, and rule is index, the default; leave it out, or set rule to match",
