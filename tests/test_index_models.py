@@ -14,13 +14,13 @@ from vllm import SamplingParams
 
 from support import engine as harness
 from support.engine import Add
+from support.index_engine import CONFIG
 from support.scenarios import text
 from vllm_mac import layers
 from vllm_mac.counters import Count
 from vllm_mac.layers import mac_layers
 
 pytestmark = pytest.mark.cpu
-CONFIG = {"rule": "index", "min_context": 64, "band": 16}
 LAYERS, SIZE, NEW = 2, 32, 24
 LENGTHS = {"a": 400, "b": 300}
 EVENTS = [Add(3 * i, name, text(name, length), NEW) for i, (name, length) in enumerate(LENGTHS.items())]

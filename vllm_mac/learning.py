@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_mac.key_index import LEAST_QUERIES, worth_learning
+from vllm_mac.key_index import worth_learning
 from vllm_mac.state import Learning
 
 
@@ -16,15 +16,15 @@ def choose(
     begin: `[B + 1]`, where each row's tokens begin. length: `[B]`, tokens of each row after this step. prefilled: `[B]`
     bool. learned: tokens of the row that maps were learned from, 0 for none. least: tokens that a row must have.
     """
-    # Without those that have too few tokens in this step: they would hide a shorter row that has enough.
-    rows = np.flatnonzero(prefilled & (length >= least) & (np.diff(begin) >= LEAST_QUERIES))
-    if not len(rows):
+    rows = [
+        row
+        for row in np.flatnonzero(prefilled & (length >= least)).tolist()
+        if worth_learning(int(length[row]), int(begin[row + 1] - begin[row]), learned)
+    ]
+    if not rows:
         return None
-    row = int(rows[np.argmax(length[rows])])
-    first, end, tokens = int(begin[row]), int(begin[row + 1]), int(length[row])
-    if not worth_learning(tokens, end - first, learned):
-        return None
-    return Learning(first, end, tokens, block_table[row])
+    row = max(rows, key=lambda row: length[row])
+    return Learning(int(begin[row]), int(begin[row + 1]), int(length[row]), block_table[row])
 
 
 def of_batch(common: CommonAttentionMetadata, decodes: int, learned: int, least: int) -> Learning | None:
