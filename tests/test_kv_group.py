@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_mac import cpu, kv_group
+from vllm_mac import cpu, kv_group, learning
 from vllm_mac.key_index import worth_learning
 from vllm_mac.learning import choose
 from vllm_mac.requests import RowRings
@@ -49,6 +49,16 @@ def test_maps_are_learned_from_the_longest_row_that_has_queries_enough(counts, r
     assert (found and found.blocks.item()) == row
     if row is not None:
         assert (found.begin, found.end) == (begin[row], begin[row + 1])
+
+
+@pytest.mark.parametrize(
+    "prompts, row", [((1000, 400, 300), 1), ((564, 400, 300), 1), ((563, 400, 300), 0), ((1000,) * 3, None)]
+)
+def test_a_row_teaches_in_the_last_step_that_has_queries_enough_of_its_prompt(monkeypatch, prompts, row):
+    monkeypatch.setattr(learning, "prompt_lengths", lambda rows: np.array(prompts[:rows]))
+    begin = np.array([0, 100, 200, 300])
+    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), torch.arange(3)[:, None], 200, 256)
+    assert (found and found.blocks.item()) == row
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -20,7 +20,11 @@ def scheduled(new=(), going_on=(), tokens=None, resumed=(), finished=(), preempt
     names, computed, blocks = zip(*going_on, strict=True) if going_on else ((), (), ())
     return SimpleNamespace(
         scheduled_new_reqs=[
-            SimpleNamespace(req_id=r, num_computed_tokens=n, block_ids=b, sampling_params=params(r)) for r, n, b in new
+            SimpleNamespace(
+                req_id=r, num_computed_tokens=n, block_ids=b, sampling_params=params(r), prompt_token_ids=[1] * len(r),
+                prompt_embeds=None,
+            )
+            for r, n, b in new
         ],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=list(names), num_computed_tokens=list(computed), new_block_ids=list(blocks), resumed_req_ids=set(resumed)
@@ -218,6 +222,20 @@ def test_owners_are_of_the_kv_cache_groups_that_hold_a_served_layer(monkeypatch)
     assert requests._make(runner).owners is None
     found.clear()
     assert requests._make(runner) is None
+
+
+def test_each_row_has_the_length_of_its_prompt():
+    """While its request runs: one that finished is forgotten."""
+    found, runner = [], Runner(v2=False)
+    for rows, output in (
+        (["a", "bcd"], scheduled([("bcd", 0, blocks(1)), ("a", 0, blocks(2))])),
+        (["bcd"], scheduled([], [("bcd", 3, None)], finished=["a"])),
+    ):
+        runner.rows[:] = rows
+        with requests._executing(runner, output):
+            found.append(requests.prompt_lengths(3).tolist())
+    assert found == [[1, 3, 0], [3, 0, 0]] and list(requests._followed[runner].prompts) == ["bcd"]
+    assert requests.prompt_lengths(2).tolist() == [0, 0]
 
 
 def test_dummy_batches_have_no_requests(monkeypatch):

@@ -4,7 +4,8 @@ import numpy as np
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_mac.key_index import worth_learning
+from vllm_mac.key_index import LEAST_QUERIES, worth_learning
+from vllm_mac.requests import prompt_lengths
 from vllm_mac.state import Learning
 
 
@@ -15,10 +16,14 @@ def choose(
 
     begin: `[B + 1]`, where each row's tokens begin. length: `[B]`, tokens of each row after this step. prefilled: `[B]`
     bool. learned: tokens of the row that maps were learned from, 0 for none. least: tokens that a row must have.
+
+    A row teaches in the last step that has queries enough of its prompt: maps of earlier chunks would not know where
+    its last keys lie, and every learning indexes all pages anew.
     """
+    last = length > prompt_lengths(len(length)) - LEAST_QUERIES
     rows = [
         row
-        for row in np.flatnonzero(prefilled & (length >= least)).tolist()
+        for row in np.flatnonzero(prefilled & last & (length >= least)).tolist()
         if worth_learning(int(length[row]), int(begin[row + 1] - begin[row]), learned)
     ]
     if not rows:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -45,13 +46,14 @@ class Batch:
 class Followed:
     """What is kept of a runner. owners: None where no layer has rings. groups: the KV-cache groups with a layer
     that MAC runs. layer: one of its layers. settings: the configuration of one of those that MAC runs. asks: what running requests asked
-    for, of those that asked for something."""
+    for, of those that asked for something. prompts: how many tokens the prompt of each running request has."""
 
     owners: RingOwners | None
     groups: tuple[int, ...]
     layer: MacLayer | None = None
     settings: MacConfig = field(default_factory=MacConfig)
     asks: dict[str, Ask] = field(default_factory=dict)
+    prompts: dict[str, int] = field(default_factory=dict)
 
 
 class RowRings(NamedTuple):
@@ -128,6 +130,16 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
     return rings
 
 
+def prompt_lengths(rows: int) -> np.ndarray:
+    """Tokens of the prompts of a batch's rows, `[rows]` int64; 0 for padding, and where no batch of requests is being
+    executed."""
+    lengths = np.zeros(rows, dtype=np.int64)
+    if _batch is not None:
+        known = [_followed[_batch.runner].prompts.get(request, 0) for request in _batch.inputs.req_ids]
+        lengths[: len(known)] = known
+    return lengths
+
+
 def ring_states(runner) -> dict[str, int]:
     """See `RingOwners.states`; empty before a runner's first batch and where all of its layers are exact."""
     followed = _followed.get(runner)
@@ -179,11 +191,12 @@ def _make(runner) -> Followed | None:
 def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
     """Pass the scheduler's output of a step on to the owners."""
     of_groups = lambda blocks: tuple(blocks[i] for i in followed.groups)
-    going_on, asks = scheduled.scheduled_cached_reqs, followed.asks
+    going_on, asks, prompts = scheduled.scheduled_cached_reqs, followed.asks, followed.prompts
     for request in scheduled.finished_req_ids:
-        asks.pop(request, None)
+        asks.pop(request, None), prompts.pop(request, None)
     for x in scheduled.scheduled_new_reqs:
         asks.pop(x.req_id, None)
+        prompts[x.req_id] = length_from_prompt_token_ids_or_embeds(x.prompt_token_ids, x.prompt_embeds)
         # Pooling requests have no such parameters.
         try:
             ask = read(x.sampling_params.extra_args if x.sampling_params else None, followed.settings)
