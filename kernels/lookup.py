@@ -22,6 +22,7 @@ from vllm_mac.kernels.launch import power_of_two
 from vllm_mac.kernels.lookup_work import DOT_TYPES, LookupWork, narrow_width
 from vllm_mac.kernels.partial import LOG2_E
 from vllm_mac.key_index import Maps, PageLayout
+from vllm_mac.lookup import SPAN
 from vllm_mac.lookup import TILE as TILE_TOKENS
 from vllm_mac.state import IndexRule, Rows
 
@@ -32,6 +33,7 @@ SHORT_CONTEXT, REQUEST = tl.constexpr(Count.SHORT_CONTEXT.value), tl.constexpr(C
 READ, SKIPPED = tl.constexpr(Count.READ.value), tl.constexpr(Count.SKIPPED.value)
 TILE, PIECE, SAMPLE = tl.constexpr(TILE_TOKENS), tl.constexpr(lookup.PIECE), tl.constexpr(lookup.SAMPLE)
 HALF_LEVEL = tl.constexpr(key_index.HALF_LEVEL)
+RUN = tl.constexpr(16)  # tokens, the rows of a warp in Hopper's products; every page size is a multiple
 
 
 @triton.jit
@@ -50,14 +52,14 @@ def _sampled(end):
 
 @triton.jit
 def _narrow(q, low, high, mean, log2_scale):
-    """A group's queries `[BD, BQ]` as codes are multiplied with: `(low_1, low_0, high_1, high_0, factor, constant, base)`.
+    """A group's queries `[BD, BQ]` as codes are multiplied with: `(narrow_low, narrow_high, factor, constant, base)`.
 
     low, high: `[BD, BN]`, maps to the two halves of the directions. mean: `[BD]`, the mean key.
 
-    The first four: `[BN, BQ]` int8, the upper and the lower bytes of 16 bits, for the two halves of the directions. A
-    score is `factor` `[BQ]` times the product of 16 bits with the codes, plus `constant` `[BQ]`. base: `[BQ]`, to
-    subtract from scores before `exp2`. It lies half-way between the mean key's score, near which many are, and the
-    highest that codes can give, or higher, so that no sum overflows.
+    The first two: `_two_bytes`, for the two halves of the directions. A score is `factor` `[BQ]` times the product of
+    16 bits with the codes, plus `constant` `[BQ]`. base: `[BQ]`, to subtract from scores before `exp2`. It lies half-way
+    between the mean key's score, near which many are, and the highest that codes can give, or higher, so that no sum
+    overflows.
     """
     if INTERPRETED:  # see `partial.attend`
         q, low, high = q.to(tl.float32), low.to(tl.float32), high.to(tl.float32)
@@ -70,17 +72,23 @@ def _narrow(q, low, high, mean, log2_scale):
     middle, factor = tl.sum(q.to(tl.float32) * mean[:, None], 0) * log2_scale, unit * log2_scale
     reach = HALF_LEVEL * factor * (tl.sum(tl.abs(low_i), 0) + tl.sum(tl.abs(high_i), 0)).to(tl.float32)
     constant = middle - HALF_LEVEL * factor * (tl.sum(low_i, 0) + tl.sum(high_i, 0)).to(tl.float32)
-    low_1, high_1 = (low_i + 128) >> 8, (high_i + 128) >> 8
-    low_0, high_0 = (low_i - low_1 * 256).to(tl.int8), (high_i - high_1 * 256).to(tl.int8)
     base = middle + tl.maximum(reach * 0.5, reach - 100.0)
-    return low_1.to(tl.int8), low_0, high_1.to(tl.int8), high_0, factor, constant, base
+    return _two_bytes(low_i), _two_bytes(high_i), factor, constant, base
 
 
 @triton.jit
-def _estimated(low_1, low_0, high_1, high_0, factor, constant, codes):
+def _two_bytes(x):
+    """Numbers of 16 bits, `[BN, BQ]` int32, as `[BN, 2 BQ]` int8: the upper bytes, then the lower ones."""
+    upper = (x + 128) >> 8
+    both = tl.join(upper, x - upper * 256)  # [BN, BQ, 2]
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (x.shape[0], 2 * x.shape[1])).to(tl.int8)
+
+
+@triton.jit
+def _estimated(narrow_low, narrow_high, factor, constant, codes):
     """Estimated scores `[BT, BQ]`, scaled and base 2, of codes `[BT, BN]` int8. Other arguments: of `_narrow`.
 
-    The products are of integers: codes of 4 bits with the two bytes of each query, 64 of them at most.
+    The products are of integers: codes of 4 bits with the two bytes of each query, 128 of them at most.
     """
     if INTERPRETED:
         low, high = codes & 15, (codes >> 4) & 15
@@ -92,11 +100,11 @@ def _estimated(low_1, low_0, high_1, high_0, factor, constant, codes):
             "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [codes],
             dtype=tl.int8, is_pure=True, pack=4,
         )  # fmt: skip
-    product = tl.dot(low, low_1, out_dtype=tl.int32)
-    product = tl.dot(high, high_1, product, out_dtype=tl.int32) * 256
-    product = tl.dot(low, low_0, product, out_dtype=tl.int32)
-    product = tl.dot(high, high_0, product, out_dtype=tl.int32)
-    return product.to(tl.float32) * factor[None, :] + constant[None, :]
+    product = tl.dot(low, narrow_low, out_dtype=tl.int32)
+    product = tl.dot(high, narrow_high, product, out_dtype=tl.int32)  # [BT, 2 BQ]
+    both = tl.reshape(product, (codes.shape[0], 2, factor.shape[0]))
+    upper, lower = tl.split(tl.permute(both, (0, 2, 1)))
+    return (upper * 256 + lower).to(tl.float32) * factor[None, :] + constant[None, :]
 
 
 @triton.jit
@@ -108,8 +116,19 @@ def _own(token, i_s, ns, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _add_both(x, y, other_x, other_y):
-    return x + other_x, y + other_y
+def _words(marked, RUN: tl.constexpr):
+    """Bits of a span's tokens, `[SPAN]` int32 of 0 and 1, in words of 32 that each have two runs: see `_place`."""
+    SPAN: tl.constexpr = marked.shape[0]
+    o_t = tl.arange(0, SPAN)
+    bit = marked << (o_t // (4 * RUN) % 2 * RUN + o_t % RUN)
+    bit = tl.permute(tl.reshape(bit, (SPAN // (8 * RUN), 2, 4, RUN)), (0, 2, 1, 3))
+    return tl.sum(tl.reshape(bit, (SPAN // (2 * RUN), 2 * RUN)), 1)
+
+
+@triton.jit
+def _place(word, bit, RUN: tl.constexpr):
+    """Which of a span's tokens a bit of a word stands for. The runs of a word are four apart, as a warp's rows are."""
+    return word // 4 * (8 * RUN) + bit // RUN * (4 * RUN) + word % 4 * RUN + bit % RUN
 
 
 @triton.jit(do_not_specialize=("s_table_row", "nw"))
@@ -122,7 +141,7 @@ def weigh_kernel(
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: the base-2 LSE `[G]` of its tokens, exact for near ones, estimated for the others.
 
-    The first one leaves what `_narrow` gives to `look_kernel`: `p_narrow` `[pairs, 4, BN, BQ]`, `p_scale` `[pairs, 2, BQ]`.
+    The first one leaves what `_narrow` gives to `look_kernel`: `p_narrow` `[pairs, 2, BN, 2 BQ]`, `p_scale` `[pairs, 2, BQ]`.
     """
     # Maps are there before the kernel in front ends, which may have rotated the query.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -145,13 +164,11 @@ def weigh_kernel(
     p_row_table = p_table + i_row * s_table_row
     p_head_codes = p_codes + i_k * PAGE * HALF
     q = tl.load(p_group_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0)  # [BD, BQ]
-    low_1, low_0, high_1, high_0, factor, constant, base = _narrow(q, low, high, mean, log2_scale)
+    narrow_low, narrow_high, factor, constant, base = _narrow(q, low, high, mean, log2_scale)
     if i_s == 0:
-        p_pair = p_narrow + (i_row * K + i_k) * (4 * BN * BQ) + o_n[:, None] * BQ + o_q[None, :]
-        tl.store(p_pair, low_1)
-        tl.store(p_pair + BN * BQ, low_0)
-        tl.store(p_pair + 2 * BN * BQ, high_1)
-        tl.store(p_pair + 3 * BN * BQ, high_0)
+        p_pair = p_narrow + (i_row * K + i_k) * (4 * BN * BQ) + o_n[:, None] * (2 * BQ) + tl.arange(0, 2 * BQ)[None, :]
+        tl.store(p_pair, narrow_low)
+        tl.store(p_pair + 2 * BN * BQ, narrow_high)
         p_pair_scale = p_scale + (i_row * K + i_k) * (2 * BQ) + o_q
         tl.store(p_pair_scale, factor)
         tl.store(p_pair_scale + BQ, constant)
@@ -162,7 +179,7 @@ def weigh_kernel(
         page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [PIECE]
         p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
         codes = tl.load(p_code, mask=m_t[:, None] & m_n[None, :], other=0)  # [PIECE, BN]
-        score = _estimated(low_1, low_0, high_1, high_0, factor, constant - base, codes)
+        score = _estimated(narrow_low, narrow_high, factor, constant - base, codes)
         total += tl.where(m_t[:, None], tl.exp2(score), 0.0)
     sampled = tl.maximum(_sampled(end) - _sampled(tl.full((), BEGIN, tl.int32)), 1)
     total = tl.sum(total, 0) * ((end - BEGIN).to(tl.float32) / sampled.to(tl.float32))
@@ -190,23 +207,22 @@ def weigh_kernel(
     tl.store(p_lse2 + ((i_row * K + i_k) * nw + i_s) * G + o_q, lse2, mask=m_q)
 
 
-@triton.jit(do_not_specialize=("s_table_row", "room", "s_weight", "ns", "nw"))
+@triton.jit(do_not_specialize=("s_table_row", "room", "s_words", "ns", "nw"))
 def look_kernel(
     p_query, p_position, p_ring, p_ready, p_table, p_kv, p_codes, p_means, p_lse2, p_narrow, p_scale,
-    p_tokens, p_weight, p_part, p_part_acc, p_read,
-    s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page, s_weight,
+    p_slots, p_words, p_part, p_part_acc, p_read,
+    s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page, s_words,
     room, ns, nw, log2_scale, log2_tolerance,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr,
-    BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
+    BT: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
     LIST_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: the partial result over its tokens, see `partial`, and how many of them it read.
 
     Its tokens are those of its spans, and where the row is looked up a share of the near ones instead of those in its
-    spans. room: 1/16 of the tokens that a program's list in `p_tokens` holds; where they are not enough, its spans are
-    read whole. nw: programs of `weigh_kernel`. p_weight: `[pairs, spans, BQ]`, what a page of a span weighs without
-    what is listed, as a share of all.
+    spans. room: 1/16 of the slots that a program's list in `p_slots` holds; where they are not enough, its spans are
+    read whole. nw: programs of `weigh_kernel`. p_words: `[pairs, spans, SPAN / 32]`, bits of the tokens to read.
     """
     # 1. The row. What `weigh_kernel` did not write may be read before it ends.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -220,21 +236,22 @@ def look_kernel(
     i_bk = i_row * K + i_k
     i_part = i_bk * ns + i_s
     p_row_table = p_table + i_row * s_table_row
-    p_list = p_tokens + i_part * room * 16
+    p_list = p_slots + i_part * room * 16
+    p_pair_words = p_words + i_bk * s_words
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if m < 0:
         return
 
-    # 2. List its tokens to read, and note what else its pages weigh.
+    # 2. Mark its tokens to read, and add up what the others weigh. Sums over `RUN` tokens stay within a warp.
     looked = end > BEGIN
     lse2 = tl.zeros([BQ], tl.float32)
+    rest, rest_acc = tl.zeros([SPAN // RUN, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
     listed_count = tl.zeros((), tl.int32)
     if looked:
-        p_pair = p_narrow + i_bk * (4 * BN * BQ) + o_n[:, None] * BQ + o_q[None, :]
-        low_1, low_0 = tl.load(p_pair), tl.load(p_pair + BN * BQ)
-        high_1, high_0 = tl.load(p_pair + 2 * BN * BQ), tl.load(p_pair + 3 * BN * BQ)
+        p_pair = p_narrow + i_bk * (4 * BN * BQ) + o_n[:, None] * (2 * BQ) + tl.arange(0, 2 * BQ)[None, :]
+        narrow_low, narrow_high = tl.load(p_pair), tl.load(p_pair + 2 * BN * BQ)
         factor, constant = tl.load(p_scale + i_bk * (2 * BQ) + o_q), tl.load(p_scale + i_bk * (2 * BQ) + BQ + o_q)
         o_nw = tl.arange(0, BNW)
         p_parts = p_lse2 + (i_bk * nw + o_nw[:, None]) * G + o_q[None, :]
@@ -242,7 +259,7 @@ def look_kernel(
         lse2 = tl.where(m_q, tl.max(parts, 0), 0.0)
         lse2 += tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - lse2[None, :]), 0), 1.0))
         threshold = tl.where(m_q, lse2 + log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ]
-        o_t = tl.arange(0, SPAN)
+        o_t, o_r, o_w = tl.arange(0, SPAN), tl.arange(0, SPAN // RUN), tl.arange(0, SPAN // 32)
         p_head_codes = p_codes + i_k * PAGE * HALF
         for t in tl.range(i_s * SPAN, end, ns * SPAN, num_stages=LIST_STAGES):
             token = t + o_t
@@ -250,19 +267,37 @@ def look_kernel(
             page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [SPAN]
             p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
             codes = tl.load(p_code, mask=m_t[:, None] & (o_n < HALF)[None, :], other=0)  # [SPAN, BN]
-            score = _estimated(low_1, low_0, high_1, high_0, factor, constant, codes)
+            run = t + o_r * RUN
+            m_r = (run >= BEGIN) & (run < end)
+            run_page = tl.load(p_row_table + run // PAGE, mask=m_r, other=0).to(tl.int64)  # [SPAN / RUN]
+            p_mean = p_means + (run_page * s_mean_page + i_k * D)[:, None] + o_d[None, :]
+            mean = tl.load(p_mean, mask=m_r[:, None] & m_d[None, :], other=0.0)  # [SPAN / RUN, BD]
+            score = _estimated(narrow_low, narrow_high, factor, constant, codes)
             score = tl.where(m_t[:, None], score, float("-inf"))
             listed = tl.max((score >= threshold[None, :]).to(tl.int32), 1)
-            at = listed_count + tl.cumsum(listed, 0) - 1
-            tl.store(p_list + at, token, mask=(listed != 0) & (at < room * 16))
+            tl.store(p_pair_words + t // 32 + o_w, _words(listed, RUN))
             left = tl.where((listed == 0)[:, None], tl.exp2(score - lse2[None, :]), 0.0)  # [SPAN, BQ]
-            # One reduction waits for the other warps once.
-            weight, number = tl.reduce((left, listed[:, None] + tl.zeros([SPAN, BQ], tl.int32)), 0, _add_both)
-            listed_count += tl.max(number, 0)
-            # Of each of the span's pages, as if they weighed alike.
-            pages = tl.maximum(tl.minimum(t + SPAN, end) - tl.maximum(t, BEGIN), PAGE) // PAGE
-            weight = (weight / pages.to(tl.float32)).to(p_weight.dtype.element_ty)
-            tl.store(p_weight + i_bk * s_weight + t // SPAN * BQ + o_q, weight)
+            weight = tl.sum(tl.reshape(left, (SPAN // RUN, RUN, BQ)), 1)
+            rest += weight
+            weight = weight.to(mean.dtype).to(DOT)
+            rest_acc = tl.dot(tl.trans(mean.to(DOT)), weight, rest_acc, input_precision="ieee")  # [BD, BQ]
+        tl.debug_barrier()  # what threads marked, others read
+        # List their slots, `BW` words at once.
+        spans = tl.maximum(tl.cdiv(tl.cdiv(end, SPAN) - i_s, ns), 0)
+        OF_SPAN: tl.constexpr = SPAN // 32  # words
+        for w in tl.range(0, spans * OF_SPAN, BW, num_stages=1):
+            i_word = w + tl.arange(0, BW)
+            first = (i_word // OF_SPAN * ns + i_s) * SPAN
+            word = tl.load(p_pair_words + first // 32 + i_word % OF_SPAN, mask=i_word < spans * OF_SPAN, other=0)
+            o_bit = tl.arange(0, 32)
+            marked = tl.reshape((word[:, None] >> o_bit[None, :]) & 1, (BW * 32,))
+            token = first[:, None] + _place(i_word[:, None] % OF_SPAN, o_bit[None, :], RUN)
+            token = tl.reshape(token, (BW * 32,))
+            at = listed_count + tl.cumsum(marked, 0) - 1
+            m_at = (marked != 0) & (at < room * 16)
+            page = tl.load(p_row_table + token // PAGE, mask=m_at, other=0)
+            tl.store(p_list + at, page * PAGE + token % PAGE, mask=m_at)
+            listed_count += tl.sum(marked, 0)
         tl.debug_barrier()  # what threads listed, others read
     # Where a list does not hold them, all tokens of its spans that are not near; of a row read whole, all.
     fits = looked & (listed_count <= room * 16)
@@ -286,14 +321,16 @@ def look_kernel(
     acc = tl.zeros([BD, BQ], tl.float32)
     for j in tl.range(0, far + near_end - near_begin, BT, num_stages=READ_STAGES):
         place = j + o_j
-        token = tl.load(p_list + place, mask=place < of_list, other=0)  # [BT]
-        token = tl.where(fits, token, (place // SPAN * ns + i_s) * SPAN + place % SPAN)
+        slot = tl.load(p_list + place, mask=place < of_list, other=0)  # [BT]
+        token = (place // SPAN * ns + i_s) * SPAN + place % SPAN
         m_far = (place < far) & (token >= far_begin) & (token < far_end)
         i_near = near_begin + place - far
         token = tl.where(place < far, token, tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end))
-        m_t = m_far | ((place >= far) & (i_near < near_end))
-        page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [BT]
-        p_token = p_head_kv + page * s_kv_page + token % PAGE * s_kv_token  # [BT]
+        m_other = (place >= of_list) & (m_far | ((place >= far) & (i_near < near_end)))
+        page = tl.load(p_row_table + token // PAGE, mask=m_other, other=0)  # [BT]
+        slot = tl.where(place < of_list, slot, page * PAGE + token % PAGE)
+        m_t = (place < of_list) | m_other
+        p_token = p_head_kv + (slot // PAGE).to(tl.int64) * s_kv_page + slot % PAGE * s_kv_token  # [BT]
         m_td = m_t[:, None] & m_d[None, :]
         key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
         value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
@@ -311,30 +348,11 @@ def look_kernel(
 
     # 4. Add the rest of its spans, page by page.
     if fits:
-        o_p = tl.arange(0, BP)
         new_peak = tl.maximum(peak, lse2)
-        shrink = tl.exp2(peak - new_peak)
-        peak, total, acc = new_peak, total * shrink, acc * shrink[None, :]
-        grow = tl.exp2(lse2 - peak)
-        rest, rest_acc = tl.zeros([BP, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
-        first = BEGIN // SPAN  # spans before it are all near
-        first += (i_s - first % ns + ns) % ns
-        OF_SPAN: tl.constexpr = SPAN // PAGE  # pages
-        pages = tl.cdiv(tl.maximum(tl.cdiv(end, SPAN) - first, 0), ns) * OF_SPAN
-        for p in tl.range(0, pages, BP, num_stages=READ_STAGES):
-            o_page = p + o_p
-            span = first + o_page // OF_SPAN * ns
-            i_page = span * OF_SPAN + o_page % OF_SPAN
-            m_p = (i_page >= BEGIN // PAGE) & (i_page < end // PAGE) & (o_page < pages)
-            page = tl.load(p_row_table + i_page, mask=m_p, other=0).to(tl.int64)  # [BP]
-            p_w = p_weight + i_bk * s_weight + span[:, None] * BQ + o_q[None, :]
-            weight = tl.load(p_w, mask=m_p[:, None] & (o_q < BQ)[None, :], other=0.0)  # [BP, BQ]
-            p_mean = p_means + (page * s_mean_page + i_k * D)[:, None] + o_d[None, :]
-            mean = tl.load(p_mean, mask=m_p[:, None] & m_d[None, :], other=0.0)  # [BP, BD]
-            rest += weight.to(tl.float32)
-            rest_acc = tl.dot(tl.trans(mean.to(DOT)), weight.to(DOT), rest_acc, input_precision="ieee")
-        total += tl.sum(rest, 0) * grow
-        acc += rest_acc * grow[None, :]
+        shrink, grow = tl.exp2(peak - new_peak), tl.exp2(lse2 - new_peak)
+        peak = new_peak
+        total = total * shrink + tl.sum(rest, 0) * grow
+        acc = acc * shrink[None, :] + rest_acc * grow[None, :]
 
     # 5. Leave the result to `merge_kernel`.
     tl.store(p_part + (i_part * G + o_q) * 2, peak, mask=m_q)
@@ -430,11 +448,11 @@ def launches(
     )  # fmt: skip
     yield "weigh"
     look_kernel[(ns, kv_heads, count)](
-        **everywhere, **parts, p_means=means, p_tokens=work.tokens, p_weight=work.weight,
-        s_mean_page=means.stride(0), s_weight=work.weight.stride(0), ns=ns, SPAN=tuning.span,
-        room=work.tokens.numel() // (count * kv_heads * ns) // 16,
+        **everywhere, **parts, p_means=means, p_slots=work.slots, p_words=work.words,
+        s_mean_page=means.stride(0), s_words=work.words.stride(0), ns=ns, SPAN=SPAN,
+        room=work.slots.numel() // (count * kv_heads * ns) // 16,
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
-        BT=tuning.block if d <= 128 else tuning.block // 2, BP=tuning.pages, BNW=power_of_two(tuning.most),
+        BT=tuning.block if d <= 128 else tuning.block // 2, BW=tuning.words, BNW=power_of_two(tuning.most),
         LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
         num_warps=tuning.warps * wider if work.pdl else 8,
         maxnreg=tuning.registers if d <= 128 else None,  # with fewer warps, or without a limit, it spills before sm90

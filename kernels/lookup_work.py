@@ -23,16 +23,15 @@ class Tuning:
     """How the work is split.
 
     per_sm, weighers_per_sm: programs of `look_kernel` and of `weigh_kernel` for each SM. most: programs of one (row, KV
-    head) pair at most. span: tokens whose codes are loaded at once. block, pages: tokens and pages that are read at
-    once. The others are launch options.
+    head) pair at most. block: tokens that are read at once. words: of 32 tokens, that are listed at once. The others are
+    launch options.
     """
 
     per_sm: int = 4
     weighers_per_sm: int = 4
     most: int = 64
-    span: int = SPAN
     block: int = 32
-    pages: int = 32
+    words: int = 64
     warps: int = 4
     weigh_stages: int = 4
     list_stages: int = 4
@@ -44,15 +43,15 @@ class Tuning:
 class LookupWork:
     """What one step leaves for its later kernels, for all layers of one geometry.
 
-    tokens: int32, the lists of all programs. read: int32, of each program. weight: `[pairs, spans, BQ]`. narrow:
-    `[pairs, 4, BN, BQ]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc:
+    slots: int32, the lists of all programs. words: int32, `[pairs, spans, SPAN / 32]`. read: int32, of each program.
+    narrow: `[pairs, 2, BN, 2 BQ]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc:
     float32, of each program. width: `BQ`. programs, weighers: how many share a step in
     `look_kernel` and in `weigh_kernel`.
     """
 
-    tokens: Tensor
+    slots: Tensor
+    words: Tensor
     read: Tensor
-    weight: Tensor
     narrow: Tensor
     scale: Tensor
     lse2: Tensor
@@ -64,7 +63,7 @@ class LookupWork:
     pdl: bool
     tuning: Tuning
 
-    MOST_TOKENS = 1 << 26
+    MOST_SLOTS = 1 << 26
 
     @classmethod
     def allocate(cls, geometry: Geometry, directions: int, device, tuning: Tuning | None = None) -> "LookupWork":
@@ -75,15 +74,15 @@ class LookupWork:
         programs, weighers = tuning.per_sm * sms, tuning.weighers_per_sm * sms
         pairs, width = g.max_rows * g.kv_heads, max(power_of_two(g.group), 8)
         parts = max(pairs, programs, weighers)
-        tokens = -(-g.max_blocks * g.page_size // tuning.span) * tuning.span
+        tokens = -(-g.max_blocks * g.page_size // SPAN) * SPAN
 
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=on)
 
         return cls(
-            tokens=empty(min(max(pairs * tokens // 4, parts * 2048), cls.MOST_TOKENS), dtype=torch.int32),
-            read=empty(parts, dtype=torch.int32), weight=empty(pairs, tokens // tuning.span, width, dtype=g.dtype),
-            narrow=empty(pairs, 4, narrow_width(directions), width, dtype=torch.int8), scale=empty(pairs, 2, width),
+            slots=empty(min(max(pairs * tokens // 4, parts * 2048), cls.MOST_SLOTS), dtype=torch.int32),
+            words=empty(pairs, tokens // 32, dtype=torch.int32), read=empty(parts, dtype=torch.int32),
+            narrow=empty(pairs, 2, narrow_width(directions), 2 * width, dtype=torch.int8), scale=empty(pairs, 2, width),
             lse2=empty(parts, g.group), part=empty(parts, g.group, 2),
             part_acc=empty(parts, g.group, g.head_size),
             programs=programs, weighers=weighers, width=width, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,

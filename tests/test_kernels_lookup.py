@@ -16,6 +16,7 @@ from vllm_mac.counters import Count
 from vllm_mac.kernels.encode import append, encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork, Tuning
+from vllm_mac.lookup import SPAN
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
@@ -42,9 +43,9 @@ def work_of(batch: Batch, ns: int | None = None, **tuning) -> LookupWork:
     if ns:
         work.programs = work.weighers = pairs * ns
         assert work.splits(pairs) == work.weigh_splits(pairs) == ns
-    for name in ("lse2", "scale", "part", "part_acc", "weight"):
+    for name in ("lse2", "scale", "part", "part_acc"):
         getattr(work, name).fill_(math.nan)
-    for name in ("tokens", "read"):
+    for name in ("slots", "words", "read"):
         getattr(work, name).fill_(1 << 30)
     return work
 
@@ -58,7 +59,7 @@ def run(batch: Batch, work: LookupWork) -> tuple[torch.Tensor, list[int]]:
 
 
 def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
-    """What the kernels read, `[K, n]` bool: `read` and `tokens` of each program."""
+    """What the kernels read, `[K, n]` bool: `read` and `slots` of each program."""
     c, want = batch.case, batch.row(row)
     found = torch.zeros(c.kv_heads, want.n, dtype=torch.bool)
     if want.begin == want.end:
@@ -73,12 +74,15 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
             share = near[len(near) * program // ns : len(near) * (program + 1) // ns]
             found[head, share] = True
             read = int(work.read[part]) - len(share)
-            own = far & (token // work.tuning.span % ns == program)
+            own = far & (token // SPAN % ns == program)
             if read > room:  # its spans are read whole
                 assert read == own.sum()
                 found[head] |= own
             else:
-                tokens = work.tokens[part * room :][:read].long().cpu()
+                slots = work.slots[part * room :][:read].long().cpu()
+                # Slots of the row's pages: each page is there once.
+                page = (batch.table[row].cpu() == (slots // c.page)[:, None]).int().argmax(1)
+                tokens = page * c.page + slots % c.page
                 assert len(set(tokens.tolist())) == read and own[tokens].all()
                 found[head, tokens] = True
     return found
@@ -88,7 +92,7 @@ def programs(batch: Batch, work: LookupWork) -> tuple[int, int]:
     """How many programs share a pair, and how many tokens the list of each holds."""
     pairs = len(batch.case.lengths) * batch.case.kv_heads
     ns = work.splits(pairs)
-    return ns, work.tokens.numel() // (pairs * ns) // 16 * 16
+    return ns, work.slots.numel() // (pairs * ns) // 16 * 16
 
 
 class Narrowed:
@@ -195,7 +199,7 @@ def test_what_does_not_fit_the_lists_is_read_whole(dtype, ns):
     near = 1000 - batch.row(0).end + batch.row(0).begin
     far = work.read[:ns] - torch.tensor([near * (i + 1) // ns - near * i // ns for i in range(ns)], device=DEVICE)
     room = (int(far.max()) - 1) // 16 * 16
-    work.tokens = work.tokens[: 2 * ns * room]
+    work.slots = work.slots[: 2 * ns * room]
     check(batch, work)
     assert programs(batch, work) == (ns, room) and (ns == 1 or far.min() <= room)
 

@@ -8,8 +8,7 @@ For a query at position `m` of a row, with the `n = m + 1` tokens `[0, n)`:
    head of the KV group: where its share of the attention is `tolerance` times an average token's. The sample, every
    `SAMPLE`-th piece of `PIECE` tokens, costs little. Where it misses much of the attention `Z` is too small, and more is read.
 2. *Amend.* The near and the chosen tokens are attended to exactly.
-3. *Complete.* What is left of each span of `SPAN` tokens weighs the sum of its `e^s`, and has the mean of its pages' mean
-   values.
+3. *Complete.* What is left of each page weighs the sum of its `e^s`, and has the page's mean value.
 
 Nothing is carried from one query to another, so no error adds up. A row is exact while it has fewer than `min_context`
 tokens, before maps are ready, and where its request asked for it.
@@ -27,7 +26,7 @@ from vllm_mac.key_index import Maps, PageLayout, encode, estimate
 from vllm_mac.paged import gather
 from vllm_mac.state import IndexRule
 
-TILE, SPAN = 64, 256  # tokens; every page size that is served divides both
+TILE, SPAN = 64, 256  # tokens; every page size that is served divides both. Spans are the kernels' units of work
 PIECE, SAMPLE = 256, 8
 
 
@@ -103,9 +102,7 @@ def decode(
         weight = torch.softmax(torch.cat((seen, left), -1), -1)
         result = weight[..., :n] @ value
         if end > begin:
-            span = torch.arange(begin, end, layout.page, device=kv.device) // SPAN  # of each page
-            same = (span[:, None] == span).float()
-            of_page = weight[..., n:].unflatten(-1, (-1, layout.page)).sum(-1) @ (same / same.sum(-1))  # [K, G, pages]
+            of_page = weight[..., n:].unflatten(-1, (-1, layout.page)).sum(-1)  # [K, G, pages]
             result += of_page @ means[pages].float().transpose(0, 1)
         # The index counts as the tokens that have as many bytes.
         index = (end - begin) * layout.index_bytes // layout.kv_bytes

@@ -178,10 +178,8 @@ class Row:
         total = weight.sum(-1, keepdim=True)
         out += weight @ value
         left = torch.where(chosen[:, None, self.begin : self.end], 0, (estimate - peak).exp())
-        for start in range(self.begin // 256 * 256, self.end, 256) if self.end > self.begin else ():
-            first, last = max(start, self.begin), min(start + 256, self.end)
-            pages = range(first // page, last // page)
-            each = left[..., first - self.begin : last - self.begin].sum(-1, keepdim=True) / len(pages)
-            total += each * len(pages)
-            out += each * mean[:, list(pages)].sum(1, keepdim=True)
+        for first in range(self.begin, self.end, page):
+            weight = left[..., first - self.begin : first + page - self.begin].sum(-1, keepdim=True)
+            total += weight
+            out += weight * mean[:, first // page, None]
         return (out / total).flatten(0, 1)
