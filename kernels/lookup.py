@@ -207,6 +207,21 @@ def weigh_kernel(
     tl.store(p_lse2 + ((i_row * K + i_k) * nw + i_s) * G + o_q, lse2, mask=m_q)
 
 
+@triton.jit
+def _attend(q, key, value, mask, log2_scale, peak, total, acc, DOT: tl.constexpr):
+    """A partial result with the tokens of a block: key, value `[BT, BD]`, those of `mask`. q: `[BD, BQ]`. total: `[BT, BQ]`."""
+    score = tl.dot(key.to(DOT), q, input_precision="ieee") * log2_scale  # [BT, BQ]
+    score = tl.where(mask, score, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(score, 0))
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weight = tl.exp2(score - base[None, :])
+    shrink = tl.exp2(peak - base)
+    total = total * shrink[None, :] + weight
+    weight = weight.to(value.dtype).to(DOT)
+    acc = tl.dot(tl.trans(value.to(DOT)), weight, acc * shrink[None, :], input_precision="ieee")  # [BD, BQ]
+    return new_peak, total, acc
+
+
 @triton.jit(do_not_specialize=("s_table_row", "room", "s_words", "ns", "nw"))
 def look_kernel(
     p_query, p_position, p_ring, p_ready, p_table, p_kv, p_codes, p_means, p_lse2, p_narrow, p_scale,
@@ -258,7 +273,7 @@ def look_kernel(
         parts = tl.load(p_parts, mask=(o_nw < nw)[:, None] & m_q[None, :], other=float("-inf"))  # [BNW, BQ]
         lse2 = tl.where(m_q, tl.max(parts, 0), 0.0)
         lse2 += tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - lse2[None, :]), 0), 1.0))
-        threshold = tl.where(m_q, lse2 + log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ]
+        threshold = tl.where(m_q, log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ], of the share
         o_t, o_r, o_w = tl.arange(0, SPAN), tl.arange(0, SPAN // RUN), tl.arange(0, SPAN // 32)
         p_head_codes = p_codes + i_k * PAGE * HALF
         for t in tl.range(i_s * SPAN, end, ns * SPAN, num_stages=LIST_STAGES):
@@ -272,11 +287,11 @@ def look_kernel(
             run_page = tl.load(p_row_table + run // PAGE, mask=m_r, other=0).to(tl.int64)  # [SPAN / RUN]
             p_mean = p_means + (run_page * s_mean_page + i_k * D)[:, None] + o_d[None, :]
             mean = tl.load(p_mean, mask=m_r[:, None] & m_d[None, :], other=0.0)  # [SPAN / RUN, BD]
-            score = _estimated(narrow_low, narrow_high, factor, constant, codes)
-            score = tl.where(m_t[:, None], score, float("-inf"))
-            listed = tl.max((score >= threshold[None, :]).to(tl.int32), 1)
+            share = _estimated(narrow_low, narrow_high, factor, constant - lse2, codes)  # log2
+            share = tl.where(m_t[:, None], share, float("-inf"))
+            listed = tl.max((share >= threshold[None, :]).to(tl.int32), 1)
             tl.store(p_pair_words + t // 32 + o_w, _words(listed, RUN))
-            left = tl.where((listed == 0)[:, None], tl.exp2(score - lse2[None, :]), 0.0)  # [SPAN, BQ]
+            left = tl.where((listed == 0)[:, None], tl.exp2(share), 0.0)  # [SPAN, BQ]
             weight = tl.sum(tl.reshape(left, (SPAN // RUN, RUN, BQ)), 1)
             rest += weight
             weight = weight.to(mean.dtype).to(DOT)
@@ -301,17 +316,17 @@ def look_kernel(
         tl.debug_barrier()  # what threads listed, others read
     # Where a list does not hold them, all tokens of its spans that are not near; of a row read whole, all.
     fits = looked & (listed_count <= room * 16)
-    far, far_begin, far_end = listed_count, BEGIN, end
+    of_list = tl.where(fits, listed_count, 0)
+    far, far_begin, far_end = tl.zeros((), tl.int32), BEGIN, end
     if not looked:
         far_begin, far_end = 0, n
     if not fits:
         far = tl.maximum(tl.cdiv(tl.cdiv(far_end, SPAN) - i_s, ns), 0) * SPAN
         listed_count = _own(far_end, i_s, ns, SPAN) - _own(far_begin, i_s, ns, SPAN)
-    of_list = tl.where(fits, far, 0)
     near = tl.where(looked, BEGIN + n - end, 0)
     near_begin, near_end = near * i_s // ns, near * (i_s + 1) // ns
 
-    # 3. Attend to the tokens.
+    # 3. Attend to the tokens: those of the list, then the others.
     p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
     q = tl.load(p_group_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0).to(DOT)  # [BD, BQ]
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
@@ -319,31 +334,27 @@ def look_kernel(
     peak = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BT, BQ], tl.float32)  # added up over the tokens at the end only
     acc = tl.zeros([BD, BQ], tl.float32)
+    for j in tl.range(0, of_list, BT, num_stages=READ_STAGES):
+        m_t = j + o_j < of_list
+        slot = tl.load(p_list + j + o_j, mask=m_t, other=0)  # [BT]
+        p_token = p_head_kv + (slot // PAGE).to(tl.int64) * s_kv_page + slot % PAGE * s_kv_token
+        m_td = m_t[:, None] & m_d[None, :]
+        key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
+        value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
+        peak, total, acc = _attend(q, key, value, m_t[:, None], log2_scale, peak, total, acc, DOT)
     for j in tl.range(0, far + near_end - near_begin, BT, num_stages=READ_STAGES):
         place = j + o_j
-        slot = tl.load(p_list + place, mask=place < of_list, other=0)  # [BT]
         token = (place // SPAN * ns + i_s) * SPAN + place % SPAN
         m_far = (place < far) & (token >= far_begin) & (token < far_end)
         i_near = near_begin + place - far
         token = tl.where(place < far, token, tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end))
-        m_other = (place >= of_list) & (m_far | ((place >= far) & (i_near < near_end)))
-        page = tl.load(p_row_table + token // PAGE, mask=m_other, other=0)  # [BT]
-        slot = tl.where(place < of_list, slot, page * PAGE + token % PAGE)
-        m_t = (place < of_list) | m_other
-        p_token = p_head_kv + (slot // PAGE).to(tl.int64) * s_kv_page + slot % PAGE * s_kv_token  # [BT]
+        m_t = m_far | ((place >= far) & (i_near < near_end))
+        page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [BT]
+        p_token = p_head_kv + page * s_kv_page + token % PAGE * s_kv_token  # [BT]
         m_td = m_t[:, None] & m_d[None, :]
         key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
         value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
-        score = tl.dot(key.to(DOT), q, input_precision="ieee") * log2_scale  # [BT, BQ]
-        score = tl.where(m_t[:, None], score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 0))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(score - base[None, :])
-        shrink = tl.exp2(peak - base)
-        total = total * shrink[None, :] + weight
-        weight = weight.to(value.dtype).to(DOT)
-        acc = tl.dot(tl.trans(value.to(DOT)), weight, acc * shrink[None, :], input_precision="ieee")  # [BD, BQ]
-        peak = new_peak
+        peak, total, acc = _attend(q, key, value, m_t[:, None], log2_scale, peak, total, acc, DOT)
     total = tl.sum(total, 0)  # [BQ]
 
     # 4. Add the rest of its spans, page by page.

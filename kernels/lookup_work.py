@@ -34,7 +34,7 @@ class Tuning:
     words: int = 64
     warps: int = 4
     weigh_stages: int = 4
-    list_stages: int = 4
+    list_stages: int = 2
     read_stages: int = 3
     registers: int | None = 128
 
