@@ -1,9 +1,10 @@
 """Decode by the index of keys. `lookup.decode` is the oracle; see there for the rule.
 
 Three launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `look_kernel` estimates them one by one,
-lists those that weigh enough, reads them, and adds the others by the mean values of their pages. `merge_kernel`
-merges. The spans of `SPAN` tokens of a (row, KV head) pair go round among its `ns` programs of `look_kernel`. Tokens
-are the rows of blocks and heads their columns: Hopper's tensor cores take 64 rows at once, and 8 columns.
+lists those that weigh enough, reads them, and adds the others by the mean values of their pages. `merge_kernel` in
+`lookup_merge` merges. The spans of `SPAN` tokens of a (row, KV head) pair go round among its `ns` programs of `look_kernel`. Tokens
+are the rows of blocks and heads their columns: Hopper's tensor cores take 64 rows at once, and 8 columns. A row that decodes
+several tokens has the heads of each as columns, see `lookup_merge`.
 """
 
 import math
@@ -15,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac import counters, key_index, lookup
-from vllm_mac.counters import Count
+from vllm_mac import key_index, lookup
 from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.launch import power_of_two
+from vllm_mac.kernels.lookup_merge import indexed_end, merge_kernel, query_at, seen, tokens_of
 from vllm_mac.kernels.lookup_work import DOT_TYPES, LookupWork, narrow_width
 from vllm_mac.kernels.partial import LOG2_E
 from vllm_mac.key_index import Maps, PageLayout
@@ -26,22 +27,9 @@ from vllm_mac.lookup import SPAN
 from vllm_mac.lookup import TILE as TILE_TOKENS
 from vllm_mac.state import IndexRule, Rows
 
-OPTED_OUT = tl.constexpr(counters.OPTED_OUT)
-# Device code reads no enumeration.
-HIT, NO_MAPS = tl.constexpr(Count.HIT.value), tl.constexpr(Count.NO_MAPS.value)
-SHORT_CONTEXT, REQUEST = tl.constexpr(Count.SHORT_CONTEXT.value), tl.constexpr(Count.REQUEST.value)
-READ, SKIPPED = tl.constexpr(Count.READ.value), tl.constexpr(Count.SKIPPED.value)
 TILE, PIECE, SAMPLE = tl.constexpr(TILE_TOKENS), tl.constexpr(lookup.PIECE), tl.constexpr(lookup.SAMPLE)
 HALF_LEVEL = tl.constexpr(key_index.HALF_LEVEL)
 RUN = tl.constexpr(16)  # tokens, the rows of a warp in Hopper's products; every page size is a multiple
-
-
-@triton.jit
-def _indexed_end(m, ring, ready, BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr):
-    """Where the indexed tokens of a row at position `m` end, which begin at `BEGIN`: at once where it is read whole."""
-    n = m + 1
-    end = tl.maximum((n - BAND) // TILE * TILE, BEGIN)
-    return tl.where((n >= MIN_CONTEXT) & (ring != OPTED_OUT) & (ready != 0), end, BEGIN)
 
 
 @triton.jit
@@ -133,13 +121,13 @@ def _place(word, bit, RUN: tl.constexpr):
 
 @triton.jit(do_not_specialize=("s_table_row", "nw"))
 def weigh_kernel(
-    p_query, p_position, p_ring, p_ready, p_table, p_kv, p_codes, p_to_query, p_mean, p_lse2, p_narrow, p_scale,
+    p_query, p_position, p_begin, p_ring, p_ready, p_table, p_kv, p_codes, p_to_query, p_mean, p_lse2, p_narrow, p_scale,
     s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, nw, log2_scale,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
     BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program `(i_s, i_k, i_row)`: the base-2 LSE `[G]` of its tokens, exact for near ones, estimated for the others.
+    """Program `(i_s, i_k, i_row)`: the base-2 LSE `[G T]` of its tokens, exact for near ones, estimated for the others.
 
     The first one leaves what `_narrow` gives to `look_kernel`: `p_narrow` `[pairs, 2, BN, 2 BQ]`, `p_scale` `[pairs, 2, BQ]`.
     """
@@ -147,8 +135,8 @@ def weigh_kernel(
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HALF: tl.constexpr = N // 2
     o_q, o_d, o_n, o_t = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, PIECE)
-    m_q, m_d, m_n = o_q < G, o_d < D, o_n < HALF
-    m_dq, m_dn = m_d[:, None] & m_q[None, :], m_d[:, None] & m_n[None, :]
+    m_d, m_n = o_d < D, o_n < HALF
+    m_dn = m_d[:, None] & m_n[None, :]
     p_direction = p_to_query + i_k * D * N + o_d[:, None] * N + o_n[None, :]
     low = tl.load(p_direction, mask=m_dn, other=0.0)  # [BD, BN]
     high = tl.load(p_direction + HALF, mask=m_dn, other=0.0)  # [BD, BN]
@@ -157,13 +145,17 @@ def weigh_kernel(
         gdc_wait()
         gdc_launch_dependents()
     m = tl.load(p_position + i_row).to(tl.int32)
-    end = _indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
+    end = indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
     if end <= BEGIN:
         return
-    p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
+    first, count = tokens_of(p_begin, i_row, T)
+    m_q = o_q < G * count
+    m_dq = m_d[:, None] & m_q[None, :]
+    p_group_query = p_query + first * s_query_row + i_k * G * s_query_head
     p_row_table = p_table + i_row * s_table_row
     p_head_codes = p_codes + i_k * PAGE * HALF
-    q = tl.load(p_group_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0)  # [BD, BQ]
+    o_query = query_at(o_q, s_query_row, s_query_head, G, T)
+    q = tl.load(p_group_query + o_query[None, :] + o_d[:, None], mask=m_dq, other=0.0)  # [BD, BQ]
     narrow_low, narrow_high, factor, constant, base = _narrow(q, low, high, mean, log2_scale)
     if i_s == 0:
         p_pair = p_narrow + (i_row * K + i_k) * (4 * BN * BQ) + o_n[:, None] * (2 * BQ) + tl.arange(0, 2 * BQ)[None, :]
@@ -185,26 +177,28 @@ def weigh_kernel(
     total = tl.sum(total, 0) * ((end - BEGIN).to(tl.float32) / sampled.to(tl.float32))
     # Where estimates reach far, all that were sampled may be lost below `base`; near tokens never are.
     sample_lse2 = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    # Near tiles: [0, BEGIN), then [end, n). The last programs have the first ones, since the first have pieces of the sample.
-    n = m + 1
+    # Near tiles: [0, BEGIN), then [end, last). The last programs have the first ones, since the first have pieces of the sample.
+    last = m + count
     peak, total = sample_lse2, tl.where(total > 0, 1.0, 0.0)
     o_tile = tl.arange(0, TILE)
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
-    for i in range(nw - 1 - i_s, tl.cdiv(n - end, TILE) + BEGIN // TILE, nw):
+    for i in range(nw - 1 - i_s, tl.cdiv(last - end, TILE) + BEGIN // TILE, nw):
         token = tl.where(i < BEGIN // TILE, i * TILE, end + (i - BEGIN // TILE) * TILE) + o_tile
-        m_t = token < n
+        m_t = token < last
         page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [TILE]
         p_key = p_head_kv + (page * s_kv_page + token % PAGE * s_kv_token)[:, None] + o_d[None, :]
         key = tl.load(p_key, mask=m_t[:, None] & m_d[None, :], other=0.0)  # [TILE, BD]
         near_q = q
         if INTERPRETED:
             key, near_q = key.to(tl.float32), q.to(tl.float32)
-        score = tl.where(m_t[:, None], tl.dot(key, near_q, input_precision="ieee") * log2_scale, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 0))  # finite: each tile has a token
-        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(score - new_peak[None, :]), 0)
+        score = tl.dot(key, near_q, input_precision="ieee") * log2_scale
+        score = tl.where(seen(m_t, token, m, o_q, G, T), score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 0))  # finite with one token a row: each tile has one that it sees
+        least = new_peak if T == 1 else tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        total = total * tl.exp2(peak - least) + tl.sum(tl.exp2(score - least[None, :]), 0)
         peak = new_peak
     lse2 = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    tl.store(p_lse2 + ((i_row * K + i_k) * nw + i_s) * G + o_q, lse2, mask=m_q)
+    tl.store(p_lse2 + ((i_row * K + i_k) * nw + i_s) * (G * T) + o_q, lse2, mask=m_q)
 
 
 @triton.jit
@@ -224,11 +218,11 @@ def _attend(q, key, value, mask, log2_scale, peak, total, acc, DOT: tl.constexpr
 
 @triton.jit(do_not_specialize=("s_table_row", "room", "s_words", "ns", "nw"))
 def look_kernel(
-    p_query, p_position, p_ring, p_ready, p_table, p_kv, p_codes, p_means, p_lse2, p_narrow, p_scale,
+    p_query, p_position, p_begin, p_ring, p_ready, p_table, p_kv, p_codes, p_means, p_lse2, p_narrow, p_scale,
     p_slots, p_words, p_part, p_part_acc, p_read,
     s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page, s_words,
     room, ns, nw, log2_scale, log2_tolerance,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr,
     BT: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
     LIST_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
@@ -242,11 +236,13 @@ def look_kernel(
     # 1. The row. What `weigh_kernel` did not write may be read before it ends.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     m = tl.load(p_position + i_row).to(tl.int32)
-    end = _indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
+    end = indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
+    first_query, count = tokens_of(p_begin, i_row, T)
     HALF: tl.constexpr = N // 2
-    n = m + 1
+    C: tl.constexpr = G * T
+    last = m + count
     o_q, o_d, o_n = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BN)
-    m_q, m_d = o_q < G, o_d < D
+    m_q, m_d = o_q < G * count, o_d < D
     m_dq = m_d[:, None] & m_q[None, :]
     i_bk = i_row * K + i_k
     i_part = i_bk * ns + i_s
@@ -269,10 +265,11 @@ def look_kernel(
         narrow_low, narrow_high = tl.load(p_pair), tl.load(p_pair + 2 * BN * BQ)
         factor, constant = tl.load(p_scale + i_bk * (2 * BQ) + o_q), tl.load(p_scale + i_bk * (2 * BQ) + BQ + o_q)
         o_nw = tl.arange(0, BNW)
-        p_parts = p_lse2 + (i_bk * nw + o_nw[:, None]) * G + o_q[None, :]
+        p_parts = p_lse2 + (i_bk * nw + o_nw[:, None]) * C + o_q[None, :]
         parts = tl.load(p_parts, mask=(o_nw < nw)[:, None] & m_q[None, :], other=float("-inf"))  # [BNW, BQ]
         lse2 = tl.where(m_q, tl.max(parts, 0), 0.0)
         lse2 += tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - lse2[None, :]), 0), 1.0))
+        n = m + 1 if T == 1 else m + 1 + o_q // G
         threshold = tl.where(m_q, log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ], of the share
         o_t, o_r, o_w = tl.arange(0, SPAN), tl.arange(0, SPAN // RUN), tl.arange(0, SPAN // 32)
         p_head_codes = p_codes + i_k * PAGE * HALF
@@ -319,16 +316,17 @@ def look_kernel(
     of_list = tl.where(fits, listed_count, 0)
     far, far_begin, far_end = tl.zeros((), tl.int32), BEGIN, end
     if not looked:
-        far_begin, far_end = 0, n
+        far_begin, far_end = 0, last
     if not fits:
         far = tl.maximum(tl.cdiv(tl.cdiv(far_end, SPAN) - i_s, ns), 0) * SPAN
         listed_count = _own(far_end, i_s, ns, SPAN) - _own(far_begin, i_s, ns, SPAN)
-    near = tl.where(looked, BEGIN + n - end, 0)
+    near = tl.where(looked, BEGIN + last - end, 0)
     near_begin, near_end = near * i_s // ns, near * (i_s + 1) // ns
 
-    # 3. Attend to the tokens: those of the list, then the others.
-    p_group_query = p_query + i_row * s_query_row + i_k * G * s_query_head
-    q = tl.load(p_group_query + (o_q * s_query_head)[None, :] + o_d[:, None], mask=m_dq, other=0.0).to(DOT)  # [BD, BQ]
+    # 3. Attend to the tokens: those of the list, which all columns see, then the others.
+    p_group_query = p_query + first_query * s_query_row + i_k * G * s_query_head
+    o_query = query_at(o_q, s_query_row, s_query_head, G, T)
+    q = tl.load(p_group_query + o_query[None, :] + o_d[:, None], mask=m_dq, other=0.0).to(DOT)  # [BD, BQ]
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
     o_j = tl.arange(0, BT)
     peak = tl.full([BQ], float("-inf"), tl.float32)
@@ -354,7 +352,8 @@ def look_kernel(
         m_td = m_t[:, None] & m_d[None, :]
         key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
         value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
-        peak, total, acc = _attend(q, key, value, m_t[:, None], log2_scale, peak, total, acc, DOT)
+        m_seen = seen(m_t, token, m, o_q, G, T)
+        peak, total, acc = _attend(q, key, value, m_seen, log2_scale, peak, total, acc, DOT)
     total = tl.sum(total, 0)  # [BQ]
 
     # 4. Add the rest of its spans, page by page.
@@ -366,60 +365,17 @@ def look_kernel(
         acc = acc * shrink[None, :] + rest_acc * grow[None, :]
 
     # 5. Leave the result to `merge_kernel`.
-    tl.store(p_part + (i_part * G + o_q) * 2, peak, mask=m_q)
-    tl.store(p_part + (i_part * G + o_q) * 2 + 1, total, mask=m_q)
-    tl.store(p_part_acc + (i_part * G + o_q)[None, :] * D + o_d[:, None], acc, mask=m_dq)
+    tl.store(p_part + (i_part * C + o_q) * 2, peak, mask=m_q)
+    tl.store(p_part + (i_part * C + o_q) * 2 + 1, total, mask=m_q)
+    tl.store(p_part_acc + (i_part * C + o_q)[None, :] * D + o_d[:, None], acc, mask=m_dq)
     tl.store(p_read + i_part, listed_count + near_end - near_begin)
-
-
-@triton.jit(do_not_specialize=("ns",))
-def merge_kernel(
-    p_position, p_ring, p_ready, p_out, p_counters, p_part, p_part_acc, p_read, s_out_row, s_out_head, ns,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
-    INDEX_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BNS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Program `(i_h, i_row)`: the output of a head of the results of its group's programs, `BI` at once; counts."""
-    if PDL:
-        gdc_wait()
-    i_h, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    m = tl.load(p_position + i_row).to(tl.int32)
-    if m < 0:
-        return
-    i_bk, i_g = i_row * K + i_h // G, i_h % G
-    o_d, o_i, o_ns = tl.arange(0, BD), tl.arange(0, BI), tl.arange(0, BNS)
-    p_peak = p_part + (i_bk * ns * G + i_g) * 2
-    peaks = tl.load(p_peak + o_ns * G * 2, mask=o_ns < ns, other=float("-inf"))  # [BNS]
-    totals = tl.load(p_peak + o_ns * G * 2 + 1, mask=o_ns < ns, other=0.0)  # [BNS]
-    peak = tl.max(peaks, 0)
-    total = tl.sum(tl.exp2(peaks - peak) * totals, 0)
-    acc = tl.zeros([BD], tl.float32)
-    for i in range(0, ns, BI):
-        o_part = i + o_i
-        m_i = o_part < ns
-        weight = tl.exp2(tl.load(p_peak + o_part * G * 2, mask=m_i, other=float("-inf")) - peak)  # [BI]
-        p_acc = p_part_acc + ((i_bk * ns + o_part) * G + i_g)[:, None] * D + o_d[None, :]
-        part = tl.load(p_acc, mask=m_i[:, None] & (o_d < D)[None, :], other=0.0)  # [BI, BD]
-        acc += tl.sum(weight[:, None] * part, 0)
-    tl.store(p_out + i_row * s_out_row + i_h * s_out_head + o_d, (acc / total).to(p_out.dtype.element_ty), mask=o_d < D)
-    if i_g == 0:  # The index counts as the tokens that have as many bytes.
-        n = m + 1
-        ring, ready = tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready)
-        end = _indexed_end(m, ring, ready, BAND, BEGIN, MIN_CONTEXT)
-        exact = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, tl.where(ready != 0, HIT, NO_MAPS))
-        kind = tl.where(ring == OPTED_OUT, REQUEST, exact)
-        read = tl.sum(tl.load(p_read + i_bk * ns + o_ns, mask=o_ns < ns, other=0), 0).to(tl.int64)
-        read += (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES
-        tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64), sem="relaxed")
-        tl.atomic_add(p_counters + READ, read, sem="relaxed")
-        tl.atomic_add(p_counters + SKIPPED, tl.maximum(n.to(tl.int64) - read, 0), sem="relaxed")
 
 
 def look_up(
     rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps, rule: IndexRule, work: LookupWork,
     result: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """Decode one token of each row. Arguments: of `launches`. Allocates nothing and waits for nothing."""
+    """Decode the tokens of each row. Arguments: of `launches`. Allocates nothing and waits for nothing."""
     for _ in launches(rows, query, kv, layout, maps, rule, work, result):
         pass
 
@@ -430,29 +386,31 @@ def launches(
 ) -> Iterator[str]:  # fmt: skip
     """Launch the kernels one by one: each has been launched when its name is yielded.
 
-    rows: position, ring (`OPTED_OUT` for a row that is read whole) and block_table are read; int32. query: `[B, H, D]`
-    after RoPE, last dimension contiguous. kv: `[blocks, K, PAGE, 2 D]` with its index. result: out `[B, H, D]`, written,
-    and counts `[len(Count)]` int64, added to.
+    rows: position, ring (`OPTED_OUT` or `PREFILLED` for a row that is read whole), block_table and begin are read; int32. query:
+    `[N, H, D]` after RoPE, last dimension contiguous. kv: `[blocks, K, PAGE, 2 D]` with its index. result: out `[N, H, D]`,
+    written, and counts `[len(Count)]` int64, added to.
     """
     out, counts = result
-    count, heads, d = query.shape
+    count, (_, heads, d) = len(rows.position), query.shape
+    at_once = 1 if rows.begin is None else work.at_once
     kv_heads, page, tuning = layout.kv_heads, layout.page, work.tuning
     group, ns = heads // kv_heads, work.splits(count * kv_heads)
     nw = work.weigh_splits(count * kv_heads)
+    width = work.width(group * at_once)
     codes, means = layout.views(kv)
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
     begin = -(-rule.sink // TILE_TOKENS) * TILE_TOKENS
     everywhere = dict(
-        p_query=query, p_position=rows.position, p_ring=rows.ring, p_ready=maps.ready, p_table=rows.block_table,
+        p_query=query, p_position=rows.position, p_begin=rows.begin, p_ring=rows.ring, p_ready=maps.ready, p_table=rows.block_table,
         p_kv=kv, p_codes=codes.view(torch.int8), p_lse2=work.lse2, p_narrow=work.narrow, p_scale=work.scale,
         s_query_row=s_query[0], s_query_head=s_query[1], s_table_row=rows.block_table.stride(0),
         s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_code_page=codes.stride(0),
-        log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, D=d, N=layout.directions, PAGE=page,
+        log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, T=at_once, D=d, N=layout.directions, PAGE=page,
         BAND=rule.band, BEGIN=begin, MIN_CONTEXT=rule.min_context, nw=nw,
-        BQ=work.width, BD=power_of_two(d), BN=narrow_width(layout.directions), PDL=work.pdl,
+        BQ=width, BD=power_of_two(d), BN=narrow_width(layout.directions), PDL=work.pdl,
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
-    wider = 1 if work.width * power_of_two(d) <= 1024 else 2
+    wider = 1 if width * power_of_two(d) <= 1024 else 2
     parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
     weigh_kernel[(nw, kv_heads, count)](
         **everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages, num_warps=4 * wider,
@@ -466,12 +424,13 @@ def launches(
         BT=tuning.block if d <= 128 else tuning.block // 2, BW=tuning.words, BNW=power_of_two(tuning.most),
         LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
         num_warps=tuning.warps * wider if work.pdl else 8,
-        maxnreg=tuning.registers if d <= 128 else None,  # with fewer warps, or without a limit, it spills before sm90
+        # Before sm90 it spills with fewer warps, and without a limit, but for 32 columns, which spill with one.
+        maxnreg=tuning.registers if d <= 128 and (width < 32 or work.pdl) else None,
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
     )  # fmt: skip
     yield "look"
-    shared = "p_position p_ring p_ready K G D BAND BEGIN MIN_CONTEXT BD PDL launch_pdl".split()
-    merge_kernel[(heads, count)](
+    shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT BD PDL launch_pdl".split()
+    merge_kernel[(heads * at_once, count)](
         **{name: everywhere[name] for name in shared if name in everywhere}, **parts, ns=ns, p_out=out, p_counters=counts,
         s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,
         BI=32, BNS=power_of_two(tuning.most), num_warps=4,

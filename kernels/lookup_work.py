@@ -45,8 +45,8 @@ class LookupWork:
 
     slots: int32, the lists of all programs. words: int32, `[pairs, spans, SPAN / 32]`. read: int32, of each program.
     narrow: `[pairs, 2, BN, 2 BQ]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc:
-    float32, of each program. width: `BQ`. programs, weighers: how many share a step in
-    `look_kernel` and in `weigh_kernel`.
+    float32, of each program. programs, weighers: how many share a step in `look_kernel` and in `weigh_kernel`.
+    at_once: `T` of steps in which rows decode several tokens.
     """
 
     slots: Tensor
@@ -59,7 +59,7 @@ class LookupWork:
     part_acc: Tensor
     programs: int
     weighers: int
-    width: int
+    at_once: int
     pdl: bool
     tuning: Tuning
 
@@ -72,7 +72,8 @@ class LookupWork:
         gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
         sms = gpu.multi_processor_count if gpu else 1
         programs, weighers = tuning.per_sm * sms, tuning.weighers_per_sm * sms
-        pairs, width = g.max_rows * g.kv_heads, max(power_of_two(g.group), 8)
+        pairs, columns = g.max_rows * g.kv_heads, g.group * g.at_once
+        width = cls.width(columns)
         parts = max(pairs, programs, weighers)
         tokens = -(-g.max_blocks * g.page_size // SPAN) * SPAN
 
@@ -83,10 +84,15 @@ class LookupWork:
             slots=empty(min(max(pairs * tokens // 4, parts * 2048), cls.MOST_SLOTS), dtype=torch.int32),
             words=empty(pairs, tokens // 32, dtype=torch.int32), read=empty(parts, dtype=torch.int32),
             narrow=empty(pairs, 2, narrow_width(directions), 2 * width, dtype=torch.int8), scale=empty(pairs, 2, width),
-            lse2=empty(parts, g.group), part=empty(parts, g.group, 2),
-            part_acc=empty(parts, g.group, g.head_size),
-            programs=programs, weighers=weighers, width=width, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
+            lse2=empty(parts, columns), part=empty(parts, columns, 2),
+            part_acc=empty(parts, columns, g.head_size),
+            programs=programs, weighers=weighers, at_once=g.at_once, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
         )  # fmt: skip
+
+    @staticmethod
+    def width(columns: int) -> int:
+        """`BQ` of kernels with so many columns."""
+        return max(power_of_two(columns), 8)
 
     def splits(self, pairs: int) -> int:
         """Programs of `look_kernel` for each of so many (row, KV head) pairs."""

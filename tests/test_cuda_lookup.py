@@ -14,10 +14,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from support.stub_flashinfer import gpu_backend
 from vllm_mac import lookup
 from vllm_mac.config import MacConfig
-from vllm_mac.counters import OPTED_OUT, Count
+from vllm_mac.counters import OPTED_OUT, PREFILLED, Count
 from vllm_mac.key_index import Maps, encode
 from vllm_mac.requests import RowRings
-from vllm_mac.state import Geometry, IndexRule, IndexState
+from vllm_mac.state import Geometry, IndexRule, IndexState, Rows
 
 pytestmark = pytest.mark.cpu
 HEADS, KV_HEADS, SIZE, PAGE, CHUNK = 6, 2, 64, 16, 96
@@ -31,7 +31,7 @@ def case(monkeypatch):
     cuda = gpu_backend()
     monkeypatch.setattr(cuda, "executing", lambda: True)
     rule = IndexRule(1.5, 64, 16, 128, SIZE**-0.5)
-    geometry = Geometry(4, HEADS, KV_HEADS, SIZE, PAGE, 32, torch.float32, 64, 16, SIZE**-0.5)
+    geometry = Geometry(4, HEADS, KV_HEADS, SIZE, PAGE, 32, torch.float32, 64, 16, SIZE**-0.5, at_once=4)
     decoder = cuda.LookupDecoder(geometry, rule, None, torch.device("cpu"))
     layout = decoder.layout
     used = [-(-n // PAGE) for n in LENGTHS]
@@ -51,11 +51,14 @@ def case(monkeypatch):
     layer = SimpleNamespace(name="layer", state=None, index=index, served=True)
     rings = np.array([-1, OPTED_OUT, -1], dtype=np.int32)
 
-    def common(mixed: bool) -> CommonAttentionMetadata:
-        rows, counts = (3, [1, 1, CHUNK]) if mixed else (2, [1, 1])
+    def common(mixed: bool, counts: tuple = (1, 1, CHUNK)) -> CommonAttentionMetadata:
+        """counts: tokens of each row, the last one only if `mixed`; the first two verify what is more than one."""
+        rows = 3 if mixed else 2
+        counts = counts[:rows]
         begin, lengths = torch.tensor([0, *counts]).cumsum(0).int(), torch.tensor(LENGTHS[:rows], dtype=torch.int32)
-        no = np.zeros(rows, bool)
-        monkeypatch.setattr(cuda, "row_rings", lambda _: RowRings(rings[:rows], no, no, np.ones(rows, np.float32), no))
+        no, verifies = np.zeros(rows, bool), (np.array(counts) > 1) & (np.arange(rows) < 2)
+        found = RowRings(rings[:rows], no, no, np.ones(rows, np.float32), no, verifies)
+        monkeypatch.setattr(cuda, "row_rings", lambda _: found)
         return CommonAttentionMetadata(
             query_start_loc=begin, query_start_loc_cpu=begin, seq_lens=lengths, num_reqs=rows, num_actual_tokens=sum(counts),
             max_query_len=max(counts), max_seq_len=500, block_table_tensor=table[:rows],
@@ -65,7 +68,7 @@ def case(monkeypatch):
 
     builder = object.__new__(cuda.MacCUDAMetadataBuilder)
     vars(builder).update(
-        decoder=decoder, config=MacConfig(min_context=128, band=64), all_served=True, served=[layer],
+        decoder=decoder, config=MacConfig(min_context=128, band=64), all_served=True, most=1, served=[layer],
         _planned=MagicMock(), _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
         cache_config=MagicMock(), q_data_type_prefill=torch.float32, q_data_type_decode=torch.float32,
         group=MagicMock(decoder=decoder),
@@ -74,15 +77,15 @@ def case(monkeypatch):
         )),
     )  # fmt: skip
     base = lambda builder, prefix, common, fast: cuda.FlashInferMetadata(
-        num_actual_tokens=CHUNK + 2, slot_mapping=common.slot_mapping, q_data_type_prefill=torch.float32, kv_cache_layout="NHD",
-        q_data_type_decode=torch.float32, num_decodes=2, num_decode_tokens=2, num_prefills=1, num_prefill_tokens=CHUNK,
-        causal=True, prefill=None, decode=None,
+        num_actual_tokens=common.num_actual_tokens, slot_mapping=common.slot_mapping, q_data_type_prefill=torch.float32,
+        q_data_type_decode=torch.float32, num_decodes=2, num_decode_tokens=common.num_actual_tokens - CHUNK, num_prefills=1,
+        num_prefill_tokens=CHUNK, kv_cache_layout="NHD", causal=True, prefill=None, decode=None,
     )  # fmt: skip
     monkeypatch.setattr(cuda.FlashInferMetadataBuilder, "build", base)
     monkeypatch.setattr(cuda.FlashInferImpl, "forward", lambda impl, layer, query, *rest: rest[-1].fill_(7))
     impl = object.__new__(cuda.MacCUDAImpl)
     impl.mac = layer
-    query = torch.randn(CHUNK + 2, HEADS, SIZE, generator=draw)
+    query = torch.randn(CHUNK + 8, HEADS, SIZE, generator=draw)
     return SimpleNamespace(
         cuda=cuda,
         builder=builder,
@@ -97,21 +100,22 @@ def case(monkeypatch):
     )
 
 
-def decoded(case) -> torch.Tensor:
-    """What the oracle gives the two rows."""
-    position, exact = torch.tensor([499, 299]), torch.tensor([False, True])
-    found = lookup.decode(
-        position, exact, case.query[:2], case.kv, case.table, case.decoder.layout, case.index.maps, case.rule
-    )
-    return found.out
+def decoded(case, counts: tuple = (1, 1), whole: tuple = (1,)) -> torch.Tensor:
+    """What the oracle gives the first rows. counts: tokens of each. whole: the rows that are read whole."""
+    begin = torch.tensor((0, *counts)).cumsum(0)
+    position = torch.tensor(LENGTHS[: len(counts)]) - torch.tensor(counts)
+    ring = torch.tensor([OPTED_OUT if row in whole else -1 for row in range(len(counts))])
+    rows = Rows(position, ring, position, position, case.table, begin)
+    query = case.query[: begin[-1]]
+    return lookup.decode(rows, query, case.kv, case.decoder.layout, case.index.maps, case.rule).out
 
 
 def test_maps_are_learned_from_a_prefilled_row_and_rows_are_looked_up(case):
     metadata = case.builder._build(case.common(True), False, capture=False)
     step = metadata.step
     assert (step.learning.begin, step.learning.end, step.learning.length) == (2, CHUNK + 2, 400)
-    out = torch.full_like(case.query, torch.nan)
-    case.impl.forward(None, case.query, None, None, case.kv, metadata, out)
+    out = torch.full_like(case.query[: CHUNK + 2], torch.nan)
+    case.impl.forward(None, case.query[: CHUNK + 2], None, None, case.kv, metadata, out)
     assert (out[2:] == 7).all() and case.index.maps.ready.item() == 1 and case.decoder.learned == 400
     torch.testing.assert_close(out[:2], decoded(case), rtol=1e-4, atol=1e-4)
     whole = case.index.counts[Count.REQUEST].item()
@@ -133,17 +137,102 @@ def test_rows_are_read_whole_before_maps_are_learned(case):
     assert case.index.counts[Count.SKIPPED] == 0 and case.index.counts[Count.READ] == (500 + 300) * KV_HEADS
 
 
-def test_a_captured_batch_has_rows_that_do_nothing(case):
-    metadata = case.builder.build_for_cudagraph_capture(case.common(False))
-    out = torch.full_like(case.query[:2], torch.nan)
-    case.impl.forward(None, case.query[:2], None, None, case.kv, metadata, out)
+@pytest.mark.parametrize("counts", [(1, 1), (4, 4)])
+def test_a_captured_batch_has_rows_that_do_nothing(case, counts):
+    case.builder.most = 4
+    metadata = case.builder.build_for_cudagraph_capture(case.common(False, counts))
+    assert (metadata.step.rows.begin is None) == (counts == (1, 1))
+    out = torch.full_like(case.query[:8], torch.nan)
+    case.impl.forward(None, case.query[:8], None, None, case.kv, metadata, out)
     assert out.isnan().all() and not case.index.counts.any()
 
 
-@pytest.mark.parametrize("mixed", [True, False])
-def test_written_pages_are_indexed(case, monkeypatch, mixed):
-    """`do_kv_cache_update` indexes the pages whose last slot it writes; of rows that decode it writes keys and values too."""
-    metadata = case.builder._build(case.common(mixed), False, capture=False)
+def teach(case) -> None:
+    """Have the third row, prefilled, teach maps, and count from nought."""
+    metadata = case.builder._build(case.common(True), False, capture=False)
+    tokens = case.query[: CHUNK + 2]
+    case.impl.forward(None, tokens, None, None, case.kv, metadata, torch.empty_like(tokens))
+    case.index.counts.zero_()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_that_verify_speculated_tokens_are_looked_up(case, mixed):
+    """As many tokens as each has; the second row's request opted out. Prefilled tokens stay FlashInfer's."""
+    teach(case)
+    case.builder.most = 4
+    metadata = case.builder._build(case.common(mixed, (3, 2, CHUNK)), False, capture=False)
+    rows = metadata.step.rows
+    assert (
+        rows.begin.tolist() == [0, 3, 5]
+        and rows.position.tolist() == [497, 298]
+        and rows.ring.tolist() == [-1, OPTED_OUT]
+    )
+    assert (metadata.step.rest is not None) == mixed
+    tokens = 5 + CHUNK * mixed
+    out = torch.full_like(case.query[:tokens], torch.nan)
+    case.impl.forward(None, case.query[:tokens], None, None, case.kv, metadata, out)
+    assert (out[5:] == 7).all()
+    torch.testing.assert_close(out[:5], decoded(case, (3, 2)), rtol=1e-4, atol=1e-4)
+    counts = case.index.counts
+    assert counts[Count.HIT] == 3 * HEADS and counts[Count.REQUEST] == 2 * HEADS and counts[Count.SKIPPED] > 0
+    assert counts[Count.READ] + counts[Count.SKIPPED] == (500 + 300) * KV_HEADS
+
+
+def test_a_few_tokens_of_a_prompt_beside_rows_that_verify_are_exact(case):
+    teach(case)
+    case.builder.most = 4
+    metadata = case.builder._build(case.common(True, (4, 1, 3)), False, capture=False)
+    rows = metadata.step.rows
+    assert (
+        metadata.step.rest is None and rows.begin.tolist() == [0, 4, 5, 8] and rows.position.tolist() == [496, 299, 397]
+    )
+    assert rows.ring.tolist() == [-1, OPTED_OUT, PREFILLED]
+    out = torch.full_like(case.query[:8], torch.nan)
+    case.impl.forward(None, case.query[:8], None, None, case.kv, metadata, out)
+    torch.testing.assert_close(out, decoded(case, (4, 1, 3), whole=(1, 2)), rtol=1e-4, atol=1e-4)
+    assert case.index.counts[Count.HIT] == 4 * HEADS and case.index.counts[Count.REQUEST] == HEADS
+
+
+def test_rows_of_padding_decode_nothing(case):
+    """As a graph has them behind its rows: without tokens, and of length 0."""
+    teach(case)
+    case.builder.most = 4
+    common = case.common(True, (4, 3, 0))
+    common.seq_lens, common.seq_lens_cpu_upper_bound = (torch.tensor([500, 300, 0], dtype=torch.int32) for _ in "ab")
+    metadata = case.builder._build(common, False, capture=False)
+    assert metadata.step.rows.position.tolist() == [496, 297, -1]
+    out = torch.full_like(case.query[:8], torch.nan)
+    case.impl.forward(None, case.query[:8], None, None, case.kv, metadata, out)
+    assert out[7].isnan().all() and not out[:7].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "served, most, base, support",
+    [
+        ((True, True), (4, 4), "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_BATCH"),
+        ((True, True), (4, 1), "UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE"),
+        ((True, False), (4, 1), "UNIFORM_BATCH", "UNIFORM_BATCH"),
+        ((True, False), (4, 4), "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_SINGLE_TOKEN_DECODE"),
+        ((True, False), (4, 4), "ALWAYS", "UNIFORM_BATCH"),
+        ((False, False), (4, 4), "UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE"),
+    ],
+)
+def test_which_steps_are_in_graphs(case, monkeypatch, served, most, base, support):
+    """most: tokens of a row that MAC decodes at once in each layer. base: what FlashInfer's own builder says."""
+    cuda, layers = case.cuda, [SimpleNamespace(served=is_served) for is_served in served]
+    monkeypatch.setattr(cuda, "mac_layers", lambda _: layers)
+    monkeypatch.setattr(cuda, "at_once", lambda layer: most[[layer is one for one in layers].index(True)])
+    levels = cuda.AttentionCGSupport
+    monkeypatch.setattr(cuda.FlashInferMetadataBuilder, "get_cudagraph_support", lambda *_: levels[base])
+    assert cuda.MacCUDAMetadataBuilder.get_cudagraph_support(None, None) is levels[support]
+
+
+@pytest.mark.parametrize("mixed, counts", [(True, (1, 1, CHUNK)), (False, (1, 1)), (False, (2, 1))])
+def test_written_pages_are_indexed(case, monkeypatch, mixed, counts):
+    """`do_kv_cache_update` indexes the pages whose last slot it writes; of rows that decode one token each it writes keys and
+    values too. Several tokens of a row may lie in one page, so there FlashInfer writes them first."""
+    case.builder.most, apart = 4, mixed or counts == (2, 1)
+    metadata = case.builder._build(case.common(mixed, counts), False, capture=False)
     monkeypatch.setattr(case.cuda, "get_forward_context", lambda: SimpleNamespace(attn_metadata={"layer": metadata}))
     case.index.maps.to_key.normal_(), case.index.maps.shift.normal_()
     case.impl.mac.group = SimpleNamespace(decoder=case.decoder)
@@ -152,11 +241,11 @@ def test_written_pages_are_indexed(case, monkeypatch, mixed):
     key, value = torch.randn(2, 3, KV_HEADS, SIZE)
     base = []
     monkeypatch.setattr(case.cuda.FlashInferImpl, "do_kv_cache_update", lambda *given: base.append(given))
-    if not mixed:
+    if not apart:
         for page, token, i in ((1, PAGE - 1, 0), (3, 4, 1)):
             expected[page, :, token] = torch.cat((key[i], value[i]), -1)
     case.impl.do_kv_cache_update(None, key, value, case.kv, torch.tensor([last, part, -1]))
-    assert len(base) == mixed and torch.equal(case.kv.nan_to_num(), expected.nan_to_num())
+    assert len(base) == apart and torch.equal(case.kv.nan_to_num(), expected.nan_to_num())
     codes, means = case.decoder.layout.views(case.kv)
     want, mean = encode(*case.kv[1].chunk(2, -1), case.index.maps)
     torch.testing.assert_close(codes[1], want, rtol=0, atol=0)

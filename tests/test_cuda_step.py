@@ -38,6 +38,7 @@ def case(monkeypatch):
         lengths = (batch.position + 1)[:rows]
         monkeypatch.setattr(cuda, "row_rings", lambda _: RowRings(
             rings[:rows], np.zeros(rows, bool), np.zeros(rows, bool), np.ones(rows, np.float32), np.zeros(rows, bool),
+            np.zeros(rows, bool),
         ))  # fmt: skip
         return CommonAttentionMetadata(
             query_start_loc=begin, query_start_loc_cpu=begin, seq_lens=lengths, num_reqs=rows, num_actual_tokens=sum(counts),
@@ -57,7 +58,7 @@ def case(monkeypatch):
     )  # fmt: skip
     builder = object.__new__(cuda.MacCUDAMetadataBuilder)
     vars(builder).update(
-        decoder=decoder, config=batch.config, all_served=True, served=[layer], _planned=MagicMock(), _seeds=planner,
+        decoder=decoder, config=batch.config, all_served=True, most=1, served=[layer], _planned=MagicMock(), _seeds=planner,
         _rows=[torch.zeros_like(decoder.position) for _ in range(3)], _facts={}, device=torch.device("cpu"),
         _written={"slack": decoder.slack.clone().numpy()}, cache_config=MagicMock(), q_data_type_prefill=torch.float32,
         q_data_type_decode=torch.float32, group=MagicMock(table=table, begin_decodes=lambda: False),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 import pytest
+import torch
 from torch import Tensor
 from vllm import SamplingParams
 
@@ -103,7 +104,7 @@ class Soak:
 
 
 class Rows:
-    """Rows of one token, `decoded` so far; of them `off` by requests that opted out; their `context` in tokens."""
+    """Tokens `decoded` so far; of them `off` by requests that opted out; the `context` in tokens of their rows."""
 
     def __init__(self, monkeypatch, llm):
         self.decoded = self.off = self.context = 0
@@ -112,9 +113,10 @@ class Rows:
 
         def watched(common, block_table):
             made = step(common, block_table)
-            self.decoded += len(made.token)
-            self.off += int((made.rows.ring == requests.OPTED_OUT).sum())
-            self.context += int((made.rows.position + 1).sum())
+            rows, self.decoded = made.rows, self.decoded + len(made.token)
+            tokens = torch.ones_like(rows.position) if rows.begin is None else rows.begin.diff()
+            self.off += int(tokens[rows.ring == requests.OPTED_OUT].sum())
+            self.context += int((rows.position + tokens).sum())
             return made
 
         monkeypatch.setattr(group, "step", watched)

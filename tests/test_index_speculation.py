@@ -1,4 +1,5 @@
-"""With `rule: index` and speculation: rejected tokens leave no page with another index than that of its own keys.
+"""With `rule: index` and speculation: steps that verify speculated tokens are looked up as the rule says, and rejected tokens
+leave no page with another index than that of its own keys.
 
 A page is indexed when its last slot is written, and a draft's token may write it, be rejected, and be replaced a step
 later, with other tokens before it in the same page.
@@ -99,8 +100,6 @@ def test_rejected_tokens_leave_no_stale_index(model, exact, indexed, near_twin, 
         hard = harness.run_schedule(llm, HARD, Limits(chunk=100))
         assert hard.preempted and hard.aborted and hard.cached["e"] == 192
         check(llm, hard, exact)
-        if runner == "v2":
-            return  # where no step is without a draft: nothing is looked up, and Triton is interpreted
         again = harness.run_schedule(llm, [*EVENTS, Add(9, "e", PROMPTS["e"], NEW)], Limits(blocks=30))
         assert again.preempted
         check(llm, again, exact)
@@ -110,7 +109,30 @@ def test_rejected_tokens_leave_no_stale_index(model, exact, indexed, near_twin, 
         with index_shadow(llm) as watch:
             harness.run_schedule(llm, HARD, Limits(chunk=100))
         assert check_pages(llm) > 20
-        assert watch.worst < TOLERANCE and watch.looked > 20 and watch.chunks > 50 and watch.pages > 500
+        assert watch.worst < TOLERANCE and watch.chunks > 20 and watch.pages > 500
+        assert watch.looked > 0.8 * watch.rows and watch.tokens > 2 * watch.rows
         found = counts(llm)
-        assert sum(found[outcome] for outcome in OUTCOMES) == watch.rows * HEADS
+        assert sum(found[outcome] for outcome in OUTCOMES) == watch.tokens * HEADS
         assert found["SKIPPED"] > 0 and (watch.undecided or found["READ"] == watch.read)
+
+        forget(llm)
+        off = [Add(0, "a", PROMPTS["a"], NEW, {"mac": "off"}), Add(0, "b", PROMPTS["b"], NEW)]
+        with index_shadow(llm, opted_out={"a"}) as watch:
+            run = harness.run_schedule(llm, off)
+        found = counts(llm)
+        assert run.tokens["a"] == exact["a"] and watch.worst < TOLERANCE and watch.tokens > 2 * watch.rows
+        assert found["REQUEST"] + found["HIT"] == watch.tokens * HEADS and found["REQUEST"] > 0 < found["SKIPPED"]
+
+
+def test_about_as_many_speculated_tokens_are_accepted(model, near_twin):
+    """Steps for the same number of tokens, beside those of exact attention. The texts are not the same."""
+    speculated, steps = {"method": "draft_model", "model": near_twin, "num_speculative_tokens": 3}, {}
+    for backend in (None, "MAC"):
+        config = {"mac": {"min_context": 64, "band": 16}}
+        with harness.engine(
+            model, "v2", backend, config if backend else None, rule=None, chunk=1024, speculative_config=speculated
+        ) as llm:
+            runs = [harness.run_schedule(llm, [Add(0, name, PROMPTS[name], NEW)]) for name in "ac"]
+            assert backend is None or counts(llm)["SKIPPED"] > 0.1 * counts(llm)["READ"]
+        steps[backend] = sum(run.steps for run in runs)
+    assert steps[None] < 1.5 * NEW and steps["MAC"] < 1.2 * steps[None]

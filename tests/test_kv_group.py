@@ -24,7 +24,9 @@ def test_rows_read_what_their_requests_may(monkeypatch):
     group._table = table = RingTable(5, WINDOW, "cpu")
     table.first[:5], table.last[:5] = torch.tensor([70, 60, 40, 50, 90]), torch.tensor([89, 99, 69, 79, 119])
     among = lambda *rows: np.isin(np.arange(6), rows)
-    rings = RowRings(np.array([0, 1, 2, -1, 3, 4], dtype=np.int32), among(1), among(5), np.ones(6, np.float32), among())
+    rings = RowRings(
+        np.array([0, 1, 2, -1, 3, 4], dtype=np.int32), among(1), among(5), np.ones(6, np.float32), among(), among(5)
+    )
     monkeypatch.setattr(kv_group, "row_rings", lambda _: rings)
     counts, lengths = torch.tensor([1, 1, 1, 1, 9, 4]), torch.tensor([91, 101, 71, 81, 80, 124])
     begin = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))

@@ -29,22 +29,24 @@ def load(monkeypatch):
 
     after: the layers of a model that has been loaded, which this one drafts for. backend: by name, the one that
     `speculative_config` chooses for the draft model. holders: the modules that hold them. media: whether
-    the model takes images. specs: the KV caches of some, or their kinds, by the layer's index.
+    the model takes images. speculated: tokens that a step verifies. specs: the KV caches of some, or their kinds, by the layer's index.
     """
     monkeypatch.setattr(layers, "find_rotary", lambda *_: Rotary(None))
 
     def load(
         count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None,
-        holders=None, media=False, specs={},
+        holders=None, media=False, specs={}, speculated=0,
     ) -> list[MacLayer]:  # fmt: skip
         of_rule = {} if mac.get("rule") == "index" else {"rule": "match", "window": 8}
-        drafting = SimpleNamespace(attention_backend=backend and SimpleNamespace(name=backend))
+        drafting = SimpleNamespace(
+            attention_backend=backend and SimpleNamespace(name=backend), num_speculative_tokens=speculated
+        )
         vllm_config = after[0].vllm_config if after else SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={}),
             model_config=SimpleNamespace(hf_text_config=SimpleNamespace(), max_model_len=64, supports_multimodal_inputs=media),
             parallel_config=SimpleNamespace(pipeline_parallel_size=stages, use_ubatching=False),
             scheduler_config=SimpleNamespace(max_num_seqs=2),
-            speculative_config=drafting if backend else None,
+            speculative_config=drafting if backend or speculated else None,
             additional_config={"mac": of_rule | {"band": 4, "min_context": 16} | mac},
         )  # fmt: skip
         made = []
@@ -148,6 +150,26 @@ def test_a_draft_model_cannot_choose_mac(load):
     load(1, {}, backend="FLASHINFER")
     with pytest.raises(MacConfigError, match="speculative_config.attention_backend: received MAC"):
         load(1, {}, backend="MAC")
+
+
+@pytest.mark.parametrize(
+    "rule, speculated, gpu, most",
+    [
+        ("match", 1, False, 1),
+        ("index", 0, True, 1),
+        ("index", 15, True, 16),
+        ("index", 16, True, 1),
+        ("index", 16, False, 17),
+    ],
+)
+def test_how_many_tokens_of_a_row_decode_at_once(load, warnings, monkeypatch, rule, speculated, gpu, most):
+    """Two heads of a group take two columns a token on GPUs, which have 32 of them."""
+    monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: gpu))
+    mac = {"rule": rule} | ({"index_size": 32} if rule == "index" else {})
+    (layer,) = load(1, mac, speculated=speculated)
+    assert layer.served and layers.at_once(layer) == most
+    said = ["MAC leaves steps that verify speculated tokens exact"] if speculated and most == 1 else []
+    assert [line.partition(":")[0] for line in warnings] == said
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Decoding by the index in PyTorch, against the same rule written plainly in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from support.indexed import Batch, Case
+from support.indexed import Batch, Case, Row
 from vllm_mac.lookup import near_edges
 from vllm_mac.state import IndexRule
 
@@ -18,16 +20,17 @@ def check(batch: Batch) -> list:
     assert looked.out.dtype == torch.float32 and looked.read.dtype == torch.int64
     found = []
     for row, n in enumerate(case.lengths):
+        out = looked.out[batch.first[row] : batch.first[row + 1]].cpu().double()
         if n == 0:
-            assert not looked.out[row].any() and not looked.read[row].any() and not looked.looked[row]
+            assert not out.any() and not looked.read[row].any() and not looked.looked[row]
             continue
         want = batch.row(row)
         found.append(want)
         # No token's share lies so near the threshold that float32 might decide otherwise.
-        assert not case.tolerance or ((want.share * n / case.tolerance - 1).abs() > 1e-5).all()
+        assert not case.tolerance or ((want.share * want.own / case.tolerance - 1).abs() > 1e-5).all()
         assert bool(looked.looked[row]) == (want.end > want.begin)
         assert looked.read[row].tolist() == (want.chosen.sum(-1) + want.index_tokens).tolist()
-        error = (looked.out[row].cpu().double() - want.attention(want.chosen)).abs().max()
+        error = (out - want.attention(want.chosen)).abs().max()
         assert error <= TOLERANCE * want.value.abs().max()
     return found
 
@@ -71,14 +74,18 @@ def test_rows_that_are_read_whole():
         batch = Batch(case).write()
         for row, looked in zip(check(batch), batch.decode().read[batch.position >= 0], strict=True):
             assert row.begin == row.end and row.chosen.all() and looked.tolist() == [row.n] * 2
-            exact = torch.softmax(row.logit, -1) @ row.value
-            assert (row.attention(row.chosen) - exact.flatten(0, 1)).abs().max() < 1e-12
+            assert (row.attention(row.chosen) - plain(row)).abs().max() < 1e-12
 
 
 def exact(batch: Batch) -> torch.Tensor:
-    """Plain attention `[B, H, D]`."""
-    rows = [batch.row(row) for row in range(len(batch.case.lengths))]
-    return torch.stack([(torch.softmax(row.logit, -1) @ row.value).flatten(0, 1) for row in rows])
+    """Plain attention `[N, H, D]`."""
+    return torch.cat([plain(batch.row(row)) for row in range(len(batch.case.lengths))])
+
+
+def plain(row: Row) -> torch.Tensor:
+    """The same of one row, `[T, H, D]`."""
+    out = torch.softmax(row.logit, -1) @ row.value  # [K, T G, D]
+    return out.unflatten(1, (row.tokens, -1)).permute(1, 0, 2, 3).flatten(1, 2)
 
 
 def test_tolerance_nought_is_exact_attention_and_reads_all():
@@ -100,6 +107,54 @@ def test_the_error_falls_with_the_tolerance(seed):
         read.append(int(looked.read.sum()))
     assert error == sorted(error, reverse=True) and error[2] < error[0] / 2
     assert read == sorted(read) and read[0] < read[-1] / 2
+
+
+SEVERAL = Case(lengths=(300, 41, 0, 702, 500), tokens=(2, 4, 0, 3, 1))
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_rows_of_several_tokens(group):
+    """Rows that verify speculated tokens, each another number of them, and one that has none."""
+    rows = check(Batch(replace(SEVERAL, group=group, seed=group)).write())
+    assert [row.tokens for row in rows] == [2, 4, 3, 1] and [row.end > row.begin for row in rows] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("page", [16, 32, 64])
+def test_the_first_token_decides_what_is_indexed(page):
+    """Of rows whose later tokens cross `min_context`, and the end of a tile."""
+    batch = Batch(Case(lengths=(130, 131, 450, 451), page=page, tokens=(4, 4, 4, 4))).write()
+    assert [row.end for row in check(batch)] == [64, 64, 320, 384]
+
+
+def test_tokens_of_a_row_read_what_any_of_them_chooses():
+    """And so more than each would read alone, in the same shares of the attention."""
+    batch = Batch(Case(lengths=(703,), tokens=(4,))).write()
+    together, row = batch.decode(), batch.row(0)
+    for i in range(4):
+        alone = Batch(Case(lengths=(700 + i,)))
+        alone.kv, alone.query, alone.maps, alone.table = batch.kv, batch.query[i : i + 1], batch.maps, batch.table
+        assert alone.decode().read.lt(together.read).all()
+        assert (alone.row(0).share - row.share[:, 3 * i : 3 * i + 3]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e6])
+def test_no_token_sees_later_ones(tolerance):
+    """Where all or none of the indexed tokens are read, so that no token's choice is another's."""
+    batch = Batch(Case(lengths=(703,), tokens=(4,), tolerance=tolerance)).write()
+    before = batch.decode().out
+    batch.kv[batch.table[0, -1].long(), :, 702 % 16] += 100
+    after = batch.decode().out
+    assert torch.equal(after[:3], before[:3]) and (after[3] - before[3]).abs().max() > 1
+
+
+def test_several_tokens_at_tolerance_nought_are_exact_attention():
+    batch = Batch(replace(SEVERAL, lengths=(300, 41, 702, 500), tokens=(2, 4, 3, 1), tolerance=0.0)).write()
+    assert (batch.decode().out.cpu() - exact(batch)).abs().max() <= TOLERANCE * 4
 
 
 def test_pages_of_128_tokens_have_near_tokens_in_whole_pages():

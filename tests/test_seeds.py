@@ -104,7 +104,7 @@ def building(builder, seeds, monkeypatch):
     layer = SimpleNamespace(name="layer")
     context = {"layer": SimpleNamespace(kv_cache=torch.zeros(0))}
     vars(builder).update(
-        all_served=False, served=[layer], group=MagicMock(), _planned=MagicMock(), _facts={}, _rows=[buffers() for _ in range(3)],
+        all_served=False, most=1, served=[layer], group=MagicMock(), _planned=MagicMock(), _facts={}, _rows=[buffers() for _ in range(3)],
         _written={"slack": np.ones(8, dtype=np.float32)}, _seeds=seeds.planner, config=SimpleNamespace(audit=0.0), device="cpu",
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context)),
     )  # fmt: skip
@@ -123,7 +123,12 @@ def rows_of(rings, fresh=(), skips=()) -> RowRings:
     n = len(rings)
     among = lambda chosen: np.isin(np.arange(n), list(chosen))
     return RowRings(
-        np.array(rings, dtype=np.int32), among(fresh), among(skips), np.ones(n, dtype=np.float32), among(())
+        np.array(rings, dtype=np.int32),
+        among(fresh),
+        among(skips),
+        np.ones(n, dtype=np.float32),
+        among(()),
+        among(skips),
     )
 
 

@@ -169,11 +169,15 @@ BUILDER = {
     "build": own("plans MAC's steps"),
     "build_for_cudagraph_capture": own("records graphs over rows that do nothing"),
     "build_for_drafting": own("a draft model's layers are exact, and no ring may count what only they read"),
-    "get_cudagraph_support": own("graphs are of steps that decode one token a row"),
+    "get_cudagraph_support": own(
+        "graphs are of steps that decode one token a row, by index also of those that verify some"
+    ),
     "get_q_data_type": platform("with quantised KV caches only"),
-    "get_varlen_cudagraph_max_query_len": own("graphs are of steps that decode one token a row"),
+    "get_varlen_cudagraph_max_query_len": own("vLLM asks for adaptive verification only, which is refused"),
     "kv_cache_layout": platform("MAC's kernels take any strides"),
-    "reorder_batch_threshold": own("rows of one token come first"),
+    "reorder_batch_threshold": own(
+        "rows that decode come first: of one token, by index of as many as speculation verifies"
+    ),
     "requires_block_table_width": platform("for the platform's own use"),
     "set_workspace_buffer": platform("for the platform's own use"),
     "supports_draft_decode_metadata_update": own("where MAC runs a layer, metadata is built for each step"),

@@ -34,3 +34,5 @@ REASONS = {
 
 # In place of a ring, for a row that has none because its request opted out; -1 for any other row without one.
 OPTED_OUT = -2
+# The same, for a row of a few tokens of a prompt among rows that verify as many: it is read whole, and not counted.
+PREFILLED = -3

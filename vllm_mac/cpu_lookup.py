@@ -31,21 +31,20 @@ def prefill(chunk: Chunk, query: Tensor, kv: Tensor, scale: float) -> Tensor:
 
 
 def decode(layer: IndexState, rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, rule: IndexRule) -> Tensor:
-    """One token of each row. query: `[B, H, D]`, after RoPE. rows: position, ring and block_table. Returns `[B, H, D]`."""
-    exact = rows.ring == OPTED_OUT
-    looked = lookup.decode(rows.position, exact, query, kv, rows.block_table, layout, layer.maps, rule)
-    length, heads = rows.position + 1, query.shape[1]
-    short = ~exact & (length < rule.min_context)
-    able = ~exact & ~short
+    """The tokens of each row. query: `[N, H, D]`, after RoPE. rows: as in `lookup.decode`. Returns `[N, H, D]`."""
+    looked = lookup.decode(rows, query, kv, layout, layer.maps, rule)
+    tokens = torch.ones_like(rows.position) if rows.begin is None else rows.begin.diff()
+    heads = tokens * query.shape[1]
+    exact, short = rows.ring == OPTED_OUT, rows.position + 1 < rule.min_context
     ready = bool(layer.maps.ready)
-    read = looked.read.sum()
+    able = heads[~exact & ~short].sum()
     for counter, number in (
-        (Count.HIT, able.sum() * heads * ready),
-        (Count.NO_MAPS, able.sum() * heads * (not ready)),
-        (Count.SHORT_CONTEXT, short.sum() * heads),
-        (Count.REQUEST, exact.sum() * heads),
-        (Count.READ, read),
-        (Count.SKIPPED, (length[:, None] - looked.read).clamp(min=0).sum()),
+        (Count.HIT, able * ready),
+        (Count.NO_MAPS, able * (not ready)),
+        (Count.SHORT_CONTEXT, heads[~exact & short].sum()),
+        (Count.REQUEST, heads[exact].sum()),
+        (Count.READ, looked.read.sum()),
+        (Count.SKIPPED, ((rows.position + tokens)[:, None] - looked.read).clamp(min=0).sum()),
     ):
         layer.counts[counter] += number
     return looked.out.to(query.dtype)

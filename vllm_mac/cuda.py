@@ -21,11 +21,12 @@ from vllm.v1.attention.backends.flashinfer import (
 )
 
 from vllm_mac.capabilities import BUILDER, pinning
+from vllm_mac.counters import PREFILLED
 from vllm_mac.decoder import Decoder
 from vllm_mac.index_pages import indexing
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
 from vllm_mac.kv_group import Group
-from vllm_mac.layers import MacLayer, index_rule, mac_layers
+from vllm_mac.layers import MacLayer, at_once, index_rule, mac_layers
 from vllm_mac.learning import of_batch
 from vllm_mac.lookup_decoder import LookupDecoder
 from vllm_mac.mixins import MacImpl, MacSupport
@@ -90,7 +91,14 @@ class MacCUDAMetadata(FlashInferMetadata):
 class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec) -> AttentionCGSupport:
-        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        layers = mac_layers(vllm_config)
+        served = [layer for layer in layers if layer.served]
+        if not served or any(at_once(layer) == 1 for layer in served):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        if len(served) == len(layers):
+            return AttentionCGSupport.UNIFORM_BATCH
+        found = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # exact layers' steps are in the same graphs
+        return min(found, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
 
     @classmethod
     def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec) -> int | None:
@@ -100,7 +108,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.group = Group(layer_names, vllm_config, device)
         self.served = [layer for layer in self.group.layers if layer.served]
-        self.decoder, self.all_served = None, False
+        self.decoder, self.all_served, self.most = None, False, 1
         self._planned = torch.cuda.Event()
         if not self.served:
             return
@@ -112,7 +120,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self.use_trtllm_decode_attention = self.use_xqa = True
             self.flashinfer_trtllm_api_decode_kernel = FlashInferDecodeKernel.XQA
             self.use_trtllm_gen_varlen_decode = False
-        self.reorder_batch_threshold = 1
+        # Rows of so many tokens decode. Exact layers of the group run the base's decode, which may take one token only.
+        most = min(at_once(layer) for layer in self.served)
+        self.most = self.reorder_batch_threshold = most if self.all_served else min(most, self.reorder_batch_threshold)
         self.supports_draft_decode_metadata_update = False
         self.decoder = self.group.decoder = decoder_of(self.served, self.page_size, layer_names)
         self._facts: dict[str, tuple[bytes, Tensor]] = {}
@@ -151,7 +161,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         return super().build(0, common_attn_metadata, fast_build=True)
 
     def _build(self, common: CommonAttentionMetadata, fast_build: bool, capture: bool) -> MacCUDAMetadata:
-        decoding = self.all_served and common.max_query_len <= 1
+        decoding = self.all_served and common.max_query_len <= self.most
         if decoding:
             metadata = self._of_decodes(common)
         else:
@@ -162,11 +172,11 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             metadata = MacCUDAMetadata(**vars(super().build(0, common, fast_build)))
             self._planned.record()
         if not capture:
-            self.group.tally_host(common)
+            self.group.tally_host(common, self.most)
         if self.decoder is None:
             return metadata
         decoder, decodes, mixed = self.decoder, metadata.num_decodes, metadata.num_prefills > 0
-        rows, rest, seeding = decoder.rows(common.block_table_tensor[:decodes]), None, None
+        rest, seeding, table = None, None, common.block_table_tensor[:decodes]
         if mixed:
             rest = replace(
                 metadata, num_decodes=0, num_decode_tokens=0, decode=None,
@@ -174,11 +184,14 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             )  # fmt: skip
         real = not capture and executing()
         if isinstance(decoder, LookupDecoder):
-            learning = self._look(decoder, common, decodes) if real else None
+            count = np.diff(common.query_start_loc_cpu.numpy()[: decodes + 1])
+            several = bool((count > 1).any())
+            learning = self._look(decoder, common, count) if real else None
             if not real:
                 decoder.position.fill_(-1)
-            metadata.step = LookupStep(decoder, rows, rest, learning)
+            metadata.step = LookupStep(decoder, decoder.rows(table, several), rest, learning)
             return metadata
+        rows = decoder.rows(table)
         if real:
             seeding = self._assign(common, decodes, mixed)
         else:
@@ -216,10 +229,21 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self._write("spared", np.where(rings.audited, 0, -1).astype(np.int32))
         return seeding
 
-    def _look(self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int) -> Learning | None:
-        """Write what the rows of a batch of requests do into the decoder's buffers; choose what maps are learned from."""
-        decoder.position[:decodes].copy_(common.seq_lens[:decodes] - 1)
-        self._write("ring", row_rings(common).ring[:decodes])
+    def _look(self, decoder: LookupDecoder, common: CommonAttentionMetadata, count: np.ndarray) -> Learning | None:
+        """Write what the rows of a batch of requests do into the decoder's buffers; choose what maps are learned from.
+
+        count: `[decodes]`, tokens of each row that decodes. Unlike lengths the host knows them always.
+        """
+        decodes, rings = len(count), row_rings(common)
+        ring, length, position = rings.ring[:decodes], common.seq_lens[:decodes], decoder.position[:decodes]
+        if (count > 1).any():
+            begin = common.query_start_loc[: decodes + 1]
+            decoder.begin[: decodes + 1].copy_(begin)
+            torch.sub(length, begin.diff().clamp(min=1), out=position)
+            ring = np.where((count > 1) & ~rings.verifies[:decodes], np.int32(PREFILLED), ring)
+        else:
+            position.copy_(length - 1)
+        self._write("ring", ring)
         learning = of_batch(common, decodes, decoder.learned, self.config.min_context)
         if learning is not None:
             decoder.learned = learning.length
@@ -280,7 +304,7 @@ def make_decoder(layer: MacLayer, page_size: int, device: torch.device) -> Decod
     geometry = Geometry(
         max_rows=rows, heads=layer.num_heads, kv_heads=layer.num_kv_heads, head_size=layer.head_size,
         page_size=page_size, max_blocks=-(-model.max_model_len // page_size), dtype=model.dtype,
-        band=layer.config.band, sink=layer.config.sink, scale=layer.scale,
+        band=layer.config.band, sink=layer.config.sink, scale=layer.scale, at_once=at_once(layer),
     )  # fmt: skip
     if layer.config.rule == "index":
         return LookupDecoder(geometry, index_rule(layer), layer.config.index_size, device)
@@ -302,7 +326,8 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         if index is not None and group is not None:
             batch = get_forward_context().attn_metadata
             step = getattr(batch.get(self.mac.name), "step", None) if isinstance(batch, dict) else None
-            if isinstance(step, LookupStep) and step.rest is None:  # one token of each row: one launch does both
+            one_each = isinstance(step, LookupStep) and step.rest is None and step.rows.begin is None
+            if one_each:  # no token lies in the page of another, so one launch does both
                 return group.decoder.append(index, key, value, slot_mapping, kv_cache)
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if index is not None and group is not None:
@@ -327,19 +352,17 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         step = getattr(attn_metadata, "step", None)
         if step is None:
             raise self._unprepared()
-        state, decodes = self.mac.state, attn_metadata.num_decodes
+        state, decodes, tokens = self.mac.state, attn_metadata.num_decodes, attn_metadata.num_decode_tokens
+        if attn_metadata.num_prefills:
+            super().forward(layer, query[tokens:], key, value, kv_cache, step.rest, output[tokens:])
         if isinstance(step, LookupStep):
-            if attn_metadata.num_prefills:
-                super().forward(layer, query[decodes:], key, value, kv_cache, step.rest, output[decodes:])
             if step.learning is not None:
                 step.decoder.learn(self.mac.index, step.learning, query, kv_cache)
             if decodes:
-                step.decoder.decode(self.mac.index, step.rows, query[:decodes], kv_cache, output[:decodes])
+                step.decoder.decode(self.mac.index, step.rows, query, kv_cache, output)
             return output
-        if attn_metadata.num_prefills:
-            super().forward(layer, query[decodes:], key, value, kv_cache, step.rest, output[decodes:])
-            if step.seeding is not None:
-                step.seeding.record(state, query, kv_cache)
+        if step.seeding is not None:
+            step.seeding.record(state, query, kv_cache)
         if decodes:
             step.decoder.decode(state, step.rows, query[:decodes], kv_cache, output[:decodes])
         return output

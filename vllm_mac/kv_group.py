@@ -21,7 +21,8 @@ from vllm_mac.state import Chunk, Learning, Rows
 
 @dataclass(frozen=True, slots=True)
 class ChunkRow:
-    """One row of several tokens, prefilled or verifying speculated ones: tokens `[begin, end)` of the batch."""
+    """One row of several tokens that is attended to exactly, prefilled or verifying speculated ones: tokens `[begin, end)`
+    of the batch."""
 
     begin: int
     end: int
@@ -32,9 +33,9 @@ class ChunkRow:
 class Step:
     """What the rows of a batch do.
 
-    token: `[B]` int64, of each row of one token its token's index in the batch. rows: what they do, int64.
-    audited: `[B]` bool, whether the row's hits are audited. chunks: the other rows. learning: the row that maps of the index
-    are learned from, if any.
+    token: `[N]` int64, of each token of the rows that decode its index in the batch. rows: what they do, int64; one token
+    each, or by index those that verify speculated tokens too. audited: `[B]` bool, whether the row's hits are audited. chunks:
+    the other rows. learning: the row that maps of the index are learned from, if any.
     """
 
     token: Tensor
@@ -48,8 +49,8 @@ class Group:
     """The layers of one KV-cache group, which share block tables and so ring ownership.
 
     layers: those whose backend is MAC, exact ones included.
-    decoded: rows decoded so far, one token each. context: KV tokens that full attention reads
-        for them (per KV head). windowed: the same within each sliding window of the group.
+    decoded: tokens decoded so far. context: KV tokens that full attention reads for them (per KV head), once for all
+        tokens of a row. windowed: the same within each sliding window of the group.
     """
 
     def __init__(self, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
@@ -103,17 +104,18 @@ class Group:
         start = length - count
         prefilling = common.is_prefilling
         prefilling = count > 1 if prefilling is None else prefilling[:rows]
-        decodes = count == 1
-        self._tally(length[decodes].numpy())
+        rings = row_rings(common)
+        ring, fresh, skips, slack, audited, verifies = (torch.from_numpy(x) for x in rings)
         index = next((layer for layer in self.layers if layer.index is not None), None)
+        decodes = (count == 1) | (verifies & (count > 1) & (index is not None))
+        self._tally(length[decodes].numpy(), count[decodes].numpy())
         if self.table is None and index is None:
             return None
-        ring, fresh, skips, slack, audited = (torch.from_numpy(x) for x in row_rings(common))
         first, learning = torch.full_like(start, -1), None
         if self.table is not None:
             first = self.table.assign(start, length, ring.long(), fresh, prefilling, skips)
         elif executing():
-            many = (count > 1).numpy() & ~skips.numpy()
+            many = (count > 1).numpy() & ~rings.verifies
             learning = choose(begin.numpy(), length.numpy(), many, block_table, self.learned, index.config.min_context)
             self.learned = learning.length if learning is not None else self.learned
         ring = torch.where(skips, -1, ring.long())
@@ -124,19 +126,24 @@ class Group:
         ]
         if len(row) and self.begin_decodes():
             audited = torch.ones_like(audited)
-        decoded = Rows(start[row], ring[row], first[row], slack[row], block_table[row])
-        return Step(begin[row], decoded, audited[row], chunks, learning)
+        many = count[row]
+        of_row = torch.cat((many.new_zeros(1), many.cumsum(0)))  # where its tokens begin among those that decode
+        token = torch.arange(int(of_row[-1])) + (begin[row] - of_row[:-1]).repeat_interleave(many)
+        several = of_row if bool((many > 1).any()) else None
+        decoded = Rows(start[row], ring[row], first[row], slack[row], block_table[row], several)
+        return Step(token, decoded, audited[row], chunks, learning)
 
-    def tally_host(self, common: CommonAttentionMetadata) -> None:
-        """Count a batch from what the CPU knows of it (lengths may be upper bounds)."""
+    def tally_host(self, common: CommonAttentionMetadata, most: int = 1) -> None:
+        """Count a batch from what the CPU knows of it (lengths may be upper bounds). most: tokens of a row that decodes."""
         if common.seq_lens_cpu_upper_bound is None:
             return
         length = common.seq_lens_cpu_upper_bound.numpy()[: common.num_reqs]
         count = np.diff(common.query_start_loc_cpu.numpy()[: len(length) + 1])
-        self._tally(length[(count == 1) & (length > 0)])
+        decodes = (count > 0) & (count <= most) & (length > 0)
+        self._tally(length[decodes], count[decodes])
 
-    def _tally(self, length: np.ndarray) -> None:
-        self.decoded += len(length)
+    def _tally(self, length: np.ndarray, count: np.ndarray) -> None:
+        self.decoded += int(count.sum(dtype=np.int64))
         self.context += int(length.sum(dtype=np.int64))
         for window in self.windowed:
             self.windowed[window] += int(np.minimum(length, window).sum(dtype=np.int64))

@@ -27,7 +27,7 @@ from vllm_mac.counters import Count
 from vllm_mac.key_index import Maps, directions
 from vllm_mac.ring import ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
-from vllm_mac.state import IndexRule, IndexState, LayerState, RingStore
+from vllm_mac.state import MOST_COLUMNS, IndexRule, IndexState, LayerState, RingStore
 from vllm_mac.totals import allocate
 
 logger = init_logger("vllm.mac")
@@ -169,6 +169,16 @@ def index_rule(layer: MacLayer) -> IndexRule:
     return IndexRule.of(layer.config, layer.scale)
 
 
+def at_once(layer: MacLayer) -> int:
+    """Most tokens of a row that MAC decodes in one step of a layer: with speculation by index those that a step verifies."""
+    speculation = layer.vllm_config.speculative_config
+    if speculation is None or layer.settings.rule != "index":
+        return 1
+    tokens = 1 + (speculation.num_speculative_tokens or 0)
+    fits = not current_platform.is_cuda() or layer.num_heads // layer.num_kv_heads * tokens <= MOST_COLUMNS
+    return tokens if fits else 1
+
+
 def too_small_to_index(head_size: int, index_size: int | None) -> bool:
     """Whether layers with such heads stay exact with `rule: index`. On GPUs the index of small keys takes as long to read as
     the keys; `examples/results/lookup.md` has the times. A size that the user gives is the user's choice."""
@@ -236,8 +246,11 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
         _warn_of_idle_patterns(config, layers)
     for error, names in unknown.items():
         logger.warning("MAC leaves %s exact: %s", ", ".join(names), error)
-    if vllm_config.speculative_config is not None:
-        logger.warning("MAC leaves steps that verify speculated tokens exact")
+    if vllm_config.speculative_config is not None and any(at_once(layer) == 1 for layer in served):
+        of_index = (
+            f": more than {MOST_COLUMNS} heads of a group times tokens of a step" if config.rule == "index" else ""
+        )
+        logger.warning("MAC leaves steps that verify speculated tokens exact%s", of_index)
     reasons = exact_reasons(layers)
     exact = f"; exact: {', '.join(f'{n} ({r})' for r, n in reasons.items())}" if reasons else ""
     if not served:

@@ -13,6 +13,11 @@ For a query at position `m` of a row, with the `n = m + 1` tokens `[0, n)`:
 Nothing is carried from one query to another, so no error adds up. A row is exact while it has fewer than `min_context`
 tokens, before maps are ready, and where its request asked for it.
 
+A row that verifies speculated tokens decodes several at once, and reads its KV once for all of them. The first one's
+`n` decides whether the row is looked up, and which tokens are near: what comes after the indexed ones, of which each
+token attends to those up to itself. Each token has its own `n` and `Z`. What any head chooses for any of the tokens,
+all attend to, so a token may attend to more than it would alone, never to less.
+
 Letters as in `key_index` and `paged`; arithmetic is float32, LSE natural log.
 """
 
@@ -22,9 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_mac.counters import OPTED_OUT
 from vllm_mac.key_index import Maps, PageLayout, encode, estimate
 from vllm_mac.paged import gather
-from vllm_mac.state import IndexRule
+from vllm_mac.state import IndexRule, Rows
 
 TILE, SPAN = 64, 256  # tokens; every page size that is served divides both. Spans are the kernels' units of work
 PIECE, SAMPLE = 256, 8
@@ -33,7 +39,7 @@ PIECE, SAMPLE = 256, 8
 class Looked(NamedTuple):
     """One decode step of a batch.
 
-    out: `[B, H, D]` float32. read: `[B, K]` int64, KV tokens read, the index among them. looked: `[B]` bool, whether the row was
+    out: `[N, H, D]` float32. read: `[B, K]` int64, KV tokens read, the index among them. looked: `[B]` bool, whether the row was
     looked up rather than read whole.
     """
 
@@ -59,32 +65,35 @@ def write_pages(kv: Tensor, pages: Tensor, layout: PageLayout, maps: Maps) -> No
         codes[page], means[page] = code, mean.to(means.dtype)
 
 
-def decode(
-    position: Tensor, exact: Tensor, query: Tensor, kv: Tensor, block_table: Tensor, layout: PageLayout, maps: Maps,
-    rule: IndexRule,
-) -> Looked:  # fmt: skip
-    """Decode one token of each row.
+def decode(rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps, rule: IndexRule) -> Looked:
+    """Decode the tokens of each row.
 
-    position: `[B]`, -1 for padding. exact: `[B]` bool, rows that are read whole. query: `[B, H, D]` after RoPE.
-    kv: `[blocks, K, P, 2 D]`. block_table: `[B, *]`.
+    rows: position, ring (`OPTED_OUT` for a row that is read whole), block_table and begin are read. query: `[N, H, D]`
+    after RoPE. kv: `[blocks, K, P, 2 D]`.
     """
     out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-    read = torch.zeros(len(query), layout.kv_heads, dtype=torch.int64, device=query.device)
-    looked = torch.zeros(len(query), dtype=torch.bool, device=query.device)
+    count = len(rows.position)
+    read = torch.zeros(count, layout.kv_heads, dtype=torch.int64, device=query.device)
+    looked = torch.zeros(count, dtype=torch.bool, device=query.device)
     codes, means = layout.views(kv)
-    for row, m in enumerate(position.tolist()):
-        if m < 0:
+    first = list(range(count + 1)) if rows.begin is None else rows.begin.tolist()
+    for row, m in enumerate(rows.position.tolist()):
+        queries = query[first[row] : first[row + 1]].float()
+        if m < 0 or not len(queries):
             continue
-        n = m + 1
+        # The heads of a group are those of its first token, then those of the next.
+        grouped = queries.unflatten(1, (layout.kv_heads, -1)).transpose(0, 1).flatten(1, 2)  # [K, T G, D]
+        own = m + 1 + torch.arange(len(queries), device=kv.device).repeat_interleave(grouped.shape[1] // len(queries))
+        n, last = m + 1, m + len(queries)
         begin, end = near_edges(n, rule, layout.page)
-        if exact[row] or n < rule.min_context or not maps.ready.item():
+        if rows.ring[row] == OPTED_OUT or n < rule.min_context or not maps.ready.item():
             end = begin
         looked[row] = end > begin
-        blocks = block_table[row].long()
-        grouped = query[row].float().view(layout.kv_heads, -1, layout.head_size)
-        key, value = gather(kv, blocks, torch.arange(n, device=kv.device))
-        logit = grouped @ key.transpose(1, 2) * rule.scale  # [K, G, n]
-        chosen = torch.ones(layout.kv_heads, n, dtype=torch.bool, device=kv.device)
+        blocks = rows.block_table[row].long()
+        key, value = gather(kv, blocks, torch.arange(last, device=kv.device))
+        logit = grouped @ key.transpose(1, 2) * rule.scale  # [K, T G, last]
+        logit.masked_fill_(torch.arange(last, device=kv.device) >= own[:, None], -torch.inf)
+        chosen = torch.ones(layout.kv_heads, last, dtype=torch.bool, device=kv.device)
         left = logit.new_zeros(*logit.shape[:2], 0)
         if end > begin:
             pages = blocks[begin // layout.page : end // layout.page]
@@ -96,15 +105,16 @@ def decode(
                 some = some + math.log((end - begin) / some.shape[-1])
             total = torch.logsumexp(torch.cat((logit[..., :begin], some, logit[..., end:]), -1), -1, keepdim=True)
             share = (s - total).exp()
-            chosen[:, begin:end] = (share >= rule.tolerance / n).any(1)
+            chosen[:, begin:end] = (share >= rule.tolerance / own[:, None]).any(1)
             left = torch.where(chosen[:, None, begin:end], -torch.inf, s)
         seen = logit.masked_fill(~chosen[:, None], -torch.inf)
         weight = torch.softmax(torch.cat((seen, left), -1), -1)
-        result = weight[..., :n] @ value
+        result = weight[..., :last] @ value
         if end > begin:
-            of_page = weight[..., n:].unflatten(-1, (-1, layout.page)).sum(-1)  # [K, G, pages]
+            of_page = weight[..., last:].unflatten(-1, (-1, layout.page)).sum(-1)  # [K, T G, pages]
             result += of_page @ means[pages].float().transpose(0, 1)
         # The index counts as the tokens that have as many bytes.
         index = (end - begin) * layout.index_bytes // layout.kv_bytes
-        out[row], read[row] = result.view(-1, layout.head_size), chosen.sum(-1) + index
+        out[first[row] : first[row + 1]] = result.unflatten(1, (len(queries), -1)).transpose(0, 1).flatten(1, 2)
+        read[row] = chosen.sum(-1) + index
     return Looked(out, read, looked)

@@ -3,6 +3,8 @@
 Knows kernels and buffers, not vLLM. `cpu_lookup` is the same in PyTorch.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,10 @@ class LookupDecoder:
 
     `decode` neither allocates nor waits for the device, and may be captured in a CUDA graph. Calls must not overlap.
 
-    position: `[max_rows]` int32, position that each row decodes, -1 for padding. ring: `[max_rows]` int32,
-    `counters.OPTED_OUT` for rows that are read whole, -1 for others; written only where it changes. learned: tokens of
-    the row that maps were learned from.
+    position: `[max_rows]` int32, position of the first token that each row decodes, -1 for padding. ring: `[max_rows]` int32,
+    `counters.OPTED_OUT` or `PREFILLED` for rows that are read whole, -1 for others; written only where it changes. begin:
+    `[max_rows + 1]` int32, where each row's tokens begin, written for steps of several tokens a row. learned: tokens of the
+    row that maps were learned from.
     """
 
     def __init__(self, geometry: Geometry, rule: IndexRule, size: int | None, device: torch.device):
@@ -44,17 +47,22 @@ class LookupDecoder:
         rows = geometry.max_rows
         self.position = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self.ring = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self.begin = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._work = LookupWork.allocate(geometry, self.layout.directions, device)
 
     def lasting(self) -> dict[str, Tensor]:
         """By name, the buffers that a step must find as the step before left them; see `decoder.Decoder.lasting`."""
         return {"ring": self.ring}
 
-    def rows(self, block_table: Tensor) -> Rows:
-        """The first rows of the decoder's buffers, as many as `block_table` `[B, *]` int32 has."""
+    def rows(self, block_table: Tensor, several: bool = False) -> Rows:
+        """The first rows of the decoder's buffers, as many as `block_table` `[B, *]` int32 has.
+
+        several: some of them decode several tokens, `Geometry.at_once` at most.
+        """
         n = len(block_table)
         unused = self.position[:n]
-        return Rows(self.position[:n], self.ring[:n], unused, unused, block_table)
+        begin = self.begin[: n + 1] if several else None
+        return Rows(self.position[:n], self.ring[:n], unused, unused, block_table, begin)
 
     def write(self, layer: IndexState, slots: Tensor, kv: Tensor) -> None:
         """Index the pages of which `slots` `[n]` int64 holds the last slot, after keys and values were written."""
@@ -65,7 +73,7 @@ class LookupDecoder:
         append(key, value, slots, kv, self.layout, layer.maps, self._work.pdl)
 
     def decode(self, layer: IndexState, rows: Rows, query: Tensor, kv: Tensor, out: Tensor) -> None:
-        """One layer's step. query, out: `[B, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`, with its index."""
+        """One layer's step. query, out: `[N, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`, with its index."""
         look_up(rows, query, kv, self.layout, layer.maps, self.rule, self._work, (out, layer.counts))
 
     def learn(self, layer: IndexState, learning: Learning, query: Tensor, kv: Tensor) -> None:
@@ -89,8 +97,8 @@ class LookupDecoder:
         self.position.fill_(-1)
         query = torch.zeros(g.max_rows, g.heads, g.head_size, dtype=g.dtype, device=device)
         table = torch.zeros(g.max_rows, 1, dtype=torch.int32, device=device)
-        for n in {1, g.max_rows}:
-            self.decode(layer, self.rows(table[:n]), query[:n], kv, torch.empty_like(query[:n]))
+        for n, several in product({1, g.max_rows}, {False, g.at_once > 1}):
+            self.decode(layer, self.rows(table[:n], several), query[:n], kv, torch.empty_like(query[:n]))
         key_index.best_maps(
             key_index.Moments.of(query[:1], page[:, : g.kv_heads * g.head_size].view(g.kv_heads, 1, -1))
         )

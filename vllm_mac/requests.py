@@ -62,7 +62,8 @@ class RowRings(NamedTuple):
     ring: `[B]` int32, the request's ring, -1 for none, `OPTED_OUT` for none because the request wants none.
     fresh: `[B]` bool, whether it has just been given the ring, with nothing in it. skips: `[B]` bool, whether the row
     neither reads nor records, as those that verify speculated tokens do. slack: `[B]` float32, see `limits.limit`.
-    audited: `[B]` bool, whether the request asked that its hits are audited.
+    audited: `[B]` bool, whether the request asked that its hits are audited. verifies: `[B]` bool, whether the row verifies
+    speculated tokens, also of a request that wants no ring.
     """
 
     ring: np.ndarray
@@ -70,6 +71,7 @@ class RowRings(NamedTuple):
     skips: np.ndarray
     slack: np.ndarray
     audited: np.ndarray
+    verifies: np.ndarray
 
 
 _batch: Batch | None = None
@@ -116,13 +118,13 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
     """What a batch's rows may do; nothing where no batch of requests is being executed."""
     rows = common.num_reqs
     no = lambda: np.zeros(rows, dtype=bool)
-    rings = RowRings(np.full(rows, -1, dtype=np.int32), no(), no(), np.ones(rows, dtype=np.float32), no())
+    rings = RowRings(np.full(rows, -1, dtype=np.int32), no(), no(), np.ones(rows, dtype=np.float32), no(), no())
     if _batch is not None:
         followed, verifying = _followed[_batch.runner], _batch.scheduled.scheduled_spec_decode_tokens
         for row, request in enumerate(_batch.inputs.req_ids):  # without the padding at the end
             if followed.owners is not None:
                 rings.ring[row], rings.fresh[row] = followed.owners.ring(request)
-            rings.skips[row] = request in verifying
+            rings.skips[row] = rings.verifies[row] = request in verifying
             if (ask := followed.asks.get(request)) is not None:
                 rings.slack[row], rings.audited[row] = ask.slack, ask.audited
                 if ask.exact:

@@ -16,6 +16,7 @@ from vllm_mac.key_index import Maps
 from vllm_mac.rope import Rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_COLUMNS = 32  # heads of a group times tokens of a row that GPUs decode at once by index: registers hold no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,8 @@ class Geometry:
     """The sizes that all layers of a decoder share.
 
     max_rows: most rows of a batch. max_blocks: most KV pages of one row. dtype: of queries and KV. scale: factor of
-    the scores. The first `sink` tokens and the last `band` tokens of a row are in no summary.
+    the scores. The first `sink` tokens and the last `band` tokens of a row are in no summary. at_once: most tokens of a
+    row that are decoded in one step, more than one by index only.
 
     Raises ValueError where `heads` is no multiple of `kv_heads`, and for a dtype that the kernels do not read.
     """
@@ -38,6 +40,7 @@ class Geometry:
     band: int
     sink: int
     scale: float
+    at_once: int = 1
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -172,13 +175,16 @@ class Learning:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the rows of a decode step do, one token each. Kernels take int32, PyTorch int64.
+    """What the rows of a decode step do. Kernels take int32, PyTorch int64.
 
-    position: `[B]`, the position that each row decodes; its KV is in the cache. -1: padding.
-    ring: `[B]`, the ring that it reads and records in. -1: none; `counters.OPTED_OUT`: none, by its request's wish.
+    position: `[B]`, the position of the first token that each row decodes; its KV is in the cache. -1: padding.
+    ring: `[B]`, the ring that it reads and records in. -1: none; `counters.OPTED_OUT`: none, by its request's wish; by index
+        `counters.PREFILLED` too.
     first: `[B]`, the oldest position of the ring that it may read, see `ring.RingTable.assign`.
     slack: `[B]` float32, the most that `(1 - threshold)^2` may be, see `limits.limit`; 1 where the layer's own counts.
     block_table: `[B, *]` int32, the pages of each row; last dimension contiguous.
+    begin: `[B + 1]`, where the tokens of each row begin among the queries, which follow one another; None for one token each.
+        Of several tokens all but the first are speculated, and KV of all of them is in the cache. By index only.
     """
 
     position: Tensor
@@ -186,6 +192,7 @@ class Rows:
     first: Tensor
     slack: Tensor
     block_table: Tensor
+    begin: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,17 +15,18 @@ import torch
 
 from support.engine import worker
 from support.indexed import Case, Row
-from vllm_mac import cpu, kv_group
+from vllm_mac import cpu, kv_group, requests
 from vllm_mac.key_index import PageLayout, encode
 
 
 @dataclass
 class Watch:
-    rows: int = 0  # that decoded one token, over all layers
+    rows: int = 0  # that decoded one token or verified speculated ones, over all layers
+    tokens: int = 0  # of them
     looked: int = 0  # of them, those that looked up the index
     undecided: int = 0  # of them, those with a token whose share is within rounding of the threshold
     read: int = 0  # KV tokens that decoding had to read
-    chunks: int = 0  # rows prefilled
+    chunks: int = 0  # rows prefilled, of several tokens
     pages: int = 0  # complete pages whose index was compared
     worst: float = 0.0  # largest |engine - rule| over the largest |value|, but for rows undecided
 
@@ -48,6 +49,9 @@ def index_shadow(llm, opted_out=()):
     def watched_step(group, common, block_table):
         if prepare is None:
             batch.names = list(runner.input_batch.req_ids)
+        batch.verifying = (
+            set() if requests._batch is None else {*requests._batch.scheduled.scheduled_spec_decode_tokens}
+        )
         return step(group, common, block_table)
 
     def watched(impl, layer, query, key, value, kv_cache, metadata, output, **scales):
@@ -55,11 +59,13 @@ def index_shadow(llm, opted_out=()):
         if metadata is not None and impl.mac.served:
             begin, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
             for row, name in enumerate(batch.names):
-                own = name.rpartition("-")[0] in opted_out
-                tokens = slice(begin[row], begin[row + 1])
-                _check(
-                    watch, impl, query[tokens], kv_cache, metadata.block_table[row], output[tokens], lengths[row], own
-                )
+                tokens, blocks = slice(begin[row], begin[row + 1]), metadata.block_table[row]
+                whole = name.rpartition("-")[0] in opted_out
+                if begin[row + 1] - begin[row] == 1 or name in batch.verifying:
+                    _check(watch, impl, query[tokens], kv_cache, blocks, output[tokens], lengths[row], whole)
+                else:
+                    _check_chunk(watch, query[tokens], kv_cache, blocks, output[tokens], lengths[row])
+                _check_pages(watch, impl, kv_cache, blocks[: lengths[row] // kv_cache.shape[2]])
         return result
 
     cpu.MacCPUImpl.forward, kv_group.Group.step = watched, watched_step
@@ -71,38 +77,49 @@ def index_shadow(llm, opted_out=()):
             del runner.prepare_inputs
 
 
-def _check(watch, impl, query, kv, blocks, output, length: int, opted_out: bool) -> None:
+def _layout(impl, kv) -> PageLayout:
     _, kv_heads, page, width = kv.shape
-    maps, config = impl.mac.index.maps, impl.mac.config
-    layout = PageLayout(kv_heads, width // 2, page, maps.shift.shape[1], kv.itemsize)
-    codes, means = layout.views(kv)
-    for block in blocks[: length // page].tolist() if maps.ready else ():
+    return PageLayout(kv_heads, width // 2, page, impl.mac.index.maps.shift.shape[1], kv.itemsize)
+
+
+def _check_pages(watch, impl, kv, pages) -> None:
+    """That complete pages hold the codes of their keys. Speculated tokens may complete one; it is written anew if they go."""
+    maps = impl.mac.index.maps
+    codes, means = _layout(impl, kv).views(kv)
+    for block in pages.tolist() if maps.ready else ():
         code, mean = encode(*kv[block].chunk(2, -1), maps)
         assert torch.equal(codes[block], code) and torch.equal(means[block], mean.to(means.dtype))
         watch.pages += 1
-    one = len(query) == 1
+
+
+def _check_chunk(watch, query, kv, blocks, output, length: int) -> None:
+    watch.chunks += 1
+    scores = _causal(query, kv, blocks, length)
+    watch.worst = max(watch.worst, float((output - scores).abs().max() / scores.abs().max()))
+
+
+def _check(watch, impl, query, kv, blocks, output, length: int, whole: bool) -> None:
+    maps, config, layout, count = impl.mac.index.maps, impl.mac.config, _layout(impl, kv), len(query)
     case = Case(
-        (length,), kv_heads, query.shape[1] // kv_heads, width // 2, page=page, tolerance=config.tolerance,
-        sink=max(config.sink, 16), band=config.band, min_context=config.min_context, ready=bool(maps.ready) and one,
-        opted_out=(0,) if opted_out else (),
+        (length,), layout.kv_heads, query.shape[1] // layout.kv_heads, layout.head_size, page=layout.page,
+        tolerance=config.tolerance, sink=max(config.sink, 16), band=config.band, min_context=config.min_context,
+        ready=bool(maps.ready), opted_out=(0,) if whole else (), tokens=(count,),
     )  # fmt: skip
-    if not one:
-        watch.chunks += 1
-        scores = _causal(query, kv, blocks, length)
-        watch.worst = max(watch.worst, float((output - scores).abs().max() / scores.abs().max()))
-        return
-    position = torch.tensor([length - 1])
     row = Row(
-        SimpleNamespace(case=case, layout=layout, kv=kv, table=blocks[None], position=position, query=query, maps=maps),
+        SimpleNamespace(
+            case=case, layout=layout, kv=kv, table=blocks[None], position=torch.tensor([length - count]), query=query, maps=maps,
+            first=[0, count],
+        ),
         0,
-    )
+    )  # fmt: skip
     watch.rows += 1
+    watch.tokens += count
     watch.looked += row.end > row.begin
-    watch.read += int(row.chosen.sum()) + row.index_tokens * kv_heads
-    if config.tolerance and ((row.share * length / config.tolerance - 1).abs() < 1e-4).any():
+    watch.read += int(row.chosen.sum()) + row.index_tokens * layout.kv_heads
+    if config.tolerance and ((row.share * row.own / config.tolerance - 1).abs() < 1e-4).any():
         watch.undecided += 1
         return
-    error = (output[0].double() - row.attention(row.chosen)).abs().max() / row.value.abs().max()
+    error = (output.double() - row.attention(row.chosen)).abs().max() / row.value.abs().max()
     watch.worst = max(watch.worst, float(error))
 
 

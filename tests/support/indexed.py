@@ -16,7 +16,7 @@ from vllm_mac.state import Geometry, IndexRule, Rows
 @dataclass
 class Case:
     """A batch: `lengths` tokens per row (0: a padded row). opted_out: rows whose request wants exact decoding.
-    sharp: factor of the queries, so of all logits."""
+    sharp: factor of the queries, so of all logits. tokens: of each row, how many it decodes, its last ones; () for one each."""
 
     lengths: tuple = (300, 40, 0, 700)
     kv_heads: int = 2
@@ -34,6 +34,7 @@ class Case:
     opted_out: tuple = ()
     sharp: float = 1.5
     seed: int = 0
+    tokens: tuple = ()
 
 
 class Batch:
@@ -62,13 +63,16 @@ class Batch:
                 x[..., : c.d] = x[..., : c.d] @ turn + 1
                 self.kv[table[row, i], :, :count] = x.to(c.dtype).to(DEVICE)
                 keys.append(x[..., : c.d])
-        heads = c.kv_heads * c.group
-        self.query = (torch.randn(rows, heads, c.d, generator=draw) * c.sharp).to(c.dtype).to(DEVICE)
+        heads, counts = c.kv_heads * c.group, c.tokens or (1,) * rows
+        self.first = torch.tensor((0, *counts)).cumsum(0).tolist()  # of each row's queries
+        self.query = (torch.randn(sum(counts), heads, c.d, generator=draw) * c.sharp).to(c.dtype).to(DEVICE)
         self.maps = Maps.allocate(c.kv_heads, c.d, self.layout.directions, c.dtype, DEVICE)
         if c.ready:
             self.maps.set(Moments.of(self.query, torch.cat(keys, 1).to(DEVICE)))
         self.table = table.to(DEVICE)
-        self.position = (torch.tensor(c.lengths, dtype=torch.int32) - 1).to(DEVICE)
+        self.position = torch.tensor(
+            [n - max(count, 1) for n, count in zip(c.lengths, counts, strict=True)], dtype=torch.int32, device=DEVICE
+        )
         self.exact = torch.tensor([row in c.opted_out for row in range(rows)], device=DEVICE)
         self.complete = [int(table[row, i]) for row, n in enumerate(c.lengths) for i in range(n // c.page)]
 
@@ -95,39 +99,43 @@ class Batch:
 
     def rows(self) -> Rows:
         ring = torch.where(self.exact, OPTED_OUT, -1).int()
-        return Rows(self.position, ring, self.position, self.position, self.table)
+        begin = torch.tensor(self.first, dtype=torch.int32, device=DEVICE) if self.case.tokens else None
+        return Rows(self.position, ring, self.position, self.position, self.table, begin)
 
     def decode(self) -> lookup.Looked:
         """What `lookup.decode` gives."""
-        return lookup.decode(
-            self.position, self.exact, self.query, self.kv, self.table, self.layout, self.maps, self.rule
-        )
+        return lookup.decode(self.rows(), self.query, self.kv, self.layout, self.maps, self.rule)
 
     def row(self, row: int) -> "Row":
         return Row(self, row)
 
 
 class Row:
-    """One row of a batch, in float64 on the CPU.
+    """One row of a batch, in float64 on the CPU. Letters as in `vllm_mac.lookup`; `C` columns: the heads of a group for its
+    first token, then for the next.
 
-    begin, end: its indexed tokens; equal where it is read whole. logit: `[K, G, n]`. estimate: `[K, G, end - begin]`.
-    share: the like, of the estimated attention. direction: `[K, G, N]`, what the codes are multiplied with.
+    n: its tokens, those that it decodes included. own: `[C, 1]`, tokens up to each column's own. begin, end: its indexed
+    tokens; equal where it is read whole. logit: `[K, C, n]`, -inf for later tokens. estimate: `[K, C, end - begin]`.
+    share: the like, of the estimated attention. direction: `[K, C, N]`, what the codes are multiplied with.
     """
 
     def __init__(self, batch: Batch, row: int):
         c, layout = batch.case, batch.layout
-        self.batch, self.n = batch, int(batch.position[row]) + 1
-        n, scale, blocks = self.n, c.d**-0.5, batch.table[row].tolist()
-        token = torch.arange(n)
+        queries = batch.query[batch.first[row] : batch.first[row + 1]].cpu().double()
+        self.batch, self.tokens, first = batch, len(queries), int(batch.position[row]) + 1
+        self.n = n = first + self.tokens - 1
+        scale, blocks, token = c.d**-0.5, batch.table[row].tolist(), torch.arange(n)
         page, slot = batch.table[row].cpu().long()[token // c.page], token % c.page
         self.begin = self.end = math.ceil(c.sink / 64) * 64
-        if c.ready and n >= c.min_context and row not in c.opted_out:
-            self.end = max((n - c.band) // 64 * 64, self.begin)
+        if c.ready and first >= c.min_context and row not in c.opted_out:
+            self.end = max((first - c.band) // 64 * 64, self.begin)
         codes, means = (x.cpu() for x in layout.views(batch.kv))
         kv = batch.kv.cpu()[page, :, slot].transpose(0, 1).double()
         self.key, self.value = kv[..., : c.d], kv[..., c.d :]
-        self.query = batch.query[row].cpu().double().view(c.kv_heads, c.group, c.d)
+        self.query = queries.unflatten(1, (c.kv_heads, c.group)).permute(1, 0, 2, 3).flatten(1, 2)  # [K, C, D]
+        self.own = (first + torch.arange(self.tokens)).repeat_interleave(c.group)[:, None]
         self.logit = torch.einsum("kgd,ktd->kgt", self.query, self.key) * scale
+        self.logit.masked_fill_(token >= self.own, -math.inf)
         self.mean = means[blocks[: n // c.page]].transpose(0, 1).double()  # [K, pages, D]
         maps = [x.cpu().double() for x in (batch.maps.to_query, batch.maps.mean)]
         direction = torch.einsum("kgd,kdn->kgn", self.query, maps[0])
@@ -150,14 +158,14 @@ class Row:
         return (estimate - peak).exp() / total
 
     def estimated(self, direction: Tensor) -> Tensor:
-        """Logits `[K, G, end - begin]` by the codes."""
+        """Logits `[K, C, end - begin]` by the codes."""
         return (torch.einsum("kgn,ktn->kgt", direction, self.code) + self.constant) * self.batch.case.d**-0.5
 
     @property
     def chosen(self) -> Tensor:
         """`[K, n]` bool, the tokens that are read."""
         chosen = torch.ones(len(self.key), self.n, dtype=torch.bool)
-        chosen[:, self.begin : self.end] = (self.share >= self.batch.case.tolerance / self.n).any(1)
+        chosen[:, self.begin : self.end] = (self.share >= self.batch.case.tolerance / self.own).any(1)
         return chosen
 
     @property
@@ -166,7 +174,7 @@ class Row:
         return (self.end - self.begin) * self.batch.layout.index_bytes // self.batch.layout.kv_bytes
 
     def attention(self, chosen: Tensor, estimate: Tensor | None = None, size: bool = False) -> Tensor:
-        """The output `[H, D]` float64 where these tokens `[K, n]` are read.
+        """The output `[T, H, D]` float64 of its `T` tokens where these tokens `[K, n]` are read.
 
         estimate: in place of the row's own. size: of the absolute values instead of the values.
         """
@@ -182,4 +190,4 @@ class Row:
             weight = left[..., first - self.begin : first + page - self.begin].sum(-1, keepdim=True)
             total += weight
             out += weight * mean[:, first // page, None]
-        return (out / total).flatten(0, 1)
+        return (out / total).unflatten(1, (self.tokens, -1)).permute(1, 0, 2, 3).flatten(1, 2)

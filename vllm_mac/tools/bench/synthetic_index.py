@@ -59,11 +59,14 @@ class IndexStep(DecodeStep):
         """Launch the first `stages` kernels of a layer's step."""
         from vllm_mac.kernels.lookup import launches
 
-        rows = Rows(self.position, self.ring, self.position, self.position, self.block_table)
         layout, result = self.shape.page_layout, (layer.out, layer.counts)
-        step = launches(rows, layer.query, layer.kv, layout, layer.maps, self.rule, self.work, result)
+        step = launches(self.rows(), layer.query, layer.kv, layout, layer.maps, self.rule, self.work, result)
         for _ in islice(step, stages):
             pass
+
+    def rows(self) -> Rows:
+        """What the rows do, one token each."""
+        return Rows(self.position, self.ring, self.position, self.position, self.block_table)
 
     @property
     def looked_up(self) -> bool:
@@ -146,11 +149,8 @@ def make_index_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, 
 
 def check(step: IndexStep) -> float:
     """Compare one layer's output with the method in PyTorch, as `compare` does: the largest relative error."""
-    layer, whole = step.layers[0], step.ring == OPTED_OUT
-    layout = step.shape.page_layout
-    wanted = lookup.decode(
-        step.position.long(), whole, layer.query, layer.kv, step.block_table, layout, layer.maps, step.rule
-    )
+    layer, layout = step.layers[0], step.shape.page_layout
+    wanted = lookup.decode(step.rows(), layer.query, layer.kv, layout, layer.maps, step.rule)
     tokens_read(step)
     return compare("MAC", step, layer.out, wanted.out)
 

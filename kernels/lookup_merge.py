@@ -1,0 +1,116 @@
+"""Merge what the programs of `lookup.look_kernel` found, and count it. `lookup.decode` is the oracle.
+
+Device code that the kernels of `lookup` share is here too: what a row's tokens are. A row decodes up to `T` tokens, each of
+which takes the columns of a group's heads: column `c` is head `c % G` of token `c // G`.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from vllm_mac import counters
+from vllm_mac.counters import Count
+from vllm_mac.lookup import TILE as TILE_TOKENS
+
+OPTED_OUT, PREFILLED = tl.constexpr(counters.OPTED_OUT), tl.constexpr(counters.PREFILLED)
+# Device code reads no enumeration.
+HIT, NO_MAPS = tl.constexpr(Count.HIT.value), tl.constexpr(Count.NO_MAPS.value)
+SHORT_CONTEXT, REQUEST = tl.constexpr(Count.SHORT_CONTEXT.value), tl.constexpr(Count.REQUEST.value)
+READ, SKIPPED = tl.constexpr(Count.READ.value), tl.constexpr(Count.SKIPPED.value)
+TILE = tl.constexpr(TILE_TOKENS)
+
+
+@triton.jit
+def indexed_end(m, ring, ready, BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr):
+    """Where the indexed tokens of a row end whose first token is at position `m`, and which begin at `BEGIN`: at once where
+    it is read whole."""
+    n = m + 1
+    end = tl.maximum((n - BAND) // TILE * TILE, BEGIN)
+    return tl.where((n >= MIN_CONTEXT) & (ring > OPTED_OUT) & (ready != 0), end, BEGIN)
+
+
+@triton.jit
+def tokens_of(p_begin, i_row, T: tl.constexpr):
+    """Where a row's tokens begin among all queries, and how many there are. p_begin: see `state.Rows`; None where `T` is 1."""
+    if T == 1:
+        first, count = i_row, 1
+    else:
+        first = tl.load(p_begin + i_row).to(tl.int64)
+        count = (tl.load(p_begin + i_row + 1) - first).to(tl.int32)
+    return first, count
+
+
+@triton.jit
+def query_at(o_q, s_query_row, s_query_head, G: tl.constexpr, T: tl.constexpr):
+    """Offsets `[BQ]` of the columns' queries from that of the row's first token and the group's first head."""
+    if T == 1:
+        offset = o_q * s_query_head
+    else:
+        offset = o_q // G * s_query_row + o_q % G * s_query_head
+    return offset
+
+
+@triton.jit
+def seen(m_t, token, m, o_q, G: tl.constexpr, T: tl.constexpr):
+    """Which columns attend to which tokens, `[BT, BQ]`, or `[BT, 1]` where all columns do: those up to their own. m_t: `[BT]`."""
+    mask = m_t[:, None]
+    if T > 1:
+        mask &= token[:, None] <= m + (o_q // G)[None, :]
+    return mask
+
+
+@triton.jit(do_not_specialize=("ns",))
+def merge_kernel(
+    p_position, p_begin, p_ring, p_ready, p_out, p_counters, p_part, p_part_acc, p_read, s_out_row, s_out_head, ns,
+    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
+    INDEX_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BNS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program `(i_h, i_row)`: the output of a head of the results of its group's programs, `BI` at once; counts.
+
+    The heads of a row's first token come first, then those of the next.
+    """
+    if PDL:
+        gdc_wait()
+    i_h, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    m = tl.load(p_position + i_row).to(tl.int32)
+    if m < 0:
+        return
+    first, count = tokens_of(p_begin, i_row, T)
+    i_t = 0
+    if T > 1:
+        i_t, i_h = i_h // (K * G), i_h % (K * G)
+        if i_t >= count:
+            return
+    i_bk, i_g = i_row * K + i_h // G, i_t * G + i_h % G
+    C: tl.constexpr = G * T
+    o_d, o_i, o_ns = tl.arange(0, BD), tl.arange(0, BI), tl.arange(0, BNS)
+    p_peak = p_part + (i_bk * ns * C + i_g) * 2
+    peaks = tl.load(p_peak + o_ns * C * 2, mask=o_ns < ns, other=float("-inf"))  # [BNS]
+    totals = tl.load(p_peak + o_ns * C * 2 + 1, mask=o_ns < ns, other=0.0)  # [BNS]
+    peak = tl.max(peaks, 0)
+    total = tl.sum(tl.exp2(peaks - peak) * totals, 0)
+    acc = tl.zeros([BD], tl.float32)
+    for i in range(0, ns, BI):
+        o_part = i + o_i
+        m_i = o_part < ns
+        weight = tl.exp2(tl.load(p_peak + o_part * C * 2, mask=m_i, other=float("-inf")) - peak)  # [BI]
+        p_acc = p_part_acc + ((i_bk * ns + o_part) * C + i_g)[:, None] * D + o_d[None, :]
+        part = tl.load(p_acc, mask=m_i[:, None] & (o_d < D)[None, :], other=0.0)  # [BI, BD]
+        acc += tl.sum(weight[:, None] * part, 0)
+    p_row_out = p_out + (first + i_t) * s_out_row
+    tl.store(p_row_out + i_h * s_out_head + o_d, (acc / total).to(p_out.dtype.element_ty), mask=o_d < D)
+    counted = i_g == 0
+    if T > 1:
+        counted &= tl.load(p_ring + i_row) != PREFILLED
+    if counted:  # The index counts as the tokens that have as many bytes.
+        n = m + 1
+        ring, ready = tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready)
+        end = indexed_end(m, ring, ready, BAND, BEGIN, MIN_CONTEXT)
+        exact = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, tl.where(ready != 0, HIT, NO_MAPS))
+        kind = tl.where(ring == OPTED_OUT, REQUEST, exact)
+        read = tl.sum(tl.load(p_read + i_bk * ns + o_ns, mask=o_ns < ns, other=0), 0).to(tl.int64)
+        read += (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES
+        tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64) * count, sem="relaxed")
+        tl.atomic_add(p_counters + READ, read, sem="relaxed")
+        tl.atomic_add(p_counters + SKIPPED, tl.maximum((m + count).to(tl.int64) - read, 0), sem="relaxed")
