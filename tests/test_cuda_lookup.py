@@ -12,7 +12,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from support.stub_flashinfer import gpu_backend
-from vllm_mac import lookup
+from vllm_mac import kv_group, lookup
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import OPTED_OUT, PREFILLED, Count
 from vllm_mac.key_index import Maps, encode
@@ -49,7 +49,7 @@ def case(monkeypatch):
         torch.zeros(len(Count), dtype=torch.int64),
     )
     layer = SimpleNamespace(name="layer", state=None, index=index, served=True)
-    rings = np.array([-1, OPTED_OUT, -1], dtype=np.int32)
+    rings, begun = np.array([-1, OPTED_OUT, -1], dtype=np.int32), np.zeros(3, bool)
 
     def common(mixed: bool, counts: tuple = (1, 1, CHUNK)) -> CommonAttentionMetadata:
         """counts: tokens of each row, the last one only if `mixed`; the first two verify what is more than one."""
@@ -57,7 +57,7 @@ def case(monkeypatch):
         counts = counts[:rows]
         begin, lengths = torch.tensor([0, *counts]).cumsum(0).int(), torch.tensor(LENGTHS[:rows], dtype=torch.int32)
         no, verifies = np.zeros(rows, bool), (np.array(counts) > 1) & (np.arange(rows) < 2)
-        found = RowRings(rings[:rows], no, no, np.ones(rows, np.float32), no, verifies)
+        found = RowRings(rings[:rows], no, no, np.ones(rows, np.float32), no, verifies, begun[:rows])
         monkeypatch.setattr(cuda, "row_rings", lambda _: found)
         return CommonAttentionMetadata(
             query_start_loc=begin, query_start_loc_cpu=begin, seq_lens=lengths, num_reqs=rows, num_actual_tokens=sum(counts),
@@ -97,6 +97,7 @@ def case(monkeypatch):
         table=table,
         query=query,
         rule=rule,
+        begun=begun,
     )
 
 
@@ -135,6 +136,29 @@ def test_rows_are_read_whole_before_maps_are_learned(case):
     case.impl.forward(None, case.query[:2], None, None, case.kv, metadata, out)
     torch.testing.assert_close(out, decoded(case), rtol=1e-5, atol=1e-5)
     assert case.index.counts[Count.SKIPPED] == 0 and case.index.counts[Count.READ] == (500 + 300) * KV_HEADS
+
+
+def test_rows_that_began_are_indexed_before_the_next_step(case):
+    """A KV connector may have written their pages; one may be captured, or a dummy batch run, between the two steps."""
+    group = kv_group.Group([], case.builder.vllm_config, "cpu")
+    case.impl.mac.cache, case.impl.mac.config = case.kv, case.builder.config
+    group.layers, group.decoder, case.builder.group = [case.impl.mac], case.decoder, group
+    case.decoder.learned = 500  # so that this batch teaches nothing, which would index all pages
+    case.index.maps.to_key.normal_(), case.index.maps.shift.normal_()
+    codes, means = case.decoder.layout.views(case.kv)
+    codes.zero_()
+    case.begun[:] = [False, True, True]
+    case.builder._build(case.common(True), False, capture=False)
+    case.builder.build_for_cudagraph_capture(case.common(False))
+    assert not codes.any()
+    case.begun[:] = False
+    case.builder._build(case.common(False), False, capture=False)
+    for row, tokens in enumerate(LENGTHS):
+        for page in case.table[row, : tokens // PAGE].tolist():
+            want, mean = encode(*case.kv[page].chunk(2, -1), case.index.maps)
+            torch.testing.assert_close(codes[page], want if row else torch.zeros_like(want), rtol=0, atol=0)
+            assert row == 0 or torch.allclose(means[page], mean)
+        assert not codes[case.table[row, tokens // PAGE]].any()
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (4, 4)])

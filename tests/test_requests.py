@@ -162,6 +162,26 @@ def test_what_was_asked_for_outlasts_preemption_and_ends_with_the_request(v2):
     assert not requests._followed[runner].asks
 
 
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("connected", [False, True])
+def test_rows_that_begin_with_computed_tokens_are_read_whole_where_a_connector_may_have_loaded_them(v2, connected):
+    """Once: in their first step, and in the first after they were thrown out."""
+    runner = Runner(v2)
+    requests._followed[runner] = requests.Followed(None, (1,), begun=set() if connected else None)
+    step = lambda *given, **named: runner.step(["a", "b"], scheduled(*given, **named))
+    first = step([("a", 8, blocks(1, 2, 3)), ("b", 0, blocks(4))], tokens={"a": 1, "b": 4})
+    second = step((), [("a", 9, None), ("b", 4, None)], {"a": 1, "b": 1})
+    again, going_on = ("b", 4, blocks(5, 6)), ("a", 10, None)
+    if v2:
+        third = step([again], [going_on], {"a": 1, "b": 1}, preempted={"b"})
+    else:
+        third = step((), [going_on, again], {"a": 1, "b": 1}, resumed=["b"])
+    begun = [found.begun.tolist() for found in (first, second, third)]
+    assert begun == ([[True, False], [False, False], [False, True]] if connected else [[False, False]] * 3)
+    for found in (first, second, third):
+        assert found.ring.tolist() == [OPTED_OUT if one else -1 for one in found.begun]
+
+
 def test_what_a_front_end_should_have_refused_is_decoded_exactly(monkeypatch):
     """Not every front end checks requests, and an exception here would end the engine for all of them."""
     said = []
@@ -207,7 +227,7 @@ def test_owners_are_of_the_kv_cache_groups_that_hold_a_served_layer(monkeypatch)
     layer = lambda name, served: SimpleNamespace(name=name, served=served, state=state, config=config, audited=None)
     group = lambda size, *names: SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=size), layer_names=names)
     runner = SimpleNamespace(
-        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=2)),
+        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=2), kv_transfer_config=None),
         kv_cache_config=SimpleNamespace(
             kv_cache_groups=[group(96, "state"), group(16, "exact"), group(4, "a"), group(8, "b", "exact too")]
         ),
@@ -220,6 +240,9 @@ def test_owners_are_of_the_kv_cache_groups_that_hold_a_served_layer(monkeypatch)
     assert (owners.rings, owners.min_context, owners.idle_steps) == (3, 8, 2)
     found[1].served = found[3].served = False
     assert requests._make(runner).owners is None
+    runner.vllm_config.kv_transfer_config = SimpleNamespace(is_kv_transfer_instance=True)
+    found[1].served = True
+    assert made.begun is None and requests._make(runner).begun == set()
     found.clear()
     assert requests._make(runner) is None
 

@@ -129,6 +129,7 @@ def rows_of(rings, fresh=(), skips=()) -> RowRings:
         np.ones(n, dtype=np.float32),
         among(()),
         among(skips),
+        among(()),
     )
 
 

@@ -1,13 +1,16 @@
 """One server, whose engine is in a process of its own: what an OpenAI client is told of what it asks of MAC, and how the
 server ends. And one that does not start."""
 
+import http.client
 import json
+import os
 import re
 import shutil
 import signal
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,7 +98,12 @@ def test_what_is_no_number_is_refused(client):
 
 def running(session: int) -> list[str]:
     """The names of a session's processes, without those that have ended and were not yet waited for."""
-    found = []
+    return list(processes(session).values())
+
+
+def processes(session: int) -> dict[int, str]:
+    """The same by process id. A name has 15 characters at most."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, _, rest = stat.read_text().rpartition(")")
@@ -103,7 +111,8 @@ def running(session: int) -> list[str]:
             continue  # ended just now
         state, _, _, its_session = rest.split()[:4]
         if int(its_session) == session and state != "Z":
-            found.append(name.partition("(")[2])
+            pid, _, called = name.partition(" (")
+            found[int(pid)] = called
     return found
 
 
@@ -127,6 +136,30 @@ def test_server_serves_and_stops(client, server):
     errors = [line for line in text.splitlines() if re.search(r"\bERROR\b|\bTraceback\b", line)]
     assert not [line for line in errors if "EngineCore pid=" in line], text
     assert not errors or ("EngineDeadError" in text and "/vllm_mac/" not in "\n".join(errors)), text
+
+
+def test_a_server_whose_worker_is_killed_ends(model, tmp_path):
+    """With an error, and so does the request that was under way; nothing hangs, and nothing is left. vLLM's status is 0."""
+    log, config = tmp_path / "log", {"mac": {"rule": "index", "band": 16, "min_context": 64}}
+    executor = ["--distributed-executor-backend", "mp"]
+    with tiny(log, model, config, *executor) as (process, port), ThreadPoolExecutor(1) as pool:
+        assert healthy(process, port), log.read_text()
+        body = {"model": "tiny", "prompt": "tell me more " * 12, "max_tokens": 800, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        asked = pool.submit(urllib.request.urlopen, request, timeout=120)
+        time.sleep(1)
+        (killed,) = [pid for pid, name in processes(process.pid).items() if name.startswith("VLLM::Worker")]
+        assert not asked.done()
+        os.kill(killed, signal.SIGKILL)
+        with pytest.raises((urllib.error.HTTPError, urllib.error.URLError, ConnectionError, http.client.HTTPException)):
+            asked.result(timeout=90)
+        process.wait(60)
+        end = time.monotonic() + 20
+        while (left := running(process.pid)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert left == [] and "EngineDeadError" in log.read_text()
 
 
 def test_server_refuses_an_unknown_key_before_it_starts_an_engine(model, tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_mac import startup
+from vllm_mac import compilers, startup
 from vllm_mac.capabilities import BACKEND
 from vllm_mac.config import MacConfigError
 
@@ -124,9 +124,10 @@ def test_what_nothing_reads_draws_one_warning(make, warnings, monkeypatch, chose
 REFUSED = [
     ({"kv_cache_dtype": "fp8"},
      "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16: give --kv-cache-dtype bfloat16"),
-    ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-     f"use_kv_connector: {BACKEND['supports_kv_connector'].because}: leave out --kv-transfer-config and"),
-    ({"kv_offloading_size": 1.0}, "use_kv_connector: "),
+    ({"kv_offloading_size": 1.0, "additional_config": {"mac": {"rule": "match"}}},
+     "kv_connector is OffloadingConnector, and with rule: match no ring has seen what a connector loads: leave out "
+     "--kv-transfer-config and --kv-offloading-size, or set rule: index"),
+    ({"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache", "disable_hybrid_kv_cache_manager": True}, "kv_connector is LMCacheMPConnector, and rule: index"),
     ({"block_size": 48}, "--block-size is 48, and rule: index takes one of 32, 64, 128, 256: leave out --block-size"),
     ({"block_size": 48, "additional_config": {"mac": {"rule": "match"}}},
      "--block-size is 48, and MAC takes multiples of 32: leave out --block-size"),
@@ -137,6 +138,15 @@ REFUSED = [
 ]  # fmt: skip
 
 
+OURS = {"kv_connector": "ExampleConnector"}
+CONNECTED = [
+    (OURS, None),
+    ({"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [OURS, OURS]}}, None),
+    ({"kv_connector": "NixlConnector"}, "NixlConnector"),
+    (OURS | {"kv_connector_module_path": "elsewhere"}, "ExampleConnector of elsewhere"),
+    ({"kv_connector": "MultiConnector",
+      "kv_connector_extra_config": {"connectors": [OURS, {"kv_connector": "MooncakeConnector"}]}}, "MooncakeConnector"),
+]  # fmt: skip
 TO_MATCH = """set rule: match, as in --additional-config '{"mac": {"rule": "match"}}' (rule: index is the default)"""
 REFUSED_INDEX = [
     ("llama", {}, {"block_size": 96},
@@ -156,6 +166,21 @@ def test_what_an_index_cannot_serve(make, family, keys, options, reason):
     for other in ({"rule": "match"}, {"enabled": False} | keys):
         make(family, attention_backend="MAC", additional_config={"mac": other}, **options)
     make(family, **options)  # without MAC
+
+
+@pytest.mark.parametrize("transfer, other", CONNECTED)
+def test_kv_connectors_that_an_index_takes(make, transfer, other):
+    # Where it may choose, vLLM asks the connectors' classes, some of which are not installed.
+    options = {"kv_transfer_config": {"kv_role": "kv_both"} | transfer, "disable_hybrid_kv_cache_manager": True}
+    if other is None:
+        make(attention_backend="MAC", **options)
+    else:
+        reason = f"kv_connector is {other}, and rule: index takes one of DecodeBenchConnector, ExampleConnector, "
+        message = refused(make, **options)
+        assert reason in message and "choose one of these, or leave out --kv-transfer-config and" in message
+    match = refused(make, additional_config={"mac": {"rule": "match"}}, **options)
+    assert ("or set rule: index" in match) == (other is None)
+    make(attention_backend="MAC", additional_config={"mac": {"enabled": False}}, **options)
 
 
 @pytest.mark.parametrize("layout, serves", [("NHD", True), ("LBHNC", True), ("LHBNC", False), ("BLHNC", False)])
@@ -299,6 +324,7 @@ def test_gpus_that_are_too_old_for_a_ring(monkeypatch, make):
         ((9, 0), "float8_e4m3fn", None),
     ):  # fmt: skip
         monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+        monkeypatch.setattr(compilers, "has_flashinfer", lambda: True)
         monkeypatch.setattr(type(current_platform), "get_device_capability", lambda self, device_id=0: capability)
         found = [
             because for because, _ in startup.refusals(config, startup.resolve({"rule": "match", "ring_dtype": ring}))
@@ -312,9 +338,13 @@ def test_gpus_that_are_too_new_for_an_index(monkeypatch, make, capability, refus
 
     config = make(attention_backend="MAC")
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(compilers, "has_flashinfer", lambda: True)
     monkeypatch.setattr(type(current_platform), "get_device_capability", lambda self, device_id=0: capability)
     found = [*startup.refusals(config, startup.resolve())]
     assert [cure for because, cure in found if "rule: index are for GPUs before sm100" in because] == [
         TO_MATCH
     ] * refused
     assert not [*startup.refusals(config, startup.resolve({"rule": "match"}))]
+    monkeypatch.setattr(compilers, "has_flashinfer", lambda: False)
+    (absent,) = startup.refusals(config, startup.resolve({"rule": "match"}))
+    assert absent == ("FlashInfer is not installed, which MAC needs on GPUs", compilers.FLASHINFER)

@@ -76,14 +76,8 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
         slot, size = slot_mapping[token], kv_cache.shape[2]
         rows = torch.cat((key[token], value[token]), -1)
         kv_cache[slot // size, :, slot % size] = rows.to(kv_cache.dtype)
-        if self.mac.index is not None:
-            cpu_lookup.write(self.mac.index, slot_mapping, kv_cache, self._layout(kv_cache))
-
-    def _layout(self, kv_cache: Tensor) -> PageLayout:
-        """Where the index lies in the pages of this layer."""
-        _, heads, page, width = kv_cache.shape
-        size = self.mac.index.maps.shift.shape[1]
-        return PageLayout(heads, width // 2, page, size, kv_cache.itemsize)
+        if (index := self.mac.index) is not None:
+            cpu_lookup.write(index, slot_mapping, kv_cache, PageLayout.of(kv_cache, index.maps))
 
     def forward(
         self,
@@ -119,12 +113,14 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
 
     def _look_up(self, step: Step, query: Tensor, kv_cache: Tensor, output: Tensor) -> Tensor:
         """`forward` of a layer that decodes by the index of keys."""
-        index, layout = self.mac.index, self._layout(kv_cache)
+        index = self.mac.index
+        layout = PageLayout.of(kv_cache, index.maps)
         for row in step.chunks:
             tokens = slice(row.begin, row.end)
             output[tokens] = cpu_lookup.prefill(row.chunk, query[tokens], kv_cache, self.scale)
-        if step.learning is not None:
-            cpu_lookup.learn(index, step.learning, query, kv_cache, layout)
+        learning = step.learning
+        if learning is not None and not cpu_lookup.learn(index, learning, query, kv_cache, layout):
+            self.mac.group.learned_nothing(learning)
         if len(step.token):
             rule = index_rule(self.mac)
             output[step.token] = cpu_lookup.decode(index, step.rows, query[step.token], kv_cache, layout, rule)

@@ -18,10 +18,13 @@ def write(layer: IndexState, slots: Tensor, kv: Tensor, layout: PageLayout) -> N
     lookup.write_pages(kv, last // layout.page, layout, layer.maps)
 
 
-def learn(layer: IndexState, learning: Learning, query: Tensor, kv: Tensor, layout: PageLayout) -> None:
-    """Set the layer's maps, and index all pages anew. query: `[N, H, D]` of the whole batch."""
-    key_index.learn(layer.maps, query[learning.begin : learning.end], kv, learning.blocks, learning.length)
-    lookup.write_pages(kv, torch.arange(len(kv)), layout, layer.maps)
+def learn(layer: IndexState, learning: Learning, query: Tensor, kv: Tensor, layout: PageLayout) -> bool:
+    """Set the layer's maps, and index all pages anew; False where the row teaches none. query: `[N, H, D]` of the whole batch."""
+    own = query[learning.begin : learning.end]
+    learned = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length)
+    if learned:
+        lookup.write_pages(kv, torch.arange(len(kv)), layout, layer.maps)
+    return learned
 
 
 def prefill(chunk: Chunk, query: Tensor, kv: Tensor, scale: float) -> Tensor:

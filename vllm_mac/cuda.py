@@ -21,13 +21,14 @@ from vllm.v1.attention.backends.flashinfer import (
 )
 
 from vllm_mac.capabilities import BUILDER, pinning
+from vllm_mac.compilers import explained
 from vllm_mac.counters import PREFILLED
 from vllm_mac.decoder import Decoder
 from vllm_mac.index_pages import indexing
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
 from vllm_mac.kv_group import Group
 from vllm_mac.layers import MacLayer, at_once, index_rule, mac_layers
-from vllm_mac.learning import of_batch
+from vllm_mac.learning import host_lengths, of_batch
 from vllm_mac.lookup_decoder import LookupDecoder
 from vllm_mac.mixins import MacImpl, MacSupport
 from vllm_mac.requests import RowRings, executing, row_rings
@@ -128,7 +129,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         self._facts: dict[str, tuple[bytes, Tensor]] = {}
         warm = vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager
         if isinstance(self.decoder, LookupDecoder):
-            with torch.inference_mode():
+            with torch.inference_mode(), explained():
                 self.decoder.ring.fill_(-1)
                 if warm:
                     self.decoder.warm_up(self.served[0].index)
@@ -145,7 +146,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         # Every engine makes its builders before it takes requests. Eager mode turns vLLM's own warm-up off, but its
         # first requests would wait for the compiler just as long.
         if warm:
-            warm_up(self.decoder, [layer.state for layer in self.served], self.group.new_table())
+            with explained():
+                warm_up(self.decoder, [layer.state for layer in self.served], self.group.new_table())
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -244,6 +246,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         else:
             position.copy_(length - 1)
         self._write("ring", ring)
+        write = lambda layer, slots, cache: decoder.write(layer.index, slots, cache)
+        self.group.index_begun(rings.begun, *host_lengths(common), common.block_table_tensor, write)
         learning = of_batch(common, decodes, decoder.learned, self.config.min_context)
         if learning is not None:
             decoder.learned = learning.length
@@ -356,8 +360,9 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         if attn_metadata.num_prefills:
             super().forward(layer, query[tokens:], key, value, kv_cache, step.rest, output[tokens:])
         if isinstance(step, LookupStep):
-            if step.learning is not None:
-                step.decoder.learn(self.mac.index, step.learning, query, kv_cache)
+            learning = step.learning
+            if learning is not None and not step.decoder.learn(self.mac.index, learning, query, kv_cache):
+                self.mac.group.learned_nothing(learning)
             if decodes:
                 step.decoder.decode(self.mac.index, step.rows, query, kv_cache, output)
             return output

@@ -39,6 +39,12 @@ class PageLayout:
     directions: int
     itemsize: int
 
+    @classmethod
+    def of(cls, kv: Tensor, maps: "Maps") -> "PageLayout":
+        """That of a layer's cache `[blocks, K, P, 2 D]`."""
+        _, heads, page, width = kv.shape
+        return cls(heads, width // 2, page, maps.shift.shape[1], kv.itemsize)
+
     @property
     def kv_bytes(self) -> int:
         """Bytes of a page's keys and values."""
@@ -102,20 +108,25 @@ class Maps:
             zeros(kv_heads, n), zeros(kv_heads, head_size), zeros(1, dtype=torch.int32),
         )  # fmt: skip
 
-    def set(self, moments: "Moments") -> None:
-        """Make the maps of these moments."""
+    def set(self, moments: "Moments") -> bool:
+        """Make the maps of these moments. Where not all numbers are finite, leave them as they were: False."""
+        if not _finite(moments.second, moments.spread, moments.mean):
+            return False
         n, size = self.shift.shape[1], self.mean.shape[1]
         key, query = best_maps(moments)
         key, query = key[..., :n], query[..., :n]
         deviation = (key * (moments.spread @ key)).sum(1, keepdim=True).clamp(min=0).sqrt()
         # The floor keeps what half-precision dtypes hold; directions below it change no logit.
         step = deviation.clamp(min=1e-4 * deviation.amax(-1, keepdim=True).clamp(min=1e-6)) * (REACH / HALF_LEVEL)
-        self.to_key.copy_(key / step)
-        self.to_query.copy_(query * step)
-        self.mean.copy_(moments.mean.view(-1, size))
-        stored = self.to_key.float()  # as it is rounded
-        self.shift.copy_((self.mean[:, None] @ stored)[:, 0] - HALF_LEVEL - 0.5)
+        dtype, mean = self.to_key.dtype, moments.mean.view(-1, size)
+        to_key, to_query = (key / step).to(dtype), (query * step).to(dtype)
+        shift = (mean[:, None] @ to_key.float())[:, 0] - HALF_LEVEL - 0.5  # of the map as it is rounded
+        if not _finite(to_key, to_query, shift):
+            return False
+        for kept, made in ((self.to_key, to_key), (self.to_query, to_query), (self.shift, shift), (self.mean, mean)):
+            kept.copy_(made)
         self.ready.fill_(1)
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +149,10 @@ class Moments:
         return cls(moment(rows), moment(centred), mean)
 
 
+def _finite(*tensors: Tensor) -> bool:
+    return bool(torch.stack([x.isfinite().all() for x in tensors]).all())
+
+
 def best_maps(moments: Moments) -> tuple[Tensor, Tensor]:
     """Maps `[K, D, D]` of keys and of queries, leading directions first: see the module's docstring."""
     size = moments.second.shape[1]
@@ -149,15 +164,15 @@ def best_maps(moments: Moments) -> tuple[Tensor, Tensor]:
     return lower @ basis, torch.linalg.solve_triangular(lower.transpose(1, 2), basis, upper=True)
 
 
-def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int) -> None:
-    """Set the maps by a row of `length` tokens. query: `[n, H, D]`, of the row's last tokens, after RoPE.
+def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int) -> bool:
+    """Set the maps by a row of `length` tokens, if they are finite: see `Maps.set`. query: `[n, H, D]`, of the row's last tokens, after RoPE.
 
     kv: `[blocks, K, P, 2 D]`. blocks: the row's block table.
     """
     token = torch.arange(0, length, SAMPLE, device=kv.device)
     page = blocks[token // kv.shape[2]].long()
     key = kv[page, :, token % kv.shape[2], : kv.shape[3] // 2].transpose(0, 1)
-    maps.set(Moments.of(sampled_queries(query), key))
+    return maps.set(Moments.of(sampled_queries(query), key))
 
 
 def worth_learning(length: int, count: int, learned: int) -> bool:

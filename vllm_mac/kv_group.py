@@ -1,22 +1,28 @@
 """The layers of one KV-cache group: what their rings hold, which of their steps are audited, and, on CPUs, what
 each row of a batch does."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_mac import cpu_lookup
 from vllm_mac.audit import Audit
-from vllm_mac.key_index import GROWTH
+from vllm_mac.key_index import GROWTH, PageLayout
 from vllm_mac.layers import MacLayer, mac_layers
-from vllm_mac.learning import choose
+from vllm_mac.learning import choose, warn_of_none
 from vllm_mac.publisher import publish
 from vllm_mac.requests import executing, row_rings
 from vllm_mac.ring import RingTable
 from vllm_mac.state import Chunk, Learning, Rows
+
+logger = init_logger("vllm.mac")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class Group:
             layer.group = self
         self.decoder = None  # on GPUs, what decodes for these layers
         self.learned = 0  # on CPUs, tokens of the row that maps of the index were learned from
+        self._begun: Tensor | None = None  # see `index_begun`
         self._device = device
         self._table: RingTable | None = None
         audited = {layer.name: layer.state for layer in self.layers if layer.audited is not None}
@@ -77,8 +84,45 @@ class Group:
         other weights. Of a group's layers the first one counts."""
         if layer is not next(one for one in self.layers if one.index is not None):
             return
-        holder = self if self.decoder is None else self.decoder
-        holder.learned = int(holder.learned / GROWTH)
+        self._holder.learned = int(self._holder.learned / GROWTH)
+
+    def learned_nothing(self, learning: Learning) -> None:
+        """A layer's queries or keys of that row are no finite numbers: the maps are as before, and the next row that is worth
+        it teaches them."""
+        self._holder.learned = learning.before
+        logger.warning_once("MAC learns nothing from a prompt whose queries or keys are not finite numbers")
+
+    @property
+    def _holder(self) -> Any:
+        """What has `learned`."""
+        return self if self.decoder is None else self.decoder
+
+    def index_begun(
+        self, begun: np.ndarray, begin: np.ndarray, length: np.ndarray, block_table: Tensor,
+        write: Callable[[MacLayer, Tensor, Tensor], None],
+    ) -> None:  # fmt: skip
+        """Index the pages of rows that began in the step before, and note those of rows that begin in this one.
+
+        A KV connector may have written them, so they may have no index, or one of other maps. While a step is planned it
+        may still write, and where a whole step is one CUDA graph nothing of MAC's runs between its last write and the
+        first attention. So such a row is read whole in its first step, and indexed before the second.
+
+        begun: `[B]` bool, see `RowRings`. begin, length: as `learning.choose` takes them. block_table: `[B, *]`.
+        write: indexes the pages of a layer's cache of which slots `[n]` int64 are the last: `(layer, slots, cache)`.
+        """
+        layers = [layer for layer in self.layers if layer.index is not None]
+        if self._begun is not None:
+            for layer in layers:
+                write(layer, self._begun, layer.cache)
+            self._begun = None
+        rows = np.flatnonzero(begun).tolist()
+        if not rows:
+            return
+        page = layers[0].cache.shape[2]
+        pages = torch.cat([block_table[row, : int(length[row]) // page] for row in rows]).long()
+        self._begun = pages * page + page - 1
+        if not self._holder.learned:
+            warn_of_none(begin, length, rows, layers[0].config.min_context)
 
     @property
     def table(self) -> RingTable | None:
@@ -105,7 +149,7 @@ class Group:
         prefilling = common.is_prefilling
         prefilling = count > 1 if prefilling is None else prefilling[:rows]
         rings = row_rings(common)
-        ring, fresh, skips, slack, audited, verifies = (torch.from_numpy(x) for x in rings)
+        ring, fresh, skips, slack, audited, verifies, _ = (torch.from_numpy(x) for x in rings)
         index = next((layer for layer in self.layers if layer.index is not None), None)
         decodes = (count == 1) | (verifies & (count > 1) & (index is not None))
         self._tally(length[decodes].numpy(), count[decodes].numpy())
@@ -115,6 +159,7 @@ class Group:
         if self.table is not None:
             first = self.table.assign(start, length, ring.long(), fresh, prefilling, skips)
         elif executing():
+            self.index_begun(rings.begun, begin.numpy(), length.numpy(), block_table, _write)
             many = (count > 1).numpy() & ~rings.verifies
             learning = choose(begin.numpy(), length.numpy(), many, block_table, self.learned, index.config.min_context)
             self.learned = learning.length if learning is not None else self.learned
@@ -147,3 +192,7 @@ class Group:
         self.context += int(length.sum(dtype=np.int64))
         for window in self.windowed:
             self.windowed[window] += int(np.minimum(length, window).sum(dtype=np.int64))
+
+
+def _write(layer: MacLayer, slots: Tensor, cache: Tensor) -> None:
+    cpu_lookup.write(layer.index, slots, cache, PageLayout.of(cache, layer.index.maps))

@@ -104,6 +104,11 @@ class MacLayer:
         """Whether MAC runs the layer."""
         return self.state is not None or self.index is not None
 
+    @property
+    def cache(self) -> Tensor:
+        """The layer's KV cache, `[blocks, K, block, 2 D]`."""
+        return self.vllm_config.compilation_config.static_forward_context[self.name].kv_cache
+
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Settle whether MAC runs the layer, and make its state; `dtype` is the model's.
 

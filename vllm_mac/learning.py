@@ -2,11 +2,14 @@
 
 import numpy as np
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_mac.key_index import LEAST_QUERIES, worth_learning
 from vllm_mac.requests import prompt_lengths
 from vllm_mac.state import Learning
+
+logger = init_logger("vllm.mac")
 
 
 def choose(
@@ -29,12 +32,25 @@ def choose(
     if not rows:
         return None
     row = max(rows, key=lambda row: length[row])
-    return Learning(int(begin[row]), int(begin[row + 1]), int(length[row]), block_table[row])
+    return Learning(int(begin[row]), int(begin[row + 1]), int(length[row]), block_table[row], learned)
 
 
 def of_batch(common: CommonAttentionMetadata, decodes: int, learned: int, least: int) -> Learning | None:
     """`choose` among the rows behind the first `decodes`, of which the host knows the lengths."""
+    begin, length = host_lengths(common)
+    return choose(begin, length, np.arange(len(length)) >= decodes, common.block_table_tensor, learned, least)
+
+
+def host_lengths(common: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
+    """`begin` and `length` of a batch as `choose` takes them, from what the host knows."""
     rows = common.num_reqs
-    begin = common.query_start_loc_cpu.numpy()[: rows + 1]
-    length = common.seq_lens_cpu_upper_bound.numpy()[:rows]
-    return choose(begin, length, np.arange(rows) >= decodes, common.block_table_tensor, learned, least)
+    return common.query_start_loc_cpu.numpy()[: rows + 1], common.seq_lens_cpu_upper_bound.numpy()[:rows]
+
+
+def warn_of_none(begin: np.ndarray, length: np.ndarray, rows: list[int], least: int) -> None:
+    """Say once that nothing is estimated yet, where one of `rows` is long enough and computes too little to learn from."""
+    if any(length[row] >= least and begin[row + 1] - begin[row] < LEAST_QUERIES for row in rows):
+        logger.warning_once(
+            "MAC has no maps of the index yet, and a long prompt came out of a cache: maps are learned from a prompt of which "
+            "%d tokens or more are computed here. Until then everything is read", LEAST_QUERIES,
+        )  # fmt: skip

@@ -76,10 +76,14 @@ class LookupDecoder:
         """One layer's step. query, out: `[N, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`, with its index."""
         look_up(rows, query, kv, self.layout, layer.maps, self.rule, self._work, (out, layer.counts))
 
-    def learn(self, layer: IndexState, learning: Learning, query: Tensor, kv: Tensor) -> None:
-        """Set the layer's maps, and index all pages anew. query: `[N, H, D]` of the whole batch."""
-        key_index.learn(layer.maps, query[learning.begin : learning.end], kv, learning.blocks, learning.length)
-        encode(kv, None, self.layout, layer.maps)
+    def learn(self, layer: IndexState, learning: Learning, query: Tensor, kv: Tensor) -> bool:
+        """Set the layer's maps, and index all pages anew; False where the row teaches none. query: `[N, H, D]` of the whole
+        batch."""
+        own = query[learning.begin : learning.end]
+        learned = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length)
+        if learned:
+            encode(kv, None, self.layout, layer.maps)
+        return learned
 
     def warm_up(self, layer: IndexState) -> None:
         """Compile the kernels of all steps, and set up the solver that `learn` needs; once."""

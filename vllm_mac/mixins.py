@@ -4,13 +4,13 @@ import inspect
 from typing import Any, ClassVar
 
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_mac import capabilities
 from vllm_mac.capabilities import ATTENTION_TYPES, BACKEND, IMPL, KV_CACHE_DTYPES, pinning, refusals
 from vllm_mac.index_pages import note, with_index
-from vllm_mac.layers import MacLayer
+from vllm_mac.layers import MacLayer, configuration
 from vllm_mac.requests import follow
 
 
@@ -35,6 +35,14 @@ class MacSupport:
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type in ATTENTION_TYPES
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None:
+            return False
+        config = configuration(vllm_config)
+        return not config.enabled or capabilities.refused_connector(vllm_config.kv_transfer_config, config.rule) is None
 
     @classmethod
     def supports_combination(

@@ -46,7 +46,9 @@ class Batch:
 class Followed:
     """What is kept of a runner. owners: None where no layer has rings. groups: the KV-cache groups with a layer
     that MAC runs. layer: one of its layers. settings: the configuration of one of those that MAC runs. asks: what running requests asked
-    for, of those that asked for something. prompts: how many tokens the prompt of each running request has."""
+    for, of those that asked for something. prompts: how many tokens the prompt of each running request has. begun: where a
+    KV connector may have written pages, the requests that begin in this step, or begin again, with tokens that are
+    computed already; None where there is no connector."""
 
     owners: RingOwners | None
     groups: tuple[int, ...]
@@ -54,6 +56,7 @@ class Followed:
     settings: MacConfig = field(default_factory=MacConfig)
     asks: dict[str, Ask] = field(default_factory=dict)
     prompts: dict[str, int] = field(default_factory=dict)
+    begun: set[str] | None = None
 
 
 class RowRings(NamedTuple):
@@ -63,7 +66,7 @@ class RowRings(NamedTuple):
     fresh: `[B]` bool, whether it has just been given the ring, with nothing in it. skips: `[B]` bool, whether the row
     neither reads nor records, as those that verify speculated tokens do. slack: `[B]` float32, see `limits.limit`.
     audited: `[B]` bool, whether the request asked that its hits are audited. verifies: `[B]` bool, whether the row verifies
-    speculated tokens, also of a request that wants no ring.
+    speculated tokens, also of a request that wants no ring. begun: `[B]` bool, see `Followed`; such a row is read whole.
     """
 
     ring: np.ndarray
@@ -72,6 +75,7 @@ class RowRings(NamedTuple):
     slack: np.ndarray
     audited: np.ndarray
     verifies: np.ndarray
+    begun: np.ndarray
 
 
 _batch: Batch | None = None
@@ -118,7 +122,7 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
     """What a batch's rows may do; nothing where no batch of requests is being executed."""
     rows = common.num_reqs
     no = lambda: np.zeros(rows, dtype=bool)
-    rings = RowRings(np.full(rows, -1, dtype=np.int32), no(), no(), np.ones(rows, dtype=np.float32), no(), no())
+    rings = RowRings(np.full(rows, -1, dtype=np.int32), no(), no(), np.ones(rows, dtype=np.float32), no(), no(), no())
     if _batch is not None:
         followed, verifying = _followed[_batch.runner], _batch.scheduled.scheduled_spec_decode_tokens
         for row, request in enumerate(_batch.inputs.req_ids):  # without the padding at the end
@@ -129,6 +133,8 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
                 rings.slack[row], rings.audited[row] = ask.slack, ask.audited
                 if ask.exact:
                     rings.ring[row], rings.skips[row] = OPTED_OUT, False
+            if followed.begun and request in followed.begun:
+                rings.ring[row], rings.begun[row] = OPTED_OUT, True
     return rings
 
 
@@ -187,7 +193,9 @@ def _make(runner) -> Followed | None:
     owners = None
     if served[0].state is not None:
         owners = RingOwners(served[0].state.store.rings, served[0].config.min_context, sizes, stages)
-    return Followed(owners, groups, layers[0], served[0].config)
+    transfer = runner.vllm_config.kv_transfer_config
+    begun = set() if transfer is not None and transfer.is_kv_transfer_instance else None
+    return Followed(owners, groups, layers[0], served[0].config, begun=begun)
 
 
 def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
@@ -209,6 +217,11 @@ def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
             ask = Ask(exact=True)
         if ask != NOTHING:
             asks[x.req_id] = ask
+    if followed.begun is not None:
+        computed = zip(going_on.req_ids, going_on.num_computed_tokens, strict=True)
+        resumed = [(request, n) for request, n in computed if request in going_on.resumed_req_ids]
+        begun = [(x.req_id, x.num_computed_tokens) for x in scheduled.scheduled_new_reqs] + resumed
+        followed.begun = {request for request, n in begun if n}
     if followed.owners is None:
         return
     arrived = [Arrival(x.req_id, x.num_computed_tokens, of_groups(x.block_ids)) for x in scheduled.scheduled_new_reqs]

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from vllm.config import AttentionConfig, VllmConfig
 from vllm.logger import init_logger
 
-from vllm_mac import capabilities
+from vllm_mac import capabilities, compilers
 from vllm_mac.config import FILE_KEY, RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.plugin import NAME
 
@@ -73,6 +73,7 @@ def check(vllm_config: VllmConfig, kv_cache_dtype: str = "auto") -> None:
     if found:
         reasons = "; ".join(f"{because}: {cure or f'leave {option} out'}" for because, cure in found)
         raise MacConfigError(f"{option} cannot serve this model as configured: {reasons}")
+    _warn_of_caches()
 
 
 def chosen_by(attention_config: AttentionConfig) -> str | None:
@@ -99,6 +100,8 @@ def refusals(
         return
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
     if capability is not None:
+        if not compilers.has_flashinfer():
+            yield "FlashInfer is not installed, which MAC needs on GPUs", compilers.FLASHINFER
         if reason := capabilities.refused_gpu(tuple(capability)):
             yield reason, None
         elif (
@@ -122,6 +125,8 @@ def refusals(
         dtype = "fp8"  # what vLLM's layers make of it
     served = capabilities.serves_kv_cache_dtype(dtype)
     rule = config.rule if config.enabled else "match"
+    if config.enabled and (refused := capabilities.refused_connector(vllm_config.kv_transfer_config, config.rule)):
+        yield refused
     if rule == "index":
         yield from _against_index(model, config, not served and bool(cache.kv_cache_dtype_skip_layers))
     # Which layers the list spares, they know.
@@ -177,14 +182,13 @@ def asked(vllm_config: VllmConfig) -> dict[str, bool]:
     import vllm.envs as envs
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    transfer, speculation = vllm_config.kv_transfer_config, vllm_config.speculative_config
+    speculation = vllm_config.speculative_config
     scheme = _kv_cache_scheme(vllm_config)
     return {
         "use_batch_invariant": envs.VLLM_BATCH_INVARIANT,
         "use_dcp": parallel.decode_context_parallel_size > 1,
         "use_pcp": parallel.prefill_context_parallel_size > 1,
         "use_adaptive_verification": speculation is not None and speculation.enable_adaptive_verification,
-        "use_kv_connector": transfer is not None and transfer.is_kv_transfer_instance,
         "use_mm_prefix": model.is_mm_prefix_lm,
         "use_non_causal": vllm_config.attention_config.use_non_causal,
         "use_per_head_quant_scales": scheme is not None and scheme.get("strategy") == "attn_head",
@@ -228,6 +232,17 @@ def _looks_like_ours(key: str) -> bool:
     return bool(re.match(r"mac([-_. ]|att)", key, re.IGNORECASE)) or bool(
         difflib.get_close_matches(key, KEYS, n=1, cutoff=0.85)
     )
+
+
+def _warn_of_caches() -> None:
+    """Kernels that are not compiled yet cannot be; those of an image that brings them all can be read."""
+    from vllm.platforms import current_platform
+
+    for cache in compilers.unwritable() if current_platform.is_cuda() else ():
+        logger.warning_once(
+            "%s keeps the kernels that it compiles in %s, which cannot be written: those that are not there cannot be "
+            "compiled. Set %s to a folder that can", cache.whose, cache.folder, cache.variable,
+        )  # fmt: skip
 
 
 def _warn_of_unread(keys: Mapping) -> None:

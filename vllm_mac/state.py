@@ -164,13 +164,14 @@ class IndexState:
 class Learning:
     """The row that the maps are learned from: its tokens `[begin, end)` of the batch, the last of `length`.
 
-    blocks: `[*]` int32, its block table.
+    blocks: `[*]` int32, its block table. before: tokens of the row that the maps were learned from until now.
     """
 
     begin: int
     end: int
     length: int
     blocks: Tensor
+    before: int = 0
 
 
 @dataclass(frozen=True, slots=True)

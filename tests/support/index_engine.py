@@ -49,9 +49,7 @@ def check_pages(llm) -> int:
     context = worker(llm).vllm_config.compilation_config.static_forward_context
     for layer in layers(llm):
         kv, maps = context[layer.name].kv_cache, layer.index.maps
-        _, heads, page, width = kv.shape
-        layout = PageLayout(heads, width // 2, page, maps.shift.shape[1], kv.itemsize)
-        codes, means = layout.views(kv)
+        codes, means = PageLayout.of(kv, maps).views(kv)
         for one in pages:
             code, mean = encode(*kv[one].chunk(2, -1), maps)
             assert torch.equal(codes[one], code), f"{layer.name}: codes of page {one}"

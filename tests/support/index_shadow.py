@@ -4,7 +4,8 @@
         run_schedule(llm, events)
     watch.worst, watch.looked ...
 
-Every row of every layer is checked as it passes, and that each of its complete pages holds the codes of its keys.
+Every row of every layer is checked as it passes, and that each of its complete pages holds the codes of its keys. But for
+pages of a request in its first step, where a KV connector may have written them: such a row is to be read whole.
 """
 
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from vllm_mac.key_index import PageLayout, encode
 class Watch:
     rows: int = 0  # that decoded one token or verified speculated ones, over all layers
     tokens: int = 0  # of them
+    first: int = 0  # of them, those of requests in their first step, whose prefix a KV connector may have loaded
     looked: int = 0  # of them, those that looked up the index
     undecided: int = 0  # of them, those with a token whose share is within rounding of the threshold
     read: int = 0  # KV tokens that decoding had to read
@@ -59,13 +61,16 @@ def index_shadow(llm, opted_out=()):
         if metadata is not None and impl.mac.served:
             begin, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
             for row, name in enumerate(batch.names):
+                first = name in (requests._followed[runner].begun or ())
                 tokens, blocks = slice(begin[row], begin[row + 1]), metadata.block_table[row]
-                whole = name.rpartition("-")[0] in opted_out
-                if begin[row + 1] - begin[row] == 1 or name in batch.verifying:
+                whole, one = first or name.rpartition("-")[0] in opted_out, begin[row + 1] - begin[row] == 1
+                watch.first += first and one
+                if one or name in batch.verifying:
                     _check(watch, impl, query[tokens], kv_cache, blocks, output[tokens], lengths[row], whole)
                 else:
                     _check_chunk(watch, query[tokens], kv_cache, blocks, output[tokens], lengths[row])
-                _check_pages(watch, impl, kv_cache, blocks[: lengths[row] // kv_cache.shape[2]])
+                if not first:
+                    _check_pages(watch, impl, kv_cache, blocks[: lengths[row] // kv_cache.shape[2]])
         return result
 
     cpu.MacCPUImpl.forward, kv_group.Group.step = watched, watched_step
@@ -77,15 +82,10 @@ def index_shadow(llm, opted_out=()):
             del runner.prepare_inputs
 
 
-def _layout(impl, kv) -> PageLayout:
-    _, kv_heads, page, width = kv.shape
-    return PageLayout(kv_heads, width // 2, page, impl.mac.index.maps.shift.shape[1], kv.itemsize)
-
-
 def _check_pages(watch, impl, kv, pages) -> None:
     """That complete pages hold the codes of their keys. Speculated tokens may complete one; it is written anew if they go."""
     maps = impl.mac.index.maps
-    codes, means = _layout(impl, kv).views(kv)
+    codes, means = PageLayout.of(kv, maps).views(kv)
     for block in pages.tolist() if maps.ready else ():
         code, mean = encode(*kv[block].chunk(2, -1), maps)
         assert torch.equal(codes[block], code) and torch.equal(means[block], mean.to(means.dtype))
@@ -99,7 +99,8 @@ def _check_chunk(watch, query, kv, blocks, output, length: int) -> None:
 
 
 def _check(watch, impl, query, kv, blocks, output, length: int, whole: bool) -> None:
-    maps, config, layout, count = impl.mac.index.maps, impl.mac.config, _layout(impl, kv), len(query)
+    maps, config, count = impl.mac.index.maps, impl.mac.config, len(query)
+    layout = PageLayout.of(kv, maps)
     case = Case(
         (length,), layout.kv_heads, query.shape[1] // layout.kv_heads, layout.head_size, page=layout.page,
         tolerance=config.tolerance, sink=max(config.sink, 16), band=config.band, min_context=config.min_context,

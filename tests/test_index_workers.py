@@ -1,0 +1,29 @@
+"""With `rule: index`, two workers: each has half of the heads, or half of the layers, and maps of its own."""
+
+import pytest
+
+from support import engine as harness
+from support.engine import Add, mac_counters
+from support.index_engine import CONFIG
+from support.scenarios import text
+
+pytestmark = pytest.mark.cpu
+NEW, LAYERS, HEADS = 12, 2, 8
+EVENTS = [Add(3 * i, name, text(name, length), NEW) for i, (name, length) in enumerate({"a": 290, "b": 170}.items())]
+
+
+@pytest.fixture(scope="module")
+def exact(model):
+    with harness.engine(model) as llm:
+        return harness.run_schedule(llm, EVENTS).tokens
+
+
+@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_workers_say_what_one_says(model, exact, monkeypatch, split):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    options = {split: 2, "distributed_executor_backend": "mp", "worker_extension_cls": "support.workers.Extension"}
+    with harness.engine(model, "v1", "MAC", {"mac": CONFIG | {"tolerance": 0.0}}, **options) as llm:
+        llm.collective_rpc("make_room")
+        assert harness.run_schedule(llm, EVENTS).tokens == exact
+        counted = mac_counters(llm)
+    assert counted["hit"] == len(EVENTS) * (NEW - 1) * LAYERS * HEADS and counted["skipped"] == 0 < counted["read"]

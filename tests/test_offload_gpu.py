@@ -1,0 +1,59 @@
+"""On a GPU, with `rule: index`: what vLLM's own CPU offload loads is indexed anew, in full CUDA graphs too.
+
+python -m pytest tests/test_offload_gpu.py -m gpu
+"""
+
+import pytest
+import torch
+from byte_model import write_model, write_tokenizer
+
+from support import engine as harness
+from support.engine import Add
+from support.index_engine import cached_pages, counts, layers
+from support.scenarios import text
+from vllm_mac.kernels.encode import encode
+from vllm_mac.key_index import PageLayout
+
+pytestmark = pytest.mark.gpu
+NEW = 24
+PROMPTS = {name: text(name, length) for name, length in {"a": 2100, "b": 1500, "c": 900}.items()}
+CONFIG = {"rule": "index", "index_size": 48, "min_context": 256, "band": 64, "tolerance": 1.0}
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_model(path)
+    write_tokenizer(path)
+    return path
+
+
+def events() -> list[Add]:
+    return [Add(4 * i, name, prompt, NEW) for i, (name, prompt) in enumerate(PROMPTS.items())]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("simple", [False, True])
+def test_what_native_offload_loads_is_indexed(model, monkeypatch, simple, eager):
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", str(int(simple)))
+    graphs = {} if eager else {"compilation_config": GRAPHS}
+    with harness.engine(
+        model, "v2", "MAC", {"mac": CONFIG}, chunk=4096, prefix_caching=True, max_model_len=4096, dtype="bfloat16",
+        block_size=64, memory=256 << 20, enforce_eager=eager, kv_offloading_size=1.0, **graphs,
+    ) as llm:  # fmt: skip
+        harness.run_schedule(llm, events())
+        # The GPU's prefix cache is empty now, and its pages get the index of other keys.
+        harness.run_schedule(llm, [Add(0, "teacher", text("teacher", 3000), 1)])
+        before = counts(llm)
+        run = harness.run_schedule(llm, events())
+        assert all(run.cached[name] > 0.8 * len(prompt) for name, prompt in PROMPTS.items()), run.cached
+        assert counts(llm)["SKIPPED"] > before["SKIPPED"] and counts(llm)["HIT"] > before["HIT"]
+        pages = cached_pages(llm)
+        assert len(pages) > 50
+        for layer in layers(llm):
+            layout = PageLayout.of(layer.cache, layer.index.maps)
+            codes, means = layout.views(layer.cache)
+            found = codes[pages].clone(), means[pages].clone()
+            encode(layer.cache, None, layout, layer.index.maps)
+            assert torch.equal(found[0], codes[pages]) and torch.equal(found[1], means[pages]), layer.name
