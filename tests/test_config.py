@@ -468,7 +468,7 @@ def test_describe_is_one_line_with_every_key_that_the_rule_reads():
     assert line.endswith('layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}')
     assert all((f" {key}=" in line) == (key not in OF_INDEX) for key in DEFAULTS if key not in ("enabled", "layers"))
     assert resolve({}, {}).describe() == (
-        "enabled=true rule=index tolerance=1.5 index_size=null band=256 sink=0 min_context=8192 layers.include=null "
+        "enabled=true rule=index tolerance=0.7 index_size=null band=256 sink=0 min_context=8192 layers.include=null "
         "layers.exclude=[]"
     )
 

@@ -123,7 +123,7 @@ class MacConfig(_Section):
         "reusing what a query like this one read (match, the paper's).",
     )
     tolerance: float = Field(
-        1.5,
+        0.7,
         ge=0,
         description="index: a key is read where it gets this many times the attention of an average key, or more; "
         "0 reads all.",
