@@ -202,6 +202,16 @@ def weigh_kernel(
 
 
 @triton.jit
+def _weighed(p_pair_lse2, nw, o_q, m_q, C: tl.constexpr, BNW: tl.constexpr):
+    """The base-2 LSE `[BQ]` that the `nw` programs of `weigh_kernel` found together; 0 for columns without a query."""
+    o_nw = tl.arange(0, BNW)
+    mask = (o_nw < nw)[:, None] & m_q[None, :]
+    parts = tl.load(p_pair_lse2 + o_nw[:, None] * C + o_q[None, :], mask=mask, other=float("-inf"))  # [BNW, BQ]
+    peak = tl.where(m_q, tl.max(parts, 0), 0.0)
+    return peak + tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - peak[None, :]), 0), 1.0))
+
+
+@triton.jit
 def _attend(q, key, value, mask, log2_scale, peak, total, acc, DOT: tl.constexpr):
     """A partial result with the tokens of a block: key, value `[BT, BD]`, those of `mask`. q: `[BD, BQ]`. total: `[BT, BQ]`."""
     score = tl.dot(key.to(DOT), q, input_precision="ieee") * log2_scale  # [BT, BQ]
@@ -249,6 +259,7 @@ def look_kernel(
     p_row_table = p_table + i_row * s_table_row
     p_list = p_slots + i_part * room * 16
     p_pair_words = p_words + i_bk * s_words
+    p_pair_lse2 = p_lse2 + i_bk * nw * C
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -257,18 +268,13 @@ def look_kernel(
 
     # 2. Mark its tokens to read, and add up what the others weigh. Sums over `RUN` tokens stay within a warp.
     looked = end > BEGIN
-    lse2 = tl.zeros([BQ], tl.float32)
     rest, rest_acc = tl.zeros([SPAN // RUN, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
     listed_count = tl.zeros((), tl.int32)
     if looked:
         p_pair = p_narrow + i_bk * (4 * BN * BQ) + o_n[:, None] * (2 * BQ) + tl.arange(0, 2 * BQ)[None, :]
         narrow_low, narrow_high = tl.load(p_pair), tl.load(p_pair + 2 * BN * BQ)
         factor, constant = tl.load(p_scale + i_bk * (2 * BQ) + o_q), tl.load(p_scale + i_bk * (2 * BQ) + BQ + o_q)
-        o_nw = tl.arange(0, BNW)
-        p_parts = p_lse2 + (i_bk * nw + o_nw[:, None]) * C + o_q[None, :]
-        parts = tl.load(p_parts, mask=(o_nw < nw)[:, None] & m_q[None, :], other=float("-inf"))  # [BNW, BQ]
-        lse2 = tl.where(m_q, tl.max(parts, 0), 0.0)
-        lse2 += tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - lse2[None, :]), 0), 1.0))
+        lse2 = _weighed(p_pair_lse2, nw, o_q, m_q, C, BNW)
         n = m + 1 if T == 1 else m + 1 + o_q // G
         threshold = tl.where(m_q, log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ], of the share
         o_t, o_r, o_w = tl.arange(0, SPAN), tl.arange(0, SPAN // RUN), tl.arange(0, SPAN // 32)
@@ -323,15 +329,18 @@ def look_kernel(
     near = tl.where(looked, BEGIN + last - end, 0)
     near_begin, near_end = near * i_s // ns, near * (i_s + 1) // ns
 
-    # 3. Attend to the tokens: those of the list, which all columns see, then the others.
+    # 3. Attend to the tokens: those of the list, which all columns see; those of spans read whole; near ones.
     p_group_query = p_query + first_query * s_query_row + i_k * G * s_query_head
     o_query = query_at(o_q, s_query_row, s_query_head, G, T)
     q = tl.load(p_group_query + o_query[None, :] + o_d[:, None], mask=m_dq, other=0.0).to(DOT)  # [BD, BQ]
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
     o_j = tl.arange(0, BT)
+    # They begin with the rest of its spans, page by page. `total` is added up over tokens at the end only.
     peak = tl.full([BQ], float("-inf"), tl.float32)
-    total = tl.zeros([BT, BQ], tl.float32)  # added up over the tokens at the end only
-    acc = tl.zeros([BD, BQ], tl.float32)
+    if fits:  # anew, since registers are scarce before
+        peak = _weighed(p_pair_lse2, nw, o_q, m_q, C, BNW)
+    total = tl.where((o_j < tl.where(fits, 1, 0))[:, None], tl.sum(rest, 0)[None, :], 0.0)  # [BT, BQ]
+    acc = tl.where(fits, rest_acc, 0.0)  # [BD, BQ]
     for j in tl.range(0, of_list, BT, num_stages=READ_STAGES):
         m_t = j + o_j < of_list
         slot = tl.load(p_list + j + o_j, mask=m_t, other=0)  # [BT]
@@ -340,13 +349,19 @@ def look_kernel(
         key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
         value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
         peak, total, acc = _attend(q, key, value, m_t[:, None], log2_scale, peak, total, acc, DOT)
-    for j in tl.range(0, far + near_end - near_begin, BT, num_stages=READ_STAGES):
-        place = j + o_j
-        token = (place // SPAN * ns + i_s) * SPAN + place % SPAN
-        m_far = (place < far) & (token >= far_begin) & (token < far_end)
-        i_near = near_begin + place - far
-        token = tl.where(place < far, token, tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end))
-        m_t = m_far | ((place >= far) & (i_near < near_end))
+    for j in tl.range(0, far, BT, num_stages=READ_STAGES):
+        token = (j // SPAN * ns + i_s) * SPAN + j % SPAN + o_j
+        m_t = (token >= far_begin) & (token < far_end)
+        page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [BT]
+        p_token = p_head_kv + page * s_kv_page + token % PAGE * s_kv_token  # [BT]
+        m_td = m_t[:, None] & m_d[None, :]
+        key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
+        value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
+        m_seen = seen(m_t, token, m, o_q, G, T)
+        peak, total, acc = _attend(q, key, value, m_seen, log2_scale, peak, total, acc, DOT)
+    for j in tl.range(near_begin, near_end, BT, num_stages=READ_STAGES):
+        m_t = j + o_j < near_end
+        token = tl.where(j + o_j < BEGIN, j + o_j, j + o_j - BEGIN + end)
         page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [BT]
         p_token = p_head_kv + page * s_kv_page + token % PAGE * s_kv_token  # [BT]
         m_td = m_t[:, None] & m_d[None, :]
@@ -356,15 +371,7 @@ def look_kernel(
         peak, total, acc = _attend(q, key, value, m_seen, log2_scale, peak, total, acc, DOT)
     total = tl.sum(total, 0)  # [BQ]
 
-    # 4. Add the rest of its spans, page by page.
-    if fits:
-        new_peak = tl.maximum(peak, lse2)
-        shrink, grow = tl.exp2(peak - new_peak), tl.exp2(lse2 - new_peak)
-        peak = new_peak
-        total = total * shrink + tl.sum(rest, 0) * grow
-        acc = acc * shrink[None, :] + rest_acc * grow[None, :]
-
-    # 5. Leave the result to `merge_kernel`.
+    # 4. Leave the result to `merge_kernel`.
     tl.store(p_part + (i_part * C + o_q) * 2, peak, mask=m_q)
     tl.store(p_part + (i_part * C + o_q) * 2 + 1, total, mask=m_q)
     tl.store(p_part_acc + (i_part * C + o_q)[None, :] * D + o_d[:, None], acc, mask=m_dq)
