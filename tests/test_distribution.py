@@ -1,4 +1,4 @@
-"""What is distributed: a wheel and a source archive, built here, and the wheel installed into an environment of its own."""
+"""What is distributed: a wheel and a source archive, built here, and the wheel in an environment of its own."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""With `rule: index` and a KV connector: pages that came from outside are indexed anew before anything reads their index.
+"""With `rule: index` and a KV connector: pages from outside are indexed anew before anything reads their index.
 
 What a connector loads may have no index, or one of other maps. Blocks still hold the index of what was in them before.
 """

@@ -1,4 +1,4 @@
-"""Nothing that the project reads from a file can run code: no pickles, no YAML with objects, no `eval`; no shell either."""
+"""Nothing that the project reads from a file can run code: no pickles, no YAML with objects, no `eval`; no shell."""
 
 import ast
 

@@ -25,8 +25,8 @@ BLOCK_SIZES = {"cpu": 32, "cuda": 16}
 INDEX_BLOCK_SIZES = {"cpu": (32, 64, 128, 256), "cuda": (16, 32, 64)}
 # What VLLM_KV_CACHE_LAYOUT may be with `rule: index`: pages in one part, and those of other layers not between them.
 INDEX_LAYOUTS = ("LBNHC", "LBHNC", "NHD", "HND")
-# KV connectors that copy pages as they lie, with room behind their keys and values. NIXL's asserts that there is none; of
-# others nobody has shown it.
+# KV connectors that copy pages as they lie, with room behind their keys and values. NIXL's asserts that there is none;
+# of others nobody has shown it.
 CONNECTORS = (
     "DecodeBenchConnector", "ExampleConnector", "MultiConnector", "OffloadingConnector", "SimpleCPUOffloadConnector",
 )  # fmt: skip
@@ -270,7 +270,10 @@ def refused_index_size(index_size: int | None, head_size: int) -> str | None:
 
 
 def refused_connector(transfer, rule: str) -> tuple[str, str] | None:
-    """Why KV blocks that a connector fills are refused, and what to do; or None. transfer: vLLM's `KVTransferConfig` or None."""
+    """Why KV blocks that a connector fills are refused, and what to do; or None.
+
+    transfer: vLLM's `KVTransferConfig`, or None.
+    """
     if transfer is None or not transfer.is_kv_transfer_instance:
         return None
     chosen = [(transfer.kv_connector, transfer.kv_connector_module_path)]
@@ -286,8 +289,8 @@ def refused_connector(transfer, rule: str) -> tuple[str, str] | None:
     if not others:
         return None
     return (
-        f"kv_connector is {others[0]}, and rule: index takes one of {', '.join(CONNECTORS)}, which copy KV pages that have "
-        "room for an index",
+        f"kv_connector is {others[0]}, and rule: index takes one of {', '.join(CONNECTORS)}, which copy KV pages that "
+        "have room for an index",
         f"choose one of these, or {NO_CONNECTOR}",
     )
 

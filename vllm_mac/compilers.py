@@ -1,4 +1,4 @@
-"""What compiles kernels on a GPU, beside MAC itself: whether it is there, and may write where it keeps what it compiled."""
+"""What compiles kernels on a GPU: whether it is there, and may write where it keeps what it compiled."""
 
 import importlib.util
 import os
@@ -45,8 +45,8 @@ def explained() -> Iterator[None]:
     except Exception as error:
         cannot = "".join(f"; {x.folder} cannot be written, set {x.variable}" for x in unwritable())
         raise RuntimeError(
-            f"MAC's kernels cannot be compiled or launched here ({type(error).__name__}: {error}){cannot}. Without MAC: "
-            "leave --attention-backend MAC out"
+            f"MAC's kernels cannot be compiled or launched here ({type(error).__name__}: {error}){cannot}. "
+            "Without MAC: leave --attention-backend MAC out"
         ) from error
 
 

@@ -17,7 +17,7 @@ class Count(IntEnum):
     SHORT_CONTEXT = 2  # below `min_context`
     NO_RING = 3  # its request holds no ring
     OVER_BUDGET = 4  # the layer is over its `error_budget`
-    REQUEST = 5  # its request asked for exact decoding, whatever its length, or began with what a KV connector may have loaded
+    REQUEST = 5  # its request asked for exact decoding, or has just begun with what a KV connector may have loaded
     READ = 6  # KV tokens read
     SKIPPED = 7  # KV tokens that full attention would have read too
     NO_MAPS = 8  # with `rule: index`: no prompt was long enough yet to learn the index's maps from

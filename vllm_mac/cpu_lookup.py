@@ -19,7 +19,10 @@ def write(layer: IndexState, slots: Tensor, kv: Tensor, layout: PageLayout) -> N
 
 
 def learn(layer: IndexState, learning: Learning, query: Tensor, kv: Tensor, layout: PageLayout) -> bool:
-    """Set the layer's maps, and index all pages anew; False where the row teaches none. query: `[N, H, D]` of the whole batch."""
+    """Set the layer's maps, and index all pages anew; False where the row teaches none.
+
+    query: `[N, H, D]` of the whole batch.
+    """
     own = query[learning.begin : learning.end]
     learned = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length)
     if learned:

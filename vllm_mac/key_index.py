@@ -165,7 +165,9 @@ def best_maps(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int) -> bool:
-    """Set the maps by a row of `length` tokens, if they are finite: see `Maps.set`. query: `[n, H, D]`, of the row's last tokens, after RoPE.
+    """Set the maps by a row of `length` tokens, if they are finite: see `Maps.set`.
+
+    query: `[n, H, D]`, of the row's last tokens, after RoPE.
 
     kv: `[blocks, K, P, 2 D]`. blocks: the row's block table.
     """

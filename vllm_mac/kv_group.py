@@ -87,8 +87,8 @@ class Group:
         self._holder.learned = int(self._holder.learned / GROWTH)
 
     def learned_nothing(self, learning: Learning) -> None:
-        """A layer's queries or keys of that row are no finite numbers: the maps are as before, and the next row that is worth
-        it teaches them."""
+        """A layer's queries or keys of that row are no finite numbers: its maps are as before, and the next row that is
+        worth it teaches them."""
         self._holder.learned = learning.before
         logger.warning_once("MAC learns nothing from a prompt whose queries or keys are not finite numbers")
 
@@ -103,9 +103,9 @@ class Group:
     ) -> None:  # fmt: skip
         """Index the pages of rows that began in the step before, and note those of rows that begin in this one.
 
-        A KV connector may have written them, so they may have no index, or one of other maps. While a step is planned it
-        may still write, and where a whole step is one CUDA graph nothing of MAC's runs between its last write and the
-        first attention. So such a row is read whole in its first step, and indexed before the second.
+        A KV connector may have written them, so they may have no index, or one of other maps. While a step is planned
+        it may still write, and where a whole step is one CUDA graph nothing of MAC's runs between its last write and
+        the first attention. So such a row is read whole in its first step, and indexed before the second.
 
         begun: `[B]` bool, see `RowRings`. begin, length: as `learning.choose` takes them. block_table: `[B, *]`.
         write: indexes the pages of a layer's cache of which slots `[n]` int64 are the last: `(layer, slots, cache)`.

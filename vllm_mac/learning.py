@@ -48,9 +48,9 @@ def host_lengths(common: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarra
 
 
 def warn_of_none(begin: np.ndarray, length: np.ndarray, rows: list[int], least: int) -> None:
-    """Say once that nothing is estimated yet, where one of `rows` is long enough and computes too little to learn from."""
+    """Say once that nothing is estimated yet, where one of `rows` is long enough and computes too little to teach."""
     if any(length[row] >= least and begin[row + 1] - begin[row] < LEAST_QUERIES for row in rows):
         logger.warning_once(
-            "MAC has no maps of the index yet, and a long prompt came out of a cache: maps are learned from a prompt of which "
-            "%d tokens or more are computed here. Until then everything is read", LEAST_QUERIES,
+            "MAC has no maps of the index yet, and a long prompt came out of a cache: maps are learned from a prompt "
+            "of which %d tokens or more are computed here. Until then everything is read", LEAST_QUERIES,
         )  # fmt: skip

@@ -77,8 +77,10 @@ class LookupDecoder:
         look_up(rows, query, kv, self.layout, layer.maps, self.rule, self._work, (out, layer.counts))
 
     def learn(self, layer: IndexState, learning: Learning, query: Tensor, kv: Tensor) -> bool:
-        """Set the layer's maps, and index all pages anew; False where the row teaches none. query: `[N, H, D]` of the whole
-        batch."""
+        """Set the layer's maps, and index all pages anew; False where the row teaches none.
+
+        query: `[N, H, D]` of the whole batch.
+        """
         own = query[learning.begin : learning.end]
         learned = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length)
         if learned:

@@ -2,9 +2,10 @@
 
     kv_transfer_config=Connector.config("layers", 200)
 
-sync: pages are loaded before the step that first needs them. layers: each layer's, when its attention asks for them, after
-the step's own keys were written. async: two steps after a request asked for them, which waits meanwhile. fails: as sync,
-but for the first request that asks the pages from the third on hold other numbers, and are reported. late: the same as async.
+sync: pages are loaded before the step that first needs them. layers: each layer's, when its attention asks for them,
+after the step's own keys were written. async: two steps after a request asked for them, which waits meanwhile. fails: as
+sync, but for the first request that asks the pages from the third on hold other numbers, and are reported. late: the
+same as async.
 """
 
 from dataclasses import dataclass, field
