@@ -27,7 +27,7 @@ from vllm_mac.counters import Count
 from vllm_mac.key_index import Maps, directions
 from vllm_mac.ring import ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
-from vllm_mac.state import MOST_COLUMNS, IndexRule, IndexState, LayerState, RingStore
+from vllm_mac.state import IndexRule, IndexState, LayerState, RingStore, most_columns
 from vllm_mac.totals import allocate
 
 logger = init_logger("vllm.mac")
@@ -180,8 +180,8 @@ def at_once(layer: MacLayer) -> int:
     if speculation is None or layer.settings.rule != "index":
         return 1
     tokens = 1 + (speculation.num_speculative_tokens or 0)
-    fits = not current_platform.is_cuda() or layer.num_heads // layer.num_kv_heads * tokens <= MOST_COLUMNS
-    return tokens if fits else 1
+    columns = layer.num_heads // layer.num_kv_heads * tokens
+    return tokens if not current_platform.is_cuda() or columns <= most_columns(layer.head_size) else 1
 
 
 def too_small_to_index(head_size: int, index_size: int | None) -> bool:
@@ -252,8 +252,9 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     for error, names in unknown.items():
         logger.warning("MAC leaves %s exact: %s", ", ".join(names), error)
     if vllm_config.speculative_config is not None and any(at_once(layer) == 1 for layer in served):
+        most = most_columns(served[0].head_size)
         of_index = (
-            f": more than {MOST_COLUMNS} heads of a group times tokens of a step" if config.rule == "index" else ""
+            f": query heads of a KV head, times tokens of a step, exceed {most}" if config.rule == "index" else ""
         )
         logger.warning("MAC leaves steps that verify speculated tokens exact%s", of_index)
     reasons = exact_reasons(layers)

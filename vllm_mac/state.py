@@ -16,7 +16,12 @@ from vllm_mac.key_index import Maps
 from vllm_mac.rope import Rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_COLUMNS = 32  # heads of a group times tokens of a row that GPUs decode at once by index: registers hold no more
+
+
+def most_columns(head_size: int) -> int:
+    """Heads of a group times tokens of a row that GPUs decode at once by index, where there are several: registers hold no
+    more."""
+    return 32 if head_size <= 128 else 8
 
 
 @dataclass(frozen=True, slots=True)
