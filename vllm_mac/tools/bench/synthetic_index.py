@@ -27,7 +27,10 @@ from vllm_mac.tools.bench.synthetic_step import DecodeStep, Shape, compare
 if TYPE_CHECKING:
     from vllm_mac.kernels.lookup_work import LookupWork
 
-CHOSEN, WEIGHTY = 0.13, 0.7  # about what a group's heads chose of 30,000 tokens of a real model, at the default tolerance
+CHOSEN, WEIGHTY = (
+    0.13,
+    0.7,
+)  # about what a group's heads chose of 30,000 tokens of a real model, at the default tolerance
 SHARPEST = 8.0  # of logits, a standard deviation; short rows reach it
 LAST_SPREAD = 0.02  # of keys in the last direction, as a share of the first one's
 STAGES = ("weigh", "look", "merge")  # the kernels of a step, in order
