@@ -7,7 +7,7 @@ from vllm_mac.config import MIN_CONTEXTS, MacConfig, MacConfigError, only_of, re
 DEFAULTS = {
     "enabled": True,
     "rule": "index",
-    "tolerance": 1.5,
+    "tolerance": 0.7,
     "index_size": None,
     "window": 512,
     "band": 256,
