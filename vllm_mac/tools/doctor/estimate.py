@@ -12,7 +12,7 @@ With `rule: index` there are no rings, and hits have no rate:
     MAC            in layers that use MAC, each row reads READ of the KV tokens, and at least band + sink
     index          in these layers, each row reads the index of the whole context
 
-READ is an assumption: about what two models read in simulations, above their index, at 30,000 tokens.
+READ is an assumption: about what a model of 1.5B parameters read, above its index, of source files of 30,000 tokens.
 
 Assumptions: the rows of a batch have one length; each layer has the same hit rate; the match is LAG tokens back; rows
 without a ring decode exactly, and so do contexts below min_context. Kernel launches, sampling and the host are left
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from vllm_mac.tools.doctor.model import Examined
 
 LAG = 64  # tokens; the benchmarks' mean lag
-READ = 0.10  # of the KV tokens; see above
+READ = 0.15  # of the KV tokens; see above
 PAYS = 1.05  # below it, the launches that are left out decide
 
 

@@ -165,7 +165,7 @@ def _show_estimates(rows: list[dict], bandwidth: dict, console: Console) -> None
         )  # fmt: skip
     console.print(table)
     if index:
-        what = f"The index is read, and {READ:.0%} of the KV tokens, which is an assumption measured on two models"
+        what = f"The index is read, and {READ:.0%} of the KV tokens, which is an assumption measured on one model"
         yours = "share of KV tokens read: kind=read of vllm_mac_kv_tokens_total over its sum, which includes the index."
     else:
         what, yours = f"A hit reads band + {LAG} tokens", "hit rate: outcome=hit of vllm_mac_heads_total over its sum."
