@@ -1,10 +1,10 @@
 """Decode by the index of keys. `lookup.decode` is the oracle; see there for the rule.
 
-Three launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `look_kernel` estimates them one by one,
-lists those that weigh enough, reads them, and adds the others by the mean values of their pages. `merge_kernel` in
-`lookup_merge` merges. The spans of `SPAN` tokens of a (row, KV head) pair go round among its `ns` programs of `look_kernel`. Tokens
-are the rows of blocks and heads their columns: Hopper's tensor cores take 64 rows at once, and 8 columns. A row that decodes
-several tokens has the heads of each as columns, see `lookup_merge`.
+Three launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `look_kernel` estimates them one by one, marks
+those that weigh enough, adds the others by the mean values of their pages, lists what is marked and reads it.
+`merge_kernel` in `lookup_merge` merges. The spans of `SPAN` tokens of a (row, KV head) pair go round among its `ns`
+programs of `look_kernel`. Tokens are the rows of blocks and heads their columns: Hopper's tensor cores take 64 rows at
+once, and 8 columns. A row that decodes several tokens has the heads of each as columns, see `lookup_merge`.
 """
 
 import math
@@ -177,7 +177,7 @@ def weigh_kernel(
     total = tl.sum(total, 0) * ((end - BEGIN).to(tl.float32) / sampled.to(tl.float32))
     # Where estimates reach far, all that were sampled may be lost below `base`; near tokens never are.
     sample_lse2 = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    # Near tiles: [0, BEGIN), then [end, last). The last programs have the first ones, since the first have pieces of the sample.
+    # Near tiles: [0, BEGIN), then [end, last). The first programs have pieces of the sample, so the last ones begin.
     last = m + count
     peak, total = sample_lse2, tl.where(total > 0, 1.0, 0.0)
     o_tile = tl.arange(0, TILE)
@@ -408,7 +408,8 @@ def launches(
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
     begin = -(-rule.sink // TILE_TOKENS) * TILE_TOKENS
     everywhere = dict(
-        p_query=query, p_position=rows.position, p_begin=rows.begin, p_ring=rows.ring, p_ready=maps.ready, p_table=rows.block_table,
+        p_query=query, p_position=rows.position, p_begin=rows.begin, p_ring=rows.ring, p_ready=maps.ready,
+        p_table=rows.block_table,
         p_kv=kv, p_codes=codes.view(torch.int8), p_lse2=work.lse2, p_narrow=work.narrow, p_scale=work.scale,
         s_query_row=s_query[0], s_query_head=s_query[1], s_table_row=rows.block_table.stride(0),
         s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_code_page=codes.stride(0),

@@ -52,7 +52,7 @@ def query_at(o_q, s_query_row, s_query_head, G: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def seen(m_t, token, m, o_q, G: tl.constexpr, T: tl.constexpr):
-    """Which columns attend to which tokens, `[BT, BQ]`, or `[BT, 1]` where all columns do: those up to their own. m_t: `[BT]`."""
+    """Which columns attend to which tokens, `[BT, BQ]`, or `[BT, 1]` where all do: those up to their own. m_t: `[BT]`."""
     mask = m_t[:, None]
     if T > 1:
         mask &= token[:, None] <= m + (o_q // G)[None, :]
@@ -62,7 +62,8 @@ def seen(m_t, token, m, o_q, G: tl.constexpr, T: tl.constexpr):
 @triton.jit(do_not_specialize=("ns",))
 def merge_kernel(
     p_position, p_begin, p_ring, p_ready, p_out, p_counters, p_part, p_part_acc, p_read, s_out_row, s_out_head, ns,
-    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
     INDEX_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BNS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip

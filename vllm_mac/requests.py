@@ -44,11 +44,14 @@ class Batch:
 
 @dataclass
 class Followed:
-    """What is kept of a runner. owners: None where no layer has rings. groups: the KV-cache groups with a layer
-    that MAC runs. layer: one of its layers. settings: the configuration of one of those that MAC runs. asks: what running requests asked
-    for, of those that asked for something. prompts: how many tokens the prompt of each running request has. begun: where a
-    KV connector may have written pages, the requests that begin in this step, or begin again, with tokens that are
-    computed already; None where there is no connector."""
+    """What is kept of a runner.
+
+    owners: None where no layer has rings. groups: the KV-cache groups with a layer that MAC runs. layer: one of its
+    layers. settings: the configuration of one of those that MAC runs. asks: what running requests asked for, of those
+    that asked for something. prompts: how many tokens the prompt of each running request has. begun: where a KV connector
+    may have written pages, the requests that begin in this step, or begin again, with tokens that are computed already;
+    None where there is no connector.
+    """
 
     owners: RingOwners | None
     groups: tuple[int, ...]
