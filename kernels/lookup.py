@@ -431,9 +431,9 @@ def launches(
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
         BT=tuning.block if d <= 128 else tuning.block // 2, BW=tuning.words, BNW=power_of_two(tuning.most),
         LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
-        # 32 columns spill with fewer warps. Before sm90 8 do so too, or without a limit, and more than 8 with one.
-        num_warps=tuning.warps * (4 if width >= 32 else wider) if work.pdl else 8,
-        maxnreg=tuning.registers if d <= 128 and (work.pdl or width == 8) else None,
+        # Registers spill otherwise. Before sm90 8 columns need more warps and a limit, more of them more warps and none.
+        num_warps=tuning.warps * wider if work.pdl else 8,
+        maxnreg=tuning.registers if d <= 128 and (width < 32 if work.pdl else width == 8) else None,
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
     )  # fmt: skip
     yield "look"

@@ -31,7 +31,7 @@ class Tuning:
     weighers_per_sm: int = 4
     most: int = 64
     block: int = 32
-    words: int = 16
+    words: int = 8
     warps: int = 4
     weigh_stages: int = 4
     list_stages: int = 2
