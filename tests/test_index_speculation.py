@@ -128,7 +128,7 @@ def test_about_as_many_speculated_tokens_are_accepted(model, near_twin):
     """Steps for the same number of tokens, beside those of exact attention. The texts are not the same."""
     speculated, steps = {"method": "draft_model", "model": near_twin, "num_speculative_tokens": 3}, {}
     for backend in (None, "MAC"):
-        config = {"mac": {"min_context": 64, "band": 16}}
+        config = {"mac": {"min_context": 64, "band": 16, "tolerance": 1.5}}
         with harness.engine(
             model, "v2", backend, config if backend else None, rule=None, chunk=1024, speculative_config=speculated
         ) as llm:
