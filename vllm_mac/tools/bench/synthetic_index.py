@@ -27,10 +27,8 @@ from vllm_mac.tools.bench.synthetic_step import DecodeStep, Shape, compare
 if TYPE_CHECKING:
     from vllm_mac.kernels.lookup_work import LookupWork
 
-CHOSEN, WEIGHTY = (
-    0.13,
-    0.7,
-)  # about what a group's heads chose of 30,000 tokens of a real model, at the default tolerance
+# About what a group's heads chose of 30,000 tokens of a real model, at the default tolerance.
+CHOSEN, WEIGHTY = 0.13, 0.7
 SHARPEST = 8.0  # of logits, a standard deviation; short rows reach it
 LAST_SPREAD = 0.02  # of keys in the last direction, as a share of the first one's
 STAGES = ("weigh", "look", "merge")  # the kernels of a step, in order
@@ -175,9 +173,11 @@ def tokens_read(step: IndexStep) -> list[int]:
         step.decode(layer)
         got = layer.counts.tolist()
         read.append(got[Count.READ] if step.looked_up else everything)
-        # A group that reads more than there is, the index counted, skips nothing; others may skip.
-        least, skipped = max(everything - read[-1], 0), got[Count.SKIPPED]
-        skipped = skipped if least <= skipped <= everything else least
+        # A group that reads all and its index skips nothing, rather than less than nothing: at most the index is missing.
+        rest, skipped = everything - read[-1], got[Count.SKIPPED]
+        layout = shape.page_layout
+        index = everything * layout.index_bytes // layout.kv_bytes if step.looked_up else 0
+        skipped = skipped if max(rest, 0) <= skipped <= rest + index else max(rest, 0)
         wanted = {outcome: shape.batch * shape.heads, Count.READ: read[-1], Count.SKIPPED: skipped}
         wanted = [wanted.get(count, 0) for count in Count]
         if got != wanted:
