@@ -26,6 +26,7 @@ from vllm_mac.counters import PREFILLED
 from vllm_mac.decoder import Decoder
 from vllm_mac.index_pages import indexing
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
+from vllm_mac.key_index import LEAST_QUERIES
 from vllm_mac.kv_group import Group
 from vllm_mac.layers import MacLayer, at_once, index_rule, mac_layers
 from vllm_mac.learning import host_lengths, of_batch
@@ -186,12 +187,14 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             )  # fmt: skip
         real = not capture and executing()
         if isinstance(decoder, LookupDecoder):
-            count = np.diff(common.query_start_loc_cpu.numpy()[: decodes + 1])
-            several = bool((count > 1).any())
-            learning = self._look(decoder, common, count) if real else None
+            count = None  # where all rows that decode have one token each
+            if common.max_query_len > 1:
+                count = np.diff(common.query_start_loc_cpu.numpy()[: decodes + 1])
+                count = count if (count > 1).any() else None
+            learning = self._look(decoder, common, decodes, count) if real else None
             if not real:
                 decoder.position.fill_(-1)
-            metadata.step = LookupStep(decoder, decoder.rows(table, several), rest, learning)
+            metadata.step = LookupStep(decoder, decoder.rows(table, count is not None), rest, learning)
             return metadata
         rows = decoder.rows(table)
         if real:
@@ -231,23 +234,30 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self._write("spared", np.where(rings.audited, 0, -1).astype(np.int32))
         return seeding
 
-    def _look(self, decoder: LookupDecoder, common: CommonAttentionMetadata, count: np.ndarray) -> Learning | None:
+    def _look(
+        self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int, count: np.ndarray | None
+    ) -> Learning | None:
         """Write what the rows of a batch of requests do into the decoder's buffers; choose what maps are learned from.
 
-        count: `[decodes]`, tokens of each row that decodes. Unlike lengths the host knows them always.
+        count: `[decodes]`, tokens of each row that decodes, None for one each. Unlike lengths the host knows them always.
+
+        The GPU may wait for this before every step: where all rows decode a token, little is done.
         """
-        decodes, rings = len(count), row_rings(common)
+        rings = row_rings(common)
         ring, length, position = rings.ring[:decodes], common.seq_lens[:decodes], decoder.position[:decodes]
-        if (count > 1).any():
+        if count is None:
+            torch.sub(length, 1, out=position)
+        else:
             begin = common.query_start_loc[: decodes + 1]
             decoder.begin[: decodes + 1].copy_(begin)
             torch.sub(length, begin.diff().clamp(min=1), out=position)
             ring = np.where((count > 1) & ~rings.verifies[:decodes], np.int32(PREFILLED), ring)
-        else:
-            position.copy_(length - 1)
         self._write("ring", ring)
-        write = lambda layer, slots, cache: decoder.write(layer.index, slots, cache)
-        self.group.index_begun(rings.begun, *host_lengths(common), common.block_table_tensor, write)
+        if self.group.begun is not None or rings.begun.any():
+            write = lambda layer, slots, cache: decoder.write(layer.index, slots, cache)
+            self.group.index_begun(rings.begun, *host_lengths(common), common.block_table_tensor, write)
+        if common.max_query_len < LEAST_QUERIES:
+            return None
         learning = of_batch(common, decodes, decoder.learned, self.config.min_context)
         if learning is not None:
             decoder.learned = learning.length
@@ -280,7 +290,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     def _write(self, name: str, array: np.ndarray) -> None:
         """Copy what the rows' requests ask for to the front of the decoder's buffer of that name, where it differs."""
         written = self._written[name][: len(array)]
-        if not np.array_equal(written, array):
+        if written.tobytes() != array.tobytes():
             written[:] = array
             getattr(self.decoder, name)[: len(array)].copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
 

@@ -67,7 +67,7 @@ class Group:
             layer.group = self
         self.decoder = None  # on GPUs, what decodes for these layers
         self.learned = 0  # on CPUs, tokens of the row that maps of the index were learned from
-        self._begun: Tensor | None = None  # see `index_begun`
+        self.begun: Tensor | None = None  # slots that `index_begun` noted in the step before
         self._device = device
         self._table: RingTable | None = None
         audited = {layer.name: layer.state for layer in self.layers if layer.audited is not None}
@@ -111,16 +111,16 @@ class Group:
         write: indexes the pages of a layer's cache of which slots `[n]` int64 are the last: `(layer, slots, cache)`.
         """
         layers = [layer for layer in self.layers if layer.index is not None]
-        if self._begun is not None:
+        if self.begun is not None:
             for layer in layers:
-                write(layer, self._begun, layer.cache)
-            self._begun = None
+                write(layer, self.begun, layer.cache)
+            self.begun = None
         rows = np.flatnonzero(begun).tolist()
         if not rows:
             return
         page = layers[0].cache.shape[2]
         pages = torch.cat([block_table[row, : int(length[row]) // page] for row in rows]).long()
-        self._begun = pages * page + page - 1
+        self.begun = pages * page + page - 1
         if not self._holder.learned:
             warn_of_none(begin, length, rows, layers[0].config.min_context)
 
@@ -183,6 +183,9 @@ class Group:
         if common.seq_lens_cpu_upper_bound is None:
             return
         length = common.seq_lens_cpu_upper_bound.numpy()[: common.num_reqs]
+        if common.max_query_len == 1:  # rows of no token are padding, of length 0
+            self._tally(length, np.minimum(length, 1))
+            return
         count = np.diff(common.query_start_loc_cpu.numpy()[: len(length) + 1])
         decodes = (count > 0) & (count <= most) & (length > 0)
         self._tally(length[decodes], count[decodes])

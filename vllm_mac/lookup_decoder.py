@@ -59,10 +59,10 @@ class LookupDecoder:
 
         several: some of them decode several tokens, `Geometry.at_once` at most.
         """
-        n = len(block_table)
-        unused = self.position[:n]
+        n = block_table.shape[0]
+        position = self.position[:n]
         begin = self.begin[: n + 1] if several else None
-        return Rows(self.position[:n], self.ring[:n], unused, unused, block_table, begin)
+        return Rows(position, self.ring[:n], position, position, block_table, begin)
 
     def write(self, layer: IndexState, slots: Tensor, kv: Tensor) -> None:
         """Index the pages of which `slots` `[n]` int64 holds the last slot, after keys and values were written."""

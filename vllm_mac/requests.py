@@ -128,6 +128,8 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
     rings = RowRings(np.full(rows, -1, dtype=np.int32), no(), no(), np.ones(rows, dtype=np.float32), no(), no(), no())
     if _batch is not None:
         followed, verifying = _followed[_batch.runner], _batch.scheduled.scheduled_spec_decode_tokens
+        if followed.owners is None and not (verifying or followed.asks or followed.begun):
+            return rings  # as of almost all steps by index
         for row, request in enumerate(_batch.inputs.req_ids):  # without the padding at the end
             if followed.owners is not None:
                 rings.ring[row], rings.fresh[row] = followed.owners.ring(request)
