@@ -29,6 +29,7 @@ from vllm_mac.state import IndexRule, Rows
 
 TILE, PIECE, SAMPLE = tl.constexpr(TILE_TOKENS), tl.constexpr(lookup.PIECE), tl.constexpr(lookup.SAMPLE)
 HALF_LEVEL = tl.constexpr(key_index.HALF_LEVEL)
+MERGED = 32  # numbers of an output that one program merges
 RUN = tl.constexpr(16)  # tokens, the rows of a warp in Hopper's products; every page size is a multiple
 
 
@@ -96,14 +97,6 @@ def _estimated(narrow_low, narrow_high, factor, constant, codes):
 
 
 @triton.jit
-def _own(token, i_s, ns, SPAN: tl.constexpr):
-    """How many of the tokens `[0, token)` are in the spans of program `i_s`."""
-    span = token // SPAN
-    whole = (span - i_s + ns - 1) // ns  # of its spans so many end there, for `i_s < ns`
-    return whole * SPAN + tl.where(span % ns == i_s, token % SPAN, 0)
-
-
-@triton.jit
 def _words(marked, RUN: tl.constexpr):
     """Bits of a span's tokens, `[SPAN]` int32 of 0 and 1, in words of 32 that each have two runs: see `_place`."""
     SPAN: tl.constexpr = marked.shape[0]
@@ -150,6 +143,13 @@ def weigh_kernel(
         return
     first, count = tokens_of(p_begin, i_row, T)
     m_q = o_q < G * count
+    p_own_lse2 = p_lse2 + ((i_row * K + i_k) * nw + i_s) * (G * T) + o_q
+    # Near tiles: [0, BEGIN), then [end, last). The first programs have pieces of the sample, so the last ones begin.
+    last, first_tile = m + count, nw - 1 - i_s
+    tiles = tl.cdiv(last - end, TILE) + BEGIN // TILE
+    if (i_s * PIECE * SAMPLE >= end) & (first_tile >= tiles):
+        tl.store(p_own_lse2, tl.full([BQ], float("-inf"), tl.float32), mask=m_q)
+        return
     m_dq = m_d[:, None] & m_q[None, :]
     p_group_query = p_query + first * s_query_row + i_k * G * s_query_head
     p_row_table = p_table + i_row * s_table_row
@@ -177,12 +177,10 @@ def weigh_kernel(
     total = tl.sum(total, 0) * ((end - BEGIN).to(tl.float32) / sampled.to(tl.float32))
     # Where estimates reach far, all that were sampled may be lost below `base`; near tokens never are.
     sample_lse2 = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    # Near tiles: [0, BEGIN), then [end, last). The first programs have pieces of the sample, so the last ones begin.
-    last = m + count
     peak, total = sample_lse2, tl.where(total > 0, 1.0, 0.0)
     o_tile = tl.arange(0, TILE)
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
-    for i in range(nw - 1 - i_s, tl.cdiv(last - end, TILE) + BEGIN // TILE, nw):
+    for i in range(first_tile, tiles, nw):
         token = tl.where(i < BEGIN // TILE, i * TILE, end + (i - BEGIN // TILE) * TILE) + o_tile
         m_t = token < last
         page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [TILE]
@@ -198,17 +196,21 @@ def weigh_kernel(
         total = total * tl.exp2(peak - least) + tl.sum(tl.exp2(score - least[None, :]), 0)
         peak = new_peak
     lse2 = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    tl.store(p_lse2 + ((i_row * K + i_k) * nw + i_s) * (G * T) + o_q, lse2, mask=m_q)
+    tl.store(p_own_lse2, lse2, mask=m_q)
 
 
 @triton.jit
-def _weighed(p_pair_lse2, nw, o_q, m_q, C: tl.constexpr, BNW: tl.constexpr):
-    """The base-2 LSE `[BQ]` that the `nw` programs of `weigh_kernel` found together; 0 for columns without a query."""
+def _least(
+    p_pair_lse2, nw, m, log2_tolerance, o_q, m_q, G: tl.constexpr, T: tl.constexpr, BNW: tl.constexpr
+):  # fmt: skip
+    """The score `[BQ]`, base 2, from which tokens are read: `tolerance / n` of what the `nw` programs of `weigh_kernel` found."""
     o_nw = tl.arange(0, BNW)
     mask = (o_nw < nw)[:, None] & m_q[None, :]
-    parts = tl.load(p_pair_lse2 + o_nw[:, None] * C + o_q[None, :], mask=mask, other=float("-inf"))  # [BNW, BQ]
+    parts = tl.load(p_pair_lse2 + o_nw[:, None] * (G * T) + o_q[None, :], mask=mask, other=float("-inf"))  # [BNW, BQ]
     peak = tl.where(m_q, tl.max(parts, 0), 0.0)
-    return peak + tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - peak[None, :]), 0), 1.0))
+    lse2 = peak + tl.log2(tl.where(m_q, tl.sum(tl.exp2(parts - peak[None, :]), 0), 1.0))
+    n = m + 1 if T == 1 else m + 1 + o_q // G
+    return lse2 + log2_tolerance - tl.log2(n.to(tl.float32))
 
 
 @triton.jit
@@ -226,22 +228,23 @@ def _attend(q, key, value, mask, log2_scale, peak, total, acc, DOT: tl.constexpr
     return new_peak, total, acc
 
 
-@triton.jit(do_not_specialize=("s_table_row", "room", "s_words", "ns", "nw"))
+@triton.jit(do_not_specialize=("s_table_row", "s_words", "ns", "nw"))
 def look_kernel(
     p_query, p_position, p_begin, p_ring, p_ready, p_table, p_kv, p_codes, p_means, p_lse2, p_narrow, p_scale,
     p_slots, p_words, p_part, p_part_acc, p_read,
     s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page, s_words,
-    room, ns, nw, log2_scale, log2_tolerance,
+    ns, nw, log2_scale, log2_tolerance,
     K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr,
-    BT: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
+    ROOM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+    BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
     LIST_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: the partial result over its tokens, see `partial`, and how many of them it read.
 
-    Its tokens are those of its spans, and where the row is looked up a share of the near ones instead of those in its
-    spans. room: 1/16 of the slots that a program's list in `p_slots` holds; where they are not enough, its spans are
-    read whole. nw: programs of `weigh_kernel`. p_words: `[pairs, spans, SPAN / 32]`, bits of the tokens to read.
+    Its tokens are those of its spans, and a share of the near ones; of a row read whole all are near. ROOM: slots that
+    its list in `p_slots` holds. nw: programs of `weigh_kernel`. p_words: `[pairs, spans, SPAN / 32]`, bits of the tokens
+    to read.
     """
     # 1. The row. What `weigh_kernel` did not write may be read before it ends.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -257,7 +260,7 @@ def look_kernel(
     i_bk = i_row * K + i_k
     i_part = i_bk * ns + i_s
     p_row_table = p_table + i_row * s_table_row
-    p_list = p_slots + i_part * room * 16
+    p_list = p_slots + i_part * ROOM
     p_pair_words = p_words + i_bk * s_words
     p_pair_lse2 = p_lse2 + i_bk * nw * C
     if PDL:
@@ -266,17 +269,17 @@ def look_kernel(
     if m < 0:
         return
 
-    # 2. Mark its tokens to read, and add up what the others weigh. Sums over `RUN` tokens stay within a warp.
     looked = end > BEGIN
+
+    # 2. Mark its tokens to read, and add up what the others weigh. Sums over `RUN` tokens stay within a warp.
     rest, rest_acc = tl.zeros([SPAN // RUN, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
-    listed_count = tl.zeros((), tl.int32)
     if looked:
         p_pair = p_narrow + i_bk * (4 * BN * BQ) + o_n[:, None] * (2 * BQ) + tl.arange(0, 2 * BQ)[None, :]
         narrow_low, narrow_high = tl.load(p_pair), tl.load(p_pair + 2 * BN * BQ)
         factor, constant = tl.load(p_scale + i_bk * (2 * BQ) + o_q), tl.load(p_scale + i_bk * (2 * BQ) + BQ + o_q)
-        lse2 = _weighed(p_pair_lse2, nw, o_q, m_q, C, BNW)
-        n = m + 1 if T == 1 else m + 1 + o_q // G
-        threshold = tl.where(m_q, log2_tolerance - tl.log2(n.to(tl.float32)), float("inf"))  # [BQ], of the share
+        # Shares are relative to those from which tokens are listed; no column without a query lists any.
+        least = _least(p_pair_lse2, nw, m, log2_tolerance, o_q, m_q, G, T, BNW)
+        constant = tl.where(m_q, constant - least, float("-inf"))
         o_t, o_r, o_w = tl.arange(0, SPAN), tl.arange(0, SPAN // RUN), tl.arange(0, SPAN // 32)
         p_head_codes = p_codes + i_k * PAGE * HALF
         for t in tl.range(i_s * SPAN, end, ns * SPAN, num_stages=LIST_STAGES):
@@ -290,75 +293,72 @@ def look_kernel(
             run_page = tl.load(p_row_table + run // PAGE, mask=m_r, other=0).to(tl.int64)  # [SPAN / RUN]
             p_mean = p_means + (run_page * s_mean_page + i_k * D)[:, None] + o_d[None, :]
             mean = tl.load(p_mean, mask=m_r[:, None] & m_d[None, :], other=0.0)  # [SPAN / RUN, BD]
-            share = _estimated(narrow_low, narrow_high, factor, constant - lse2, codes)  # log2
+            share = _estimated(narrow_low, narrow_high, factor, constant, codes)  # log2
             share = tl.where(m_t[:, None], share, float("-inf"))
-            listed = tl.max((share >= threshold[None, :]).to(tl.int32), 1)
+            listed = tl.max((share >= 0).to(tl.int32), 1)
             tl.store(p_pair_words + t // 32 + o_w, _words(listed, RUN))
-            left = tl.where((listed == 0)[:, None], tl.exp2(share), 0.0)  # [SPAN, BQ]
+            left = tl.exp2(tl.where((listed == 0)[:, None], share, float("-inf")))  # [SPAN, BQ]
             weight = tl.sum(tl.reshape(left, (SPAN // RUN, RUN, BQ)), 1)
             rest += weight
             weight = weight.to(mean.dtype).to(DOT)
             rest_acc = tl.dot(tl.trans(mean.to(DOT)), weight, rest_acc, input_precision="ieee")  # [BD, BQ]
         tl.debug_barrier()  # what threads marked, others read
-        # List their slots, `BW` words at once.
-        spans = tl.maximum(tl.cdiv(tl.cdiv(end, SPAN) - i_s, ns), 0)
-        OF_SPAN: tl.constexpr = SPAN // 32  # words
-        for w in tl.range(0, spans * OF_SPAN, BW, num_stages=1):
-            i_word = w + tl.arange(0, BW)
-            first = (i_word // OF_SPAN * ns + i_s) * SPAN
-            word = tl.load(p_pair_words + first // 32 + i_word % OF_SPAN, mask=i_word < spans * OF_SPAN, other=0)
-            o_bit = tl.arange(0, 32)
-            marked = tl.reshape((word[:, None] >> o_bit[None, :]) & 1, (BW * 32,))
-            token = first[:, None] + _place(i_word[:, None] % OF_SPAN, o_bit[None, :], RUN)
-            token = tl.reshape(token, (BW * 32,))
-            at = listed_count + tl.cumsum(marked, 0) - 1
-            m_at = (marked != 0) & (at < room * 16)
-            page = tl.load(p_row_table + token // PAGE, mask=m_at, other=0)
-            tl.store(p_list + at, page * PAGE + token % PAGE, mask=m_at)
-            listed_count += tl.sum(marked, 0)
-        tl.debug_barrier()  # what threads listed, others read
-    # Where a list does not hold them, all tokens of its spans that are not near; of a row read whole, all.
-    fits = looked & (listed_count <= room * 16)
-    of_list = tl.where(fits, listed_count, 0)
-    far, far_begin, far_end = tl.zeros((), tl.int32), BEGIN, end
-    if not looked:
-        far_begin, far_end = 0, last
-    if not fits:
-        far = tl.maximum(tl.cdiv(tl.cdiv(far_end, SPAN) - i_s, ns), 0) * SPAN
-        listed_count = _own(far_end, i_s, ns, SPAN) - _own(far_begin, i_s, ns, SPAN)
-    near = tl.where(looked, BEGIN + last - end, 0)
-    near_begin, near_end = near * i_s // ns, near * (i_s + 1) // ns
 
-    # 3. Attend to the tokens: those of the list, which all columns see; those of spans read whole; near ones.
+    # 3. Read what is marked: list the slots of as many as the list holds, `BW` words at once, and attend to them.
     p_group_query = p_query + first_query * s_query_row + i_k * G * s_query_head
     o_query = query_at(o_q, s_query_row, s_query_head, G, T)
     q = tl.load(p_group_query + o_query[None, :] + o_d[:, None], mask=m_dq, other=0.0).to(DOT)  # [BD, BQ]
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
-    o_j = tl.arange(0, BT)
-    # They begin with the rest of its spans, page by page. `total` is added up over tokens at the end only.
+    near = tl.where(looked, BEGIN + last - end, last)  # of a row read whole all tokens are near
+    near_begin, near_end = near * i_s // ns, near * (i_s + 1) // ns
+    read = near_end - near_begin
+    o_j, o_bit = tl.arange(0, BT), tl.arange(0, 32)
+    # The result begins with the others, page by page. `total` is added up over tokens at the end only.
     peak = tl.full([BQ], float("-inf"), tl.float32)
-    if fits:  # anew, since registers are scarce before
-        peak = _weighed(p_pair_lse2, nw, o_q, m_q, C, BNW)
-    total = tl.where((o_j < tl.where(fits, 1, 0))[:, None], tl.sum(rest, 0)[None, :], 0.0)  # [BT, BQ]
-    acc = tl.where(fits, rest_acc, 0.0)  # [BD, BQ]
-    for j in tl.range(0, of_list, BT, num_stages=READ_STAGES):
-        m_t = j + o_j < of_list
-        slot = tl.load(p_list + j + o_j, mask=m_t, other=0)  # [BT]
-        p_token = p_head_kv + (slot // PAGE).to(tl.int64) * s_kv_page + slot % PAGE * s_kv_token
-        m_td = m_t[:, None] & m_d[None, :]
-        key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
-        value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
-        peak, total, acc = _attend(q, key, value, m_t[:, None], log2_scale, peak, total, acc, DOT)
-    for j in tl.range(0, far, BT, num_stages=READ_STAGES):
-        token = (j // SPAN * ns + i_s) * SPAN + j % SPAN + o_j
-        m_t = (token >= far_begin) & (token < far_end)
-        page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [BT]
-        p_token = p_head_kv + page * s_kv_page + token % PAGE * s_kv_token  # [BT]
-        m_td = m_t[:, None] & m_d[None, :]
-        key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
-        value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
-        m_seen = seen(m_t, token, m, o_q, G, T)
-        peak, total, acc = _attend(q, key, value, m_seen, log2_scale, peak, total, acc, DOT)
+    if looked:  # anew, since registers are scarce before
+        peak = _least(p_pair_lse2, nw, m, log2_tolerance, o_q, m_q, G, T, BNW)
+    total = tl.where((o_j == 0)[:, None], tl.sum(rest, 0)[None, :], 0.0)  # [BT, BQ]
+    acc = rest_acc  # [BD, BQ]
+    OF_SPAN: tl.constexpr = SPAN // 32  # words
+    w, words = 0, tl.maximum(tl.cdiv(tl.cdiv(end, SPAN) - i_s, ns), 0) * OF_SPAN
+    going_on = looked
+    while going_on:
+        listed_count = tl.zeros((), tl.int32)
+        while (w < words) & (listed_count <= ROOM - BW * 32):
+            i_word = w + tl.arange(0, BW)
+            first = (i_word // OF_SPAN * ns + i_s) * SPAN
+            word = tl.load(p_pair_words + first // 32 + i_word % OF_SPAN, mask=i_word < words, other=0)
+            marked = tl.reshape((word[:, None] >> o_bit[None, :]) & 1, (BW * 32,))
+            token = first[:, None] + _place(i_word[:, None] % OF_SPAN, o_bit[None, :], RUN)
+            token = tl.reshape(token, (BW * 32,))
+            page = tl.load(p_row_table + token // PAGE, mask=marked != 0, other=0)
+            at = listed_count + tl.cumsum(marked, 0) - 1
+            tl.store(p_list + at, page * PAGE + token % PAGE, mask=marked != 0)
+            listed_count += tl.sum(marked, 0)
+            w += BW
+        read += listed_count
+        going_on = w < words
+        if (T == 1) & (listed_count + near_end - near_begin <= ROOM) & (w >= words):  # near ones too: all columns see them
+            for i in tl.range(near_begin, near_end, BW * 32, num_stages=1):
+                i_near = i + tl.arange(0, BW * 32)
+                token = tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end)
+                page = tl.load(p_row_table + token // PAGE, mask=i_near < near_end, other=0)
+                p_at = p_list + listed_count + i_near - near_begin
+                tl.store(p_at, page * PAGE + token % PAGE, mask=i_near < near_end)
+            listed_count += near_end - near_begin
+            near_begin = near_end
+        tl.debug_barrier()  # what threads listed, others read
+        for j in tl.range(0, listed_count, BT, num_stages=READ_STAGES):
+            m_t = j + o_j < listed_count
+            slot = tl.load(p_list + j + o_j, mask=m_t, other=0)  # [BT]
+            p_token = p_head_kv + (slot // PAGE).to(tl.int64) * s_kv_page + slot % PAGE * s_kv_token
+            m_td = m_t[:, None] & m_d[None, :]
+            key = tl.load(p_token[:, None] + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
+            value = tl.load(p_token[:, None] + D + o_d[None, :], mask=m_td, other=0.0)  # [BT, BD]
+            peak, total, acc = _attend(q, key, value, m_t[:, None], log2_scale, peak, total, acc, DOT)
+        tl.debug_barrier()  # before they list others
+
+    # 4. Attend to near tokens.
     for j in tl.range(near_begin, near_end, BT, num_stages=READ_STAGES):
         m_t = j + o_j < near_end
         token = tl.where(j + o_j < BEGIN, j + o_j, j + o_j - BEGIN + end)
@@ -371,11 +371,11 @@ def look_kernel(
         peak, total, acc = _attend(q, key, value, m_seen, log2_scale, peak, total, acc, DOT)
     total = tl.sum(total, 0)  # [BQ]
 
-    # 4. Leave the result to `merge_kernel`.
+    # 5. Leave the result to `merge_kernel`.
     tl.store(p_part + (i_part * C + o_q) * 2, peak, mask=m_q)
     tl.store(p_part + (i_part * C + o_q) * 2 + 1, total, mask=m_q)
     tl.store(p_part_acc + (i_part * C + o_q)[None, :] * D + o_d[:, None], acc, mask=m_dq)
-    tl.store(p_read + i_part, listed_count + near_end - near_begin)
+    tl.store(p_read + i_part, read)
 
 
 def look_up(
@@ -427,7 +427,7 @@ def launches(
     look_kernel[(ns, kv_heads, count)](
         **everywhere, **parts, p_means=means, p_slots=work.slots, p_words=work.words,
         s_mean_page=means.stride(0), s_words=work.words.stride(0), ns=ns, SPAN=SPAN,
-        room=work.slots.numel() // (count * kv_heads * ns) // 16,
+        ROOM=work.slots.shape[1],
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
         BT=tuning.block if d <= 128 else tuning.block // 2, BW=tuning.words, BNW=power_of_two(tuning.most),
         LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
@@ -437,10 +437,10 @@ def launches(
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
     )  # fmt: skip
     yield "look"
-    shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT BD PDL launch_pdl".split()
-    merge_kernel[(heads * at_once, count)](
+    shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT PDL launch_pdl".split()
+    merge_kernel[(heads * at_once, count, triton.cdiv(d, MERGED))](
         **{name: everywhere[name] for name in shared if name in everywhere}, **parts, ns=ns, p_out=out, p_counters=counts,
         s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,
-        BI=32, BNS=power_of_two(tuning.most), num_warps=4,
+        BD=MERGED, BNS=power_of_two(tuning.most), num_warps=4,
     )  # fmt: skip
     yield "merge"

@@ -64,20 +64,22 @@ def merge_kernel(
     p_position, p_begin, p_ring, p_ready, p_out, p_counters, p_part, p_part_acc, p_read, s_out_row, s_out_head, ns,
     K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
-    INDEX_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BNS: tl.constexpr,
-    PDL: tl.constexpr,
+    INDEX_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, BD: tl.constexpr, BNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program `(i_h, i_row)`: the output of a head of the results of its group's programs, `BI` at once; counts.
+    """Program `(i_h, i_row, i_d)`: `BD` numbers of a head's output, of the results of its group's programs; counts.
 
-    The heads of a row's first token come first, then those of the next.
+    The heads of a row's first token come first, then those of the next. What is left of a head is so little that one
+    program loads all of it at once, `[BNS, BD]`.
     """
-    if PDL:
-        gdc_wait()
+    # What the kernels in front do not write may be read before they end.
     i_h, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     m = tl.load(p_position + i_row).to(tl.int32)
+    ring, ready = tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready)
+    first, count = tokens_of(p_begin, i_row, T)
+    if PDL:
+        gdc_wait()
     if m < 0:
         return
-    first, count = tokens_of(p_begin, i_row, T)
     i_t = 0
     if T > 1:
         i_t, i_h = i_h // (K * G), i_h % (K * G)
@@ -85,28 +87,19 @@ def merge_kernel(
             return
     i_bk, i_g = i_row * K + i_h // G, i_t * G + i_h % G
     C: tl.constexpr = G * T
-    o_d, o_i, o_ns = tl.arange(0, BD), tl.arange(0, BI), tl.arange(0, BNS)
-    p_peak = p_part + (i_bk * ns * C + i_g) * 2
-    peaks = tl.load(p_peak + o_ns * C * 2, mask=o_ns < ns, other=float("-inf"))  # [BNS]
-    totals = tl.load(p_peak + o_ns * C * 2 + 1, mask=o_ns < ns, other=0.0)  # [BNS]
-    peak = tl.max(peaks, 0)
-    total = tl.sum(tl.exp2(peaks - peak) * totals, 0)
-    acc = tl.zeros([BD], tl.float32)
-    for i in range(0, ns, BI):
-        o_part = i + o_i
-        m_i = o_part < ns
-        weight = tl.exp2(tl.load(p_peak + o_part * C * 2, mask=m_i, other=float("-inf")) - peak)  # [BI]
-        p_acc = p_part_acc + ((i_bk * ns + o_part) * C + i_g)[:, None] * D + o_d[None, :]
-        part = tl.load(p_acc, mask=m_i[:, None] & (o_d < D)[None, :], other=0.0)  # [BI, BD]
-        acc += tl.sum(weight[:, None] * part, 0)
-    p_row_out = p_out + (first + i_t) * s_out_row
-    tl.store(p_row_out + i_h * s_out_head + o_d, (acc / total).to(p_out.dtype.element_ty), mask=o_d < D)
-    counted = i_g == 0
+    o_d, o_ns = tl.program_id(2) * BD + tl.arange(0, BD), tl.arange(0, BNS)
+    m_ns, i_part = o_ns < ns, (i_bk * ns + o_ns) * C + i_g
+    peaks = tl.load(p_part + i_part * 2, mask=m_ns, other=float("-inf"))  # [BNS]
+    totals = tl.load(p_part + i_part * 2 + 1, mask=m_ns, other=0.0)  # [BNS]
+    part = tl.load(p_part_acc + i_part[:, None] * D + o_d[None, :], mask=m_ns[:, None] & (o_d < D)[None, :], other=0.0)
+    weight = tl.exp2(peaks - tl.max(peaks, 0))
+    out = tl.sum(weight[:, None] * part, 0) / tl.sum(weight * totals, 0)  # [BD]
+    tl.store(p_out + (first + i_t) * s_out_row + i_h * s_out_head + o_d, out.to(p_out.dtype.element_ty), mask=o_d < D)
+    counted = (i_g == 0) & (tl.program_id(2) == 0)
     if T > 1:
-        counted &= tl.load(p_ring + i_row) != PREFILLED
+        counted &= ring != PREFILLED
     if counted:  # The index counts as the tokens that have as many bytes.
         n = m + 1
-        ring, ready = tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready)
         end = indexed_end(m, ring, ready, BAND, BEGIN, MIN_CONTEXT)
         exact = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, tl.where(ready != 0, HIT, NO_MAPS))
         kind = tl.where(ring == OPTED_OUT, REQUEST, exact)

@@ -23,7 +23,8 @@ class Tuning:
     """How the work is split.
 
     per_sm, weighers_per_sm: programs of `look_kernel` and of `weigh_kernel` for each SM. most: programs of one (row, KV
-    head) pair at most. block: tokens that are read at once. words: of 32 tokens, that are listed at once. The others are
+    head) pair at most. block: tokens that are read at once. slots: tokens that are listed before
+    they are read. words: of 32 tokens, that are listed at once. The others are
     launch options.
     """
 
@@ -31,6 +32,7 @@ class Tuning:
     weighers_per_sm: int = 4
     most: int = 64
     block: int = 32
+    slots: int = 4096
     words: int = 8
     warps: int = 4
     weigh_stages: int = 4
@@ -43,7 +45,7 @@ class Tuning:
 class LookupWork:
     """What one step leaves for its later kernels, for all layers of one geometry.
 
-    slots: int32, the lists of all programs. words: int32, `[pairs, spans, SPAN / 32]`. read: int32, of each program.
+    slots: int32 `[programs, slots]`, the list of each program. words: int32, `[pairs, spans, SPAN / 32]`. read: int32, of each program.
     narrow: `[pairs, 2, BN, 2 BQ]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc:
     float32, of each program. programs, weighers: how many share a step in `look_kernel` and in `weigh_kernel`.
     at_once: `T` of steps in which rows decode several tokens.
@@ -63,8 +65,6 @@ class LookupWork:
     pdl: bool
     tuning: Tuning
 
-    MOST_SLOTS = 1 << 26
-
     @classmethod
     def allocate(cls, geometry: Geometry, directions: int, device, tuning: Tuning | None = None) -> "LookupWork":
         """For batches of at most `max_rows` rows, padding included, and an index of so many directions."""
@@ -81,7 +81,7 @@ class LookupWork:
             return torch.empty(shape, dtype=dtype, device=on)
 
         return cls(
-            slots=empty(min(max(pairs * tokens // 4, parts * 2048), cls.MOST_SLOTS), dtype=torch.int32),
+            slots=empty(parts, tuning.slots, dtype=torch.int32),
             words=empty(pairs, tokens // 32, dtype=torch.int32), read=empty(parts, dtype=torch.int32),
             narrow=empty(pairs, 2, narrow_width(directions), 2 * width, dtype=torch.int8), scale=empty(pairs, 2, width),
             lse2=empty(parts, columns), part=empty(parts, columns, 2),
