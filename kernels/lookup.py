@@ -3,8 +3,8 @@
 Three launches. `weigh_kernel` estimates what all tokens weigh, by a sample. `look_kernel` estimates them one by one, marks
 those that weigh enough, adds the others by the mean values of their pages, lists what is marked and reads it.
 `merge_kernel` in `lookup_merge` merges. The spans of `SPAN` tokens of a (row, KV head) pair go round among its `ns`
-programs of `look_kernel`. Tokens are the rows of blocks and heads their columns: Hopper's tensor cores take 64 rows at
-once, and 8 columns. A row that decodes several tokens has the heads of each as columns, see `lookup_merge`.
+programs of `look_kernel`, those of them that have work. Tokens are the rows of blocks and heads their columns: Hopper's
+tensor cores take 64 rows at once, and 8 columns. A row that decodes several tokens has the heads of each as columns.
 """
 
 import math
@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vllm_mac import key_index, lookup
 from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.launch import power_of_two
-from vllm_mac.kernels.lookup_merge import indexed_end, merge_kernel, query_at, seen, tokens_of
+from vllm_mac.kernels.lookup_merge import indexed_end, merge_kernel, programs_of, query_at, seen, tokens_of
 from vllm_mac.kernels.lookup_work import DOT_TYPES, LookupWork, narrow_width
 from vllm_mac.kernels.partial import LOG2_E
 from vllm_mac.key_index import Maps, PageLayout
@@ -263,13 +263,12 @@ def look_kernel(
     p_list = p_slots + i_part * ROOM
     p_pair_words = p_words + i_bk * s_words
     p_pair_lse2 = p_lse2 + i_bk * nw * C
+    looked, ns = end > BEGIN, programs_of(ns, end, last, BEGIN, SPAN)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if m < 0:
+    if (m < 0) | (i_s >= ns):
         return
-
-    looked = end > BEGIN
 
     # 2. Mark its tokens to read, and add up what the others weigh. Sums over `RUN` tokens stay within a warp.
     rest, rest_acc = tl.zeros([SPAN // RUN, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
@@ -441,6 +440,6 @@ def launches(
     merge_kernel[(heads * at_once, count, triton.cdiv(d, MERGED))](
         **{name: everywhere[name] for name in shared if name in everywhere}, **parts, ns=ns, p_out=out, p_counters=counts,
         s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,
-        BD=MERGED, BNS=power_of_two(tuning.most), num_warps=4,
+        SPAN=SPAN, BD=MERGED, BNS=power_of_two(tuning.most), num_warps=4,
     )  # fmt: skip
     yield "merge"

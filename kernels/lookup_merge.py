@@ -30,6 +30,13 @@ def indexed_end(m, ring, ready, BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CON
 
 
 @triton.jit
+def programs_of(ns, end, last, BEGIN: tl.constexpr, SPAN: tl.constexpr):
+    """How many of a pair's `ns` programs of `look_kernel` have work: each one span, or of rows read whole one tile, at least."""
+    units = tl.where(end > BEGIN, tl.cdiv(end, SPAN), tl.cdiv(last, TILE))
+    return tl.minimum(ns, tl.maximum(units, 1))
+
+
+@triton.jit
 def tokens_of(p_begin, i_row, T: tl.constexpr):
     """Where a row's tokens begin among all queries, and how many there are. p_begin: see `state.Rows`; None where `T` is 1."""
     if T == 1:
@@ -63,7 +70,7 @@ def seen(m_t, token, m, o_q, G: tl.constexpr, T: tl.constexpr):
 def merge_kernel(
     p_position, p_begin, p_ring, p_ready, p_out, p_counters, p_part, p_part_acc, p_read, s_out_row, s_out_head, ns,
     K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-    BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
+    BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr,
     INDEX_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, BD: tl.constexpr, BNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_h, i_row, i_d)`: `BD` numbers of a head's output, of the results of its group's programs; counts.
@@ -87,8 +94,10 @@ def merge_kernel(
             return
     i_bk, i_g = i_row * K + i_h // G, i_t * G + i_h % G
     C: tl.constexpr = G * T
+    end = indexed_end(m, ring, ready, BAND, BEGIN, MIN_CONTEXT)
+    some = programs_of(ns, end, m + count, BEGIN, SPAN)
     o_d, o_ns = tl.program_id(2) * BD + tl.arange(0, BD), tl.arange(0, BNS)
-    m_ns, i_part = o_ns < ns, (i_bk * ns + o_ns) * C + i_g
+    m_ns, i_part = o_ns < some, (i_bk * ns + o_ns) * C + i_g
     peaks = tl.load(p_part + i_part * 2, mask=m_ns, other=float("-inf"))  # [BNS]
     totals = tl.load(p_part + i_part * 2 + 1, mask=m_ns, other=0.0)  # [BNS]
     part = tl.load(p_part_acc + i_part[:, None] * D + o_d[None, :], mask=m_ns[:, None] & (o_d < D)[None, :], other=0.0)
@@ -100,10 +109,9 @@ def merge_kernel(
         counted &= ring != PREFILLED
     if counted:  # The index counts as the tokens that have as many bytes.
         n = m + 1
-        end = indexed_end(m, ring, ready, BAND, BEGIN, MIN_CONTEXT)
         exact = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, tl.where(ready != 0, HIT, NO_MAPS))
         kind = tl.where(ring == OPTED_OUT, REQUEST, exact)
-        read = tl.sum(tl.load(p_read + i_bk * ns + o_ns, mask=o_ns < ns, other=0), 0).to(tl.int64)
+        read = tl.sum(tl.load(p_read + i_bk * ns + o_ns, mask=m_ns, other=0), 0).to(tl.int64)
         read += (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES
         tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64) * count, sem="relaxed")
         tl.atomic_add(p_counters + READ, read, sem="relaxed")

@@ -29,8 +29,8 @@ class Tuning:
     """
 
     per_sm: int = 4
-    weighers_per_sm: int = 4
-    most: int = 64
+    weighers_per_sm: int = 2
+    most: int = 128
     block: int = 32
     slots: int = 4096
     words: int = 8

@@ -67,6 +67,7 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
     if want.begin == want.end:
         return ~found
     ns = work.splits(len(c.lengths) * c.kv_heads)
+    some = min(ns, -(-want.end // SPAN))  # others have nothing to do
     token = torch.arange(want.n)
     far = (token >= want.begin) & (token < want.end)
     near = (~far).nonzero()[:, 0]
@@ -77,10 +78,10 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
         marked = place[(work.words[pair].cpu()[: len(word), None] >> bit) & 1 != 0]
         found[head, marked] = True
         assert found[head].sum() == len(marked) and far[marked].all()
-        for program in range(ns):
+        for program in range(some):
             part = pair * ns + program
-            share = near[len(near) * program // ns : len(near) * (program + 1) // ns]
-            own = marked[marked // SPAN % ns == program]
+            share = near[len(near) * program // some : len(near) * (program + 1) // some]
+            own = marked[marked // SPAN % some == program]
             assert work.read[part] == len(own) + len(share)
             listed = own if c.tokens else torch.cat((own, share))  # of several tokens not all see all near ones
             if len(listed) <= work.slots.shape[1] - 32 * work.tuning.words:
