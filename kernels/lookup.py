@@ -271,7 +271,7 @@ def look_kernel(
         return
 
     # 2. Mark its tokens to read, and add up what the others weigh. Sums over `RUN` tokens stay within a warp.
-    rest, rest_acc = tl.zeros([SPAN // RUN, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
+    rest, rest_acc = tl.zeros([4, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
     if looked:
         p_pair = p_narrow + i_bk * (4 * BN * BQ) + o_n[:, None] * (2 * BQ) + tl.arange(0, 2 * BQ)[None, :]
         narrow_low, narrow_high = tl.load(p_pair), tl.load(p_pair + 2 * BN * BQ)
@@ -298,7 +298,7 @@ def look_kernel(
             tl.store(p_pair_words + t // 32 + o_w, _words(listed, RUN))
             left = tl.exp2(tl.where((listed == 0)[:, None], share, float("-inf")))  # [SPAN, BQ]
             weight = tl.sum(tl.reshape(left, (SPAN // RUN, RUN, BQ)), 1)
-            rest += weight
+            rest += tl.sum(tl.reshape(weight, (SPAN // RUN // 4, 4, BQ)), 0)  # the runs of each of a product's warps
             weight = weight.to(mean.dtype).to(DOT)
             rest_acc = tl.dot(tl.trans(mean.to(DOT)), weight, rest_acc, input_precision="ieee")  # [BD, BQ]
         tl.debug_barrier()  # what threads marked, others read
