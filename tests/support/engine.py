@@ -136,6 +136,9 @@ def engine(
     if runner not in RUNNERS:
         raise ValueError(f"runner: {runner!r}, choose from {RUNNERS}")
     os.environ.update(ENVIRONMENT, VLLM_USE_V2_MODEL_RUNNER=str(RUNNERS.index(runner)))
+    os.environ.pop(
+        "VLLM_CPU_KVCACHE_SPACE", None
+    )  # would come before `memory`, and every page costs time when maps change
     import torch
 
     torch.set_num_threads(1)  # vLLM replaces this function in its first engine

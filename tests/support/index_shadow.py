@@ -9,7 +9,7 @@ pages of a request in its first step, where a KV connector may have written them
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
@@ -31,6 +31,7 @@ class Watch:
     chunks: int = 0  # rows prefilled, of several tokens
     pages: int = 0  # complete pages whose index was compared
     worst: float = 0.0  # largest |engine - rule| over the largest |value|, but for rows undecided
+    kept: dict = field(default_factory=dict)  # {layer: its `_Pages`}
 
 
 @contextmanager
@@ -82,14 +83,40 @@ def index_shadow(llm, opted_out=()):
             del runner.prepare_inputs
 
 
+class _Pages:
+    """The pages of one layer as they were when their index was last compared: encoding all of them in every step is slow."""
+
+    def __init__(self, parts: list[torch.Tensor]):
+        self.kept, self.maps = [torch.zeros_like(part) for part in parts], []
+        self.compared = torch.zeros(len(parts[0]), dtype=torch.bool)
+
+    def changed(self, pages: torch.Tensor, parts: list[torch.Tensor], maps: list[torch.Tensor]) -> list[int]:
+        """Those of the pages of which a byte is another now, or all where the maps are; kept as they are now."""
+        if not self.maps or not all(map(torch.equal, self.maps, maps)):
+            self.maps = [x.clone() for x in maps]
+            self.compared.zero_()
+        same = self.compared[pages]
+        for part, kept in zip(parts, self.kept, strict=True):
+            same = same & (part[pages] == kept[pages]).flatten(1).all(1)
+        found = pages[~same]
+        for part, kept in zip(parts, self.kept, strict=True):
+            kept[found] = part[found]
+        self.compared[found] = True
+        return found.tolist()
+
+
 def _check_pages(watch, impl, kv, pages) -> None:
     """That complete pages hold the codes of their keys. Speculated tokens may complete one; it is written anew if they go."""
-    maps = impl.mac.index.maps
-    codes, means = PageLayout.of(kv, maps).views(kv)
-    for block in pages.tolist() if maps.ready else ():
+    maps, pages = impl.mac.index.maps, pages.long()
+    if not maps.ready or not len(pages):
+        return
+    codes, means = parts = PageLayout.of(kv, maps).views(kv)
+    if impl.mac.name not in watch.kept:
+        watch.kept[impl.mac.name] = _Pages([kv, *parts])
+    for block in watch.kept[impl.mac.name].changed(pages, [kv, *parts], [maps.to_key, maps.shift]):
         code, mean = encode(*kv[block].chunk(2, -1), maps)
         assert torch.equal(codes[block], code) and torch.equal(means[block], mean.to(means.dtype))
-        watch.pages += 1
+    watch.pages += len(pages)
 
 
 def _check_chunk(watch, query, kv, blocks, output, length: int) -> None:
