@@ -24,7 +24,10 @@ SMALL = {"threshold": 1.0, "window": 32, "band": 16, "min_context": 64}
 CONFIG = {"mac": SMALL} if BACKEND else {}
 HYBRID = ("gemma3",)
 # V2 hands a preempted request over as a new one.
-ON_V2 = {"llama": ("chunked17", "turns", "preempt", "preempt_answer", "mixed8"), "gemma3": ("chunked33", "prefix", "preempt")}
+ON_V2 = {
+    "llama": ("chunked17", "turns", "preempt", "preempt_answer", "mixed8"),
+    "gemma3": ("chunked33", "prefix", "preempt"),
+}
 WITHOUT_CACHING = "chunked33", "preempt", "preempt_all", "identical"
 # Two engines agree on logits to about 3e-5 here: a gap above this decides a token on any machine.
 CLEAR = 2e-4
