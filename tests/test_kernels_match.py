@@ -30,7 +30,7 @@ def test_float8_rings_saturate(pattern, device):
         ("absolute", 0.02, 0.2, "none", "all"),
     ],
 )
-@pytest.mark.parametrize("d", [32, 64, 96, 128])
+@pytest.mark.parametrize("d", [64, 96])
 def test_distance(distance, size, threshold, pattern, found, d, device):
     """Long queries of which a near one is planted, and short ones with none nearer than their size."""
     case = Case(d=d, size=size, pattern=pattern, rotary=d // 2, group=2)
@@ -38,9 +38,11 @@ def test_distance(distance, size, threshold, pattern, found, d, device):
     assert observed(Batch(case, settings, device).check()) == found
 
 
-@pytest.mark.parametrize("halves", [False, True])
-@pytest.mark.parametrize("d, lag_weight", [(64, 0.0), (64, 0.1), (128, 0.1), (128, 4.0)])
-@pytest.mark.parametrize("distance, ring_dtype", [("absolute", FP32), ("relative", FP8)])
+@pytest.mark.parametrize("distance, ring_dtype, d, lag_weight, halves", [
+    ("absolute", FP32, 64, 0.0, True), ("absolute", FP32, 64, 0.1, False), ("absolute", FP32, 128, 0.1, True),
+    ("absolute", FP32, 128, 4.0, False), ("relative", FP8, 64, 0.0, False), ("relative", FP8, 64, 0.1, True),
+    ("relative", FP8, 128, 0.1, False), ("relative", FP8, 128, 4.0, True),
+])  # fmt: skip
 def test_scan(distance, ring_dtype, d, lag_weight, halves, device):
     """Several blocks of entries, about half of them acceptable: which wins is a matter of the score."""
     case = Case(lengths=(140, 190), pattern="none", ring_dtype=ring_dtype, d=d, group=2, rotary=0)
@@ -108,14 +110,15 @@ def test_choice(max_chain, lag_weight, device):
     assert observed(batch.check()) != "none"
 
 
-@pytest.mark.parametrize(
-    "lag_weight, distance", [(0.0, "absolute"), (1.5, "absolute"), (20.0, "absolute"), (1.0, "relative")]
-)
-@pytest.mark.parametrize("sink, reuse", [(0, "anchored"), (5, "chained")])
-@pytest.mark.parametrize("splits, halves, ring_dtype, max_chain", [(1, True, None, None), (3, False, FP8, 2)])
+@pytest.mark.parametrize("lag_weight, distance, sink, reuse, splits, halves, ring_dtype, max_chain", [
+    (0.0, "absolute", 0, "anchored", 1, True, None, None), (0.0, "absolute", 5, "chained", 3, False, FP8, 2),
+    (1.5, "absolute", 5, "chained", 1, True, None, None), (1.5, "absolute", 0, "anchored", 3, False, FP8, 2),
+    (20.0, "absolute", 0, "anchored", 1, True, None, None), (20.0, "absolute", 5, "chained", 3, False, FP8, 2),
+    (1.0, "relative", 5, "chained", 1, True, None, None), (1.0, "relative", 0, "anchored", 3, False, FP8, 2),
+])  # fmt: skip
 def test_mass(lag_weight, distance, sink, reuse, splits, halves, ring_dtype, max_chain, device):
     """Planted entries lie 0.2 d^0.5 off, which is too far with all the mass, and near enough with half of it."""
-    case = Case(lengths=(140, 100, 170, 190), group=2, pattern="all", seed=3, ring_dtype=ring_dtype)
+    case = Case(lengths=(140, 190), group=2, pattern="all", seed=3, ring_dtype=ring_dtype)
     keys = dict(threshold=0.9, lag_weight=lag_weight, distance=distance, sink=sink, reuse=reuse, max_chain=max_chain)
     matched = {}
     for floor in (None, 0.2):
