@@ -1,4 +1,4 @@
-"""`vllm-mac eval`: its command line, its plots, and one whole run on the CPU."""
+"""`vllm-mac eval`: its command line, its plots, and one whole run on the CPU, with a yardstick."""
 
 import json
 import math
@@ -114,22 +114,42 @@ def test_eval_on_real_engines(tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": text, "max_tokens": 40}) + "\n" for text in texts))
     keys = {"rule": "match", "window": 64, "band": 32, "min_context": 128}
     configurations = {"reuse": keys, "never": keys | {"threshold": 1.0}}
-    engine = {"block_size": 32, "dtype": "float32", "kv_cache_memory_bytes": 32 << 20, "enforce_eager": True}
+    # A quarter of the length is the reply's; what is left is read in one step by exact, in three by the yardstick.
+    engine = {
+        "block_size": 32,
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 32 << 20,
+        "enforce_eager": True,
+        "max_num_batched_tokens": 2048,
+    }
     quick = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
              "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0",
              "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", "from vllm_mac.tools.cli import main; main()", "eval", "--model", str(write("llama", tmp_path / "models")),
-         "--tasks", "niah_single", "--lengths", "1200", "--samples", "1", "--prompts", str(prompts), "--kl", "2",
-         *(part for name, some in configurations.items() for part in ("--mac", f"{name}={json.dumps(some)}")),
-         "--engine", json.dumps(engine), "--out", str(out), "--no-progress"],
+         "--tasks", "niah_single,real", "--lengths", "2000", "--samples", "1", "--prompts", str(prompts), "--kl", "2",
+         "--yardstick", "chunks", *(part for name, some in configurations.items() for part in ("--mac", f"{name}={json.dumps(some)}")),
+         "--engine", json.dumps(engine), "--out", str(out), "--plot", str(tmp_path / "plot.png"), "--no-progress"],
         capture_output=True, text=True, timeout=900, check=False,
         env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | quick,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((out / "results.json").read_text())
-    exact, reuse, never = found["totals"]
-    assert [row["configuration"] for row in found["totals"]] == ["exact", "reuse", "never"]
+    exact, yard, reuse, never = found["totals"]
+    assert [row["configuration"] for row in found["totals"]] == ["exact", "yardstick", "reuse", "never"]
+    # What --yardstick changes on CPUs is rounding: not nothing, and far less than reuse.
+    assert found["yardstick"] == {"identical": False} and found["configuration"]["yardstick"]["llm"] == {
+        "max_num_batched_tokens": 512
+    }
+    assert 0 < yard["kl_mean"] < reuse["kl_mean"] / 10
+    assert all(0 <= row["agreed_share"] <= 1 for row in (yard, reuse)) and reuse["agreed_share"] <= yard["agreed_share"]
+    assert "vLLM's own backend, with prefill in chunks of 512 tokens" in done.stdout
+    # Tasks of the standard library have no right answer.
+    real = [row for row in found["rows"] if row["group"] == "real"]
+    assert {row["task"] for row in found["tasks"]} == {"niah_single", "prompts", "manual", "codebase"}
+    assert real and all(row["scored"] == 0 and "score" not in row for row in real)
+    assert "no score" in (out / "results.md").read_text()
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert never["same_answers"] == 1 and never["hit_rate"] == 0 and never["read_share"] == 1
     assert never["same_best"] > 0.99 > reuse["same_best"]  # ties within rounding may fall either way
     # Attention of the two engines differs by 1e-4 at most (see test_engine_exact), logits by e = 1e-3 (their
@@ -151,10 +171,8 @@ def test_eval_on_real_engines(tmp_path):
     lags, chains = found["histograms"]["reuse"]["lag"], found["histograms"]["reuse"]["chain"]
     assert sum(count for _, count in lags) == sum(count for _, count in chains) > 0
     assert all(count == 0 for edge, count in lags if edge is None or edge > 64)  # the window
-    assert [(r["group"], r["length"], r["requests"]) for r in found["rows"][:2]] == [
-        ("ruler", 1200, 1),
-        ("prompts", None, 2),
-    ]
+    groups = {(r["group"], r["length"], r["requests"]) for r in found["rows"]}
+    assert groups == {("ruler", 2000, 1), ("real", 2000, 2), ("prompts", None, 2)}
     # What the prompts took to read is part of the time.
     assert all(0 < row["tokens_per_s"] < 1e5 for row in found["totals"] + found["rows"])
     rows = results.read_samples(out / "reuse")
@@ -162,8 +180,8 @@ def test_eval_on_real_engines(tmp_path):
     assert reuse["tokens_per_s"] == pytest.approx(tokens / seconds)
     for name in ("trade.png", "scores.png", "reads.png", "layers.png", "heads.png", "histograms.png", "divergence.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert "| never | 3 (1 scored) |" in (out / "results.md").read_text()
-    assert not list(out.glob("*/forced.npz")) and len((out / "never" / "samples.jsonl").read_text().splitlines()) == 3
+    assert "| never | 5 (1 scored) |" in (out / "results.md").read_text()
+    assert not list(out.glob("*/forced.npz")) and len((out / "never" / "samples.jsonl").read_text().splitlines()) == 5
 
 
 def test_scores_are_drawn_wherever_their_interval_ends():

@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +9,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from support import ROOT
 from support.eval_runs import ENVIRONMENT, fake_engine, invoke, made, options
 from vllm_mac.tools.eval import EvalError, evaluation, plots, requests, result_tables, statistics
 from vllm_mac.tools.eval.yardstick import OWN, ROUNDING, Yardstick, choose
@@ -272,54 +268,3 @@ def test_tables_fit_the_terminal(width, monkeypatch, tmp_path):
         assert cells <= Counter(part.split()) and {word for name, _ in columns for word in name.split()} <= set(
             part.split()
         ), title
-
-
-# A whole run
-
-
-@pytest.mark.cpu
-def test_the_standard_library_and_a_yardstick_on_real_engines(tmp_path):
-    """What --yardstick changes on CPUs is rounding: not nothing, and far less than reuse."""
-    pytest.importorskip("vllm", reason="whole engines")
-    pytest.importorskip("matplotlib", reason="plots need the extra 'bench'")
-    from support.tiny_models import write
-
-    out = tmp_path / "out"
-    # A quarter of the length is the reply's; what is left is read in one step by exact, in three by the yardstick.
-    engine_ = {
-        "block_size": 32,
-        "dtype": "bfloat16",
-        "kv_cache_memory_bytes": 32 << 20,
-        "enforce_eager": True,
-        "max_num_batched_tokens": 2048,
-    }
-    quick = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-             "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0",
-             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}  # fmt: skip
-    ended = subprocess.run(
-        [sys.executable, "-c", "from vllm_mac.tools.cli import main; main()", "eval", "--model", str(write("llama", tmp_path / "models")),
-         "--tasks", "real", "--lengths", "2000", "--samples", "1", "--kl", "2", "--yardstick", "chunks",
-         "--mac", 'reuse={"rule": "match", "window": 64, "band": 32, "min_context": 128}',
-         "--engine", json.dumps(engine_), "--out", str(out), "--plot", str(tmp_path / "plot.png"), "--no-progress"],
-        capture_output=True, text=True, timeout=600, check=False,
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | quick,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    found = json.loads((out / "results.json").read_text())
-    exact, yard, reuse = found["totals"]
-    assert [row["configuration"] for row in found["totals"]] == ["exact", "yardstick", "reuse"]
-    assert found["yardstick"] == {"identical": False} and found["configuration"]["yardstick"]["llm"] == {
-        "max_num_batched_tokens": 512
-    }
-    assert 0 < yard["kl_mean"] < reuse["kl_mean"] / 10 and reuse["kl_times"] == pytest.approx(
-        reuse["kl_mean"] / yard["kl_mean"]
-    )
-    assert exact["scored"] == 0 and "score" not in exact and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert {row["task"] for row in found["tasks"]} == {"manual", "codebase"} and all(
-        row["group"] == "real" for row in found["rows"]
-    )
-    assert all(0 <= row["agreed_share"] <= 1 for row in (yard, reuse)) and reuse["agreed_share"] <= yard["agreed_share"]
-    assert (
-        "no score" in (out / "results.md").read_text()
-        and "vLLM's own backend, with prefill in chunks of 512 tokens" in ended.stdout
-    )
