@@ -5,7 +5,8 @@ Prints a JSON line for each kernel variant that the warm-up of a small server la
 triton: the version that compiles. kernel, launch: its name, and what it is launched with that is compiled in.
 shared, stack: bytes of shared memory that a program takes, and of memory that a thread does.
 registers: of a thread. passed_over: faster ways to launch it under which threads would lack registers.
-With `sass`, instructions: in all. loads, copies: how many of them read 16 bytes a thread into registers, and into shared memory.
+With `sass`, of the kernels in LOOPED, instructions: in all. loads, copies: how many of them read 16 bytes a thread into
+registers, and into shared memory.
 itemsize: bytes of an element of the KV cache and, where it reads rings, of a recorded query.
 """
 
@@ -48,6 +49,9 @@ SIZES = (5, 40)
 LONG = SHAPES[0] | {"rows": 1, "heads": 16, "kv_heads": 1, "window": 65536, "rings": 1}
 
 
+LOOPED = ("hit_kernel", "prefix_kernel")
+
+
 class Driver:
     """What Triton asks of a driver when it only compiles."""
 
@@ -60,7 +64,7 @@ class Driver:
 class Compiled:
     """In place of a kernel: a launch compiles it."""
 
-    sass = False  # whether instructions are counted, which takes half a second a variant
+    sass = False  # whether instructions are counted, which takes a second a variant
 
     def __init__(self, kernel, seen: set, passed_over: dict):
         self.kernel, self.warmup, self.seen, self.passed_over = kernel, kernel.warmup, seen, passed_over
@@ -71,9 +75,10 @@ class Compiled:
             if made.hash in self.seen:
                 return
             self.seen.add(made.hash)
+            called = self.kernel.fn.__name__
             tensors = [kwargs[name] for name in ("p_kv", "p_ring_query") if name in kwargs]
             row = {
-                "triton": triton.__version__, "kernel": self.kernel.fn.__name__, "shared": made.metadata.shared, **measure(made.asm["cubin"], self.sass),
+                "triton": triton.__version__, "kernel": called, "shared": made.metadata.shared, **measure(made.asm["cubin"], self.sass and called in LOOPED),
                 "itemsize": [tensor.element_size() for tensor in tensors], "passed_over": self.passed_over.pop(self.kernel, 0),
                 "launch": {k: v for k, v in kwargs.items() if isinstance(v, int) and (k.isupper() or k == "num_warps")},
             }  # fmt: skip
@@ -132,7 +137,8 @@ def main(arch: int, sass: bool) -> None:
     TritonExact.__init__ = init_for
     if arch < 100:  # see `capabilities.INDEX_BEFORE`
         for shape, page in zip(SHAPES, (16, 64), strict=False):
-            look_up(arch, shape, page)
+            if (arch, shape["d"]) not in ((80, 256), (89, 128)):  # sm89 has least shared memory, else they are alike
+                look_up(arch, shape, page)
     # All shapes where the kernels were measured; elsewhere the one whose threads need most registers.
     for shape in SHAPES if arch == 90 else [LONG if arch == 89 else SHAPES[0]]:
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch == 89 or shape["dtype"] == torch.float16 else {}
