@@ -11,11 +11,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.launch import power_of_two
+from vllm_mac.kernels.scales import held, scaled
 from vllm_mac.key_index import Maps, PageLayout
 
 
 @triton.jit
-def _direction_codes(key, p_to_key, p_shift, o_d, o_n, m_d, m_n, N: tl.constexpr):
+def _direction_codes(key, p_to_key, p_shift, p_key_scale, o_d, o_n, m_d, m_n, N: tl.constexpr):
     """Codes of 4 bits `[PAGE, BN]` int32 of the directions `o_n`. key: `[PAGE, BD]`."""
     to_key = tl.load(
         p_to_key + o_d[:, None] * N + o_n[None, :], mask=m_d[:, None] & m_n[None, :], other=0.0
@@ -23,14 +24,14 @@ def _direction_codes(key, p_to_key, p_shift, o_d, o_n, m_d, m_n, N: tl.constexpr
     shift = tl.load(p_shift + o_n, mask=m_n, other=0.0)  # [BN]
     if INTERPRETED:  # see `partial.attend`
         key, to_key = key.to(tl.float32), to_key.to(tl.float32)
-    code = tl.dot(key, to_key, input_precision="ieee") - shift[None, :]
+    code = scaled(tl.dot(key.to(to_key.dtype), to_key, input_precision="ieee"), p_key_scale) - shift[None, :]
     return tl.minimum(tl.maximum(tl.floor(code), 0.0), 15.0).to(tl.int32)
 
 
 @triton.jit
 def _index_page(
-    p_kv, p_codes, p_means, p_to_key, p_shift, page, i_k, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
-    D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    p_kv, p_codes, p_means, p_to_key, p_shift, p_key_scale, page, i_k, s_kv_page, s_kv_head, s_kv_token, s_code_page,
+    s_mean_page, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write a KV head's codes and mean value of a page."""
     HALF: tl.constexpr = N // 2
@@ -42,15 +43,16 @@ def _index_page(
     mean = tl.sum(value.to(tl.float32), 0) / PAGE
     tl.store(p_means + page * s_mean_page + i_k * D + o_d, mean.to(p_means.dtype.element_ty), mask=m_d)
     p_map, p_offset = p_to_key + i_k * D * N, p_shift + i_k * N
-    low = _direction_codes(key, p_map, p_offset, o_d, o_n, m_d, m_n, N)
-    high = _direction_codes(key, p_map, p_offset, o_d, o_n + HALF, m_d, m_n, N)
+    low = _direction_codes(key, p_map, p_offset, p_key_scale, o_d, o_n, m_d, m_n, N)
+    high = _direction_codes(key, p_map, p_offset, p_key_scale, o_d, o_n + HALF, m_d, m_n, N)
     p_code = p_codes + page * s_code_page + i_k * PAGE * HALF + o_t[:, None] * HALF + o_n[None, :]
     tl.store(p_code, (low | (high << 4)).to(tl.uint8), mask=m_n[None, :])
 
 
 @triton.jit
 def encode_kernel(
-    p_slot, p_kv, p_codes, p_means, p_to_key, p_shift, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
+    p_slot, p_kv, p_codes, p_means, p_to_key, p_shift, p_key_scale,
+    s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
     D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_slot, i_k)`: the page of a slot that is its page's last. Without slots, page `i_slot`."""
@@ -63,14 +65,14 @@ def encode_kernel(
             return
         page = slot // PAGE
     _index_page(
-        p_kv, p_codes, p_means, p_to_key, p_shift, page, i_k, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
+        p_kv, p_codes, p_means, p_to_key, p_shift, p_key_scale, page, i_k, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
         D, N, PAGE, BD, BN,
     )  # fmt: skip
 
 
 @triton.jit
 def append_kernel(
-    p_key, p_value, p_slot, p_kv, p_codes, p_means, p_to_key, p_shift,
+    p_key, p_value, p_slot, p_kv, p_codes, p_means, p_to_key, p_shift, p_key_scale, p_value_scale,
     s_key_row, s_key_head, s_value_row, s_value_head, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
     D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -88,12 +90,12 @@ def append_kernel(
     key = tl.load(p_key + i_slot * s_key_row + i_k * s_key_head + o_d, mask=m_d, other=0.0)
     value = tl.load(p_value + i_slot * s_value_row + i_k * s_value_head + o_d, mask=m_d, other=0.0)
     p_token = p_kv + page * s_kv_page + i_k * s_kv_head + slot % PAGE * s_kv_token + o_d
-    tl.store(p_token, key, mask=m_d)
-    tl.store(p_token + D, value, mask=m_d)
+    tl.store(p_token, held(key, p_key_scale, p_kv), mask=m_d)
+    tl.store(p_token + D, held(value, p_value_scale, p_kv), mask=m_d)
     if slot % PAGE == PAGE - 1:
         tl.debug_barrier()  # all threads read what each has just written
         _index_page(
-            p_kv, p_codes, p_means, p_to_key, p_shift, page, i_k, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
+            p_kv, p_codes, p_means, p_to_key, p_shift, p_key_scale, page, i_k, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
             D, N, PAGE, BD, BN,
         )  # fmt: skip
 
@@ -115,7 +117,8 @@ def append(key: Tensor, value: Tensor, slots: Tensor, kv: Tensor, layout: PageLa
     """
     append_kernel[(len(slots), layout.kv_heads)](
         p_key=key, p_value=value, p_slot=slots, s_key_row=key.stride(0), s_key_head=key.stride(1),
-        s_value_row=value.stride(0), s_value_head=value.stride(1), PDL=pdl, **_page_arguments(kv, layout, maps),
+        s_value_row=value.stride(0), s_value_head=value.stride(1), PDL=pdl,
+        p_value_scale=maps.scales and maps.scales.value, **_page_arguments(kv, layout, maps),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
@@ -125,6 +128,7 @@ def _page_arguments(kv: Tensor, layout: PageLayout, maps: Maps) -> dict:
     s_kv = kv.stride()
     return dict(
         p_kv=kv, p_codes=codes, p_means=means, p_to_key=maps.to_key, p_shift=maps.shift,
+        p_key_scale=maps.scales and maps.scales.key,
         s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_code_page=codes.stride(0), s_mean_page=means.stride(0),
         D=layout.head_size, N=layout.directions, PAGE=layout.page, BD=power_of_two(layout.head_size),
         BN=max(power_of_two(layout.directions // 2), 16),

@@ -22,6 +22,7 @@ from vllm_mac.kernels.launch import power_of_two
 from vllm_mac.kernels.lookup_merge import indexed_end, merge_kernel, programs_of, query_at, seen, tokens_of
 from vllm_mac.kernels.lookup_work import DOT_TYPES, LookupWork, narrow_width
 from vllm_mac.kernels.partial import LOG2_E
+from vllm_mac.kernels.scales import scaled
 from vllm_mac.key_index import Maps, PageLayout
 from vllm_mac.lookup import SPAN
 from vllm_mac.lookup import TILE as TILE_TOKENS
@@ -115,7 +116,7 @@ def _place(word, bit, RUN: tl.constexpr):
 @triton.jit(do_not_specialize=("s_table_row", "nw"))
 def weigh_kernel(
     p_query, p_position, p_begin, p_ring, p_ready, p_table, p_kv, p_codes, p_to_query, p_mean, p_lse2, p_narrow, p_scale,
-    s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, nw, log2_scale,
+    p_key_scale, s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, nw, log2_scale,
     K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr,
     BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -180,6 +181,7 @@ def weigh_kernel(
     peak, total = sample_lse2, tl.where(total > 0, 1.0, 0.0)
     o_tile = tl.arange(0, TILE)
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
+    log2_scale = scaled(log2_scale, p_key_scale)
     for i in range(first_tile, tiles, nw):
         token = tl.where(i < BEGIN // TILE, i * TILE, end + (i - BEGIN // TILE) * TILE) + o_tile
         m_t = token < last
@@ -189,7 +191,7 @@ def weigh_kernel(
         near_q = q
         if INTERPRETED:
             key, near_q = key.to(tl.float32), q.to(tl.float32)
-        score = tl.dot(key, near_q, input_precision="ieee") * log2_scale
+        score = tl.dot(key.to(near_q.dtype), near_q, input_precision="ieee") * log2_scale
         score = tl.where(seen(m_t, token, m, o_q, G, T), score, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, 0))  # finite with one token a row: each tile has one that it sees
         least = new_peak if T == 1 else tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -223,7 +225,7 @@ def _attend(q, key, value, mask, log2_scale, peak, total, acc, DOT: tl.constexpr
     weight = tl.exp2(score - base[None, :])
     shrink = tl.exp2(peak - base)
     total = total * shrink[None, :] + weight
-    weight = weight.to(value.dtype).to(DOT)
+    weight = weight.to(tl.float16 if value.dtype.is_fp8() else value.dtype).to(DOT)
     acc = tl.dot(tl.trans(value.to(DOT)), weight, acc * shrink[None, :], input_precision="ieee")  # [BD, BQ]
     return new_peak, total, acc
 
@@ -231,7 +233,7 @@ def _attend(q, key, value, mask, log2_scale, peak, total, acc, DOT: tl.constexpr
 @triton.jit(do_not_specialize=("s_table_row", "s_words", "ns", "nw"))
 def look_kernel(
     p_query, p_position, p_begin, p_ring, p_ready, p_table, p_kv, p_codes, p_means, p_lse2, p_narrow, p_scale,
-    p_slots, p_words, p_part, p_part_acc, p_read,
+    p_slots, p_words, p_part, p_part_acc, p_read, p_key_scale, p_value_scale,
     s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page, s_words,
     ns, nw, log2_scale, log2_tolerance,
     K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
@@ -318,6 +320,7 @@ def look_kernel(
         peak = _least(p_pair_lse2, nw, m, log2_tolerance, o_q, m_q, G, T, BNW)
     total = tl.where((o_j == 0)[:, None], tl.sum(rest, 0)[None, :], 0.0)  # [BT, BQ]
     acc = rest_acc  # [BD, BQ]
+    log2_scale = scaled(log2_scale, p_key_scale)
     OF_SPAN: tl.constexpr = SPAN // 32  # words
     w, words = 0, tl.maximum(tl.cdiv(tl.cdiv(end, SPAN) - i_s, ns), 0) * OF_SPAN
     going_on = looked
@@ -373,7 +376,7 @@ def look_kernel(
     # 5. Leave the result to `merge_kernel`.
     tl.store(p_part + (i_part * C + o_q) * 2, peak, mask=m_q)
     tl.store(p_part + (i_part * C + o_q) * 2 + 1, total, mask=m_q)
-    tl.store(p_part_acc + (i_part * C + o_q)[None, :] * D + o_d[:, None], acc, mask=m_dq)
+    tl.store(p_part_acc + (i_part * C + o_q)[None, :] * D + o_d[:, None], scaled(acc, p_value_scale), mask=m_dq)
     tl.store(p_read + i_part, read)
 
 
@@ -408,7 +411,7 @@ def launches(
     begin = -(-rule.sink // TILE_TOKENS) * TILE_TOKENS
     everywhere = dict(
         p_query=query, p_position=rows.position, p_begin=rows.begin, p_ring=rows.ring, p_ready=maps.ready,
-        p_table=rows.block_table,
+        p_table=rows.block_table, p_key_scale=maps.scales and maps.scales.key,
         p_kv=kv, p_codes=codes.view(torch.int8), p_lse2=work.lse2, p_narrow=work.narrow, p_scale=work.scale,
         s_query_row=s_query[0], s_query_head=s_query[1], s_table_row=rows.block_table.stride(0),
         s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_code_page=codes.stride(0),
@@ -424,16 +427,16 @@ def launches(
     )  # fmt: skip
     yield "weigh"
     look_kernel[(ns, kv_heads, count)](
-        **everywhere, **parts, p_means=means, p_slots=work.slots, p_words=work.words,
-        s_mean_page=means.stride(0), s_words=work.words.stride(0), ns=ns, SPAN=SPAN,
+        **everywhere, **parts, p_value_scale=maps.scales and maps.scales.value, p_means=means, p_slots=work.slots,
+        p_words=work.words, s_mean_page=means.stride(0), s_words=work.words.stride(0), ns=ns, SPAN=SPAN,
         ROOM=work.slots.shape[1],
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
         BT=tuning.block if d <= 128 else tuning.block // 2, BW=tuning.words, BNW=power_of_two(tuning.most),
-        LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
-        # Registers spill otherwise. Before sm90 8 columns need more warps and a limit, more of them more warps and none.
+        LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages - (kv.itemsize == 1),
+        # Registers spill otherwise, as they do with FP8 in more stages. Before sm90 more warps help, and a limit 8 columns.
         num_warps=tuning.warps * wider if work.pdl else 8,
         maxnreg=tuning.registers if d <= 128 and (width < 32 if work.pdl else width == 8) else None,
-        DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[query.dtype],
+        DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[means.dtype],
     )  # fmt: skip
     yield "look"
     shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT PDL launch_pdl".split()

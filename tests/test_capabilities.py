@@ -148,6 +148,25 @@ def test_what_is_refused_is_refused_with_its_reason(classes, platform, name, dec
     assert backend.validate_configuration(*values) == reasons
 
 
+@pytest.mark.parametrize("rule", ["index", "match"])
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_kv_cache_dtypes_foreseen_are_those_that_classes_take(classes, monkeypatch, platform, rule):
+    """FP8 with 4 bits of exponent by index on GPUs; vLLM asks the class once it is chosen."""
+    from vllm_mac import mixins
+
+    monkeypatch.setattr(mixins, "indexing", lambda: object() if rule == "index" else None)
+    backend, fp8 = classes[platform][0], platform == "gpu" and rule == "index"
+    assert backend.supports_kv_cache_dtype(None)
+    for dtype in ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head", "nvfp4"):
+        taken = dtype in capabilities.KV_CACHE_DTYPES or (fp8 and dtype in capabilities.FP8_DTYPES)
+        assert backend.supports_kv_cache_dtype(dtype) == taken, dtype
+        found = capabilities.refused_kv_cache_dtype(dtype, {"gpu": "cuda"}.get(platform, platform), rule)
+        assert (found is None) == taken
+        said = backend.supports_combination(128, torch.bfloat16, dtype, 64, False, False, False, False, None)
+        assert said == (found and found[0])
+    assert {*backend.supported_kv_cache_dtypes} == {*capabilities.kv_cache_dtypes(backend.on_platform, "index")}
+
+
 @pytest.mark.parametrize("platform", ["gpu", "cpu"])
 @pytest.mark.parametrize("block_size", [8, 16, 24, 32, 48, 64, 128, 400])
 def test_block_sizes_foreseen_are_those_that_classes_take(classes, platform, block_size):

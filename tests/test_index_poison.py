@@ -76,10 +76,10 @@ def test_maps_are_not_made_of_such_numbers(part, number, ready):
     query, key = torch.randn(80, 4, 32, generator=draw), torch.randn(2, 50, 32, generator=draw)
     maps = Maps.allocate(2, 32, 32, torch.float16, "cpu")
     assert not ready or maps.set(Moments.of(query, key))
-    before = [getattr(maps, name).clone() for name in Maps.__slots__]
+    before = {name: tensor.clone() for name, tensor in maps.own().items()}
     (query[3, 1] if part == "query" else key[1, 7])[5] = number
     assert not maps.set(Moments.of(query, key))
-    for name, kept in zip(Maps.__slots__, before, strict=True):
+    for name, kept in before.items():
         assert torch.equal(getattr(maps, name), kept), name
 
 
@@ -170,7 +170,7 @@ def test_no_other_request_is_touched(llm, alone, part, number):
         # So few blocks that each was the broken request's or is the next one's.
         again = harness.run_schedule(llm, events(*OTHERS), Limits(blocks=30))
         assert again.tokens == want
-    assert all(getattr(layer.index.maps, name).isfinite().all() for layer in layers(llm) for name in Maps.__slots__)
+    assert all(tensor.isfinite().all() for layer in layers(llm) for tensor in layer.index.maps.own().values())
 
 
 @pytest.mark.parametrize("part", PARTS[:2])
@@ -190,7 +190,7 @@ def test_a_broken_prompt_teaches_no_maps(model, monkeypatch, part):
         assert group.learned == 0
         harness.run_schedule(llm, events("a"))
         assert last.index.maps.ready.item() and group.learned == len(PROMPTS["a"])
-        before = {name: getattr(last.index.maps, name).clone() for name in Maps.__slots__}
+        before = {name: tensor.clone() for name, tensor in last.index.maps.own().items()}
         with broken(llm, part, math.inf):
             harness.run_schedule(llm, events("bad"))
         assert all(torch.equal(getattr(last.index.maps, name), kept) for name, kept in before.items())

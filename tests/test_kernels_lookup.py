@@ -16,6 +16,7 @@ from vllm_mac.counters import PREFILLED, Count
 from vllm_mac.kernels.encode import append, encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork, Tuning
+from vllm_mac.key_index import FP8
 from vllm_mac.lookup import SPAN
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -32,6 +33,15 @@ CASES = [
     Case(lengths=(2300, 2700), kv_heads=1, group=2),  # the sample has a second piece, whole or not
     Case(lengths=(400, 700), tolerance=0.0),
     Case(lengths=(400, 700), tolerance=1e6),
+]
+FLOAT8 = [
+    Case(scales=(0.05, 0.3), dtype=BF16),
+    Case(scales=(1.0, 1.0), dtype=FP16, lengths=(500, 0, 127), head_major=False, page=64),
+    Case(scales=(0.05, 0.3), dtype=BF16, lengths=(1000,), kv_heads=1, group=7, d=128, page=32),
+    Case(scales=(0.1, 0.02), dtype=BF16, lengths=(400,), kv_heads=1, group=16, d=256, page=16, head_major=False),
+    Case(scales=(0.1, 0.1), dtype=FP16, lengths=(500, 700), kv_heads=2, group=1, d=80, page=64, opted_out=(1,)),
+    Case(scales=(0.05, 0.3), dtype=BF16, lengths=(500, 127), ready=False),
+    Case(scales=(0.05, 0.3), dtype=BF16, lengths=(1003, 40), kv_heads=1, group=4, d=128, tokens=(4, 2)),
 ]
 
 
@@ -148,17 +158,19 @@ def allowed(want: Row, got: torch.Tensor, narrowed: Narrowed, out: torch.Tensor)
 
     Each weight is rounded to the cache's dtype before it meets its value, and the result in the end: the dtype's
     half step, a whole one where Triton's interpreter truncates. To pages read in part a slip of their estimates
-    comes. float32 sums are off by 1e-5 of the values at most.
+    comes. float32 sums are off by 1e-5 of the values at most. With FP8 weights are float16, as fine as any dtype here,
+    but below 2^-14 they have steps of 2^-24.
     """
     dtype = want.batch.case.dtype
     step = torch.finfo(dtype).eps / (1 if DEVICE == "cpu" and dtype == BF16 else 2)
     size = want.attention(got, narrowed.estimate, size=True)
     slip = narrowed.slip.expand(*want.query.shape[:2], 1)
     slip = slip.unflatten(1, (want.tokens, -1)).permute(1, 0, 2, 3).flatten(1, 2)  # [T, H, 1]
-    return (size + out.abs()) * (2 * step + slip) + 1e-5 * want.value.abs().max()
+    least = 1e-5 + (want.n * 2**-25 if want.batch.case.scales else 0)
+    return (size + out.abs()) * (2 * step + slip) + least * want.value.abs().max()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + FLOAT8, ids=str)
 def test_agrees_with_the_rule(case):
     batch = Batch(case).write()
     read = check(batch, work_of(batch))
@@ -258,7 +270,7 @@ def test_logits_that_are_all_alike_or_far_apart(sharp):
         check(batch, work_of(batch))
 
 
-@pytest.mark.parametrize("case", [*CASES[:7], Case(lengths=(500, 0, 127), d=32, n=32)], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:7], *FLOAT8[:5], Case(lengths=(500, 0, 127), d=32, n=32)], ids=str)
 def test_encode(case):
     """Pages whose last slot is written are indexed, no others; then all of them."""
     batch = Batch(case)
@@ -270,8 +282,9 @@ def test_encode(case):
     assert means[others].isnan().all()
     for page in batch.complete:
         key, value = batch.kv[page].cpu().double().chunk(2, -1)
-        check_codes(codes[page], key, batch)
-        assert ((means[page].double() - value.mean(1)).abs() <= torch.finfo(case.dtype).eps * 4).all()
+        check_codes(codes[page], key * (case.scales or (1.0,))[0], batch)
+        most = 4 / (case.scales or (1.0, 1.0))[1]  # of a mean
+        assert ((means[page].double() - value.mean(1)).abs() <= torch.finfo(means.dtype).eps * most).all()
     encode(batch.kv, None, batch.layout, batch.maps)
     again = [x.cpu() for x in batch.layout.views(batch.kv)]
     assert torch.equal(again[0][batch.complete], codes[batch.complete])
@@ -300,6 +313,28 @@ def test_append(case):
         assert torch.equal(mine[batch.complete], theirs[batch.complete])
         others = sorted({*range(len(mine))} - {*batch.complete})
         assert torch.equal(mine[others].float().nan_to_num(), theirs[others].float().nan_to_num())
+
+
+@pytest.mark.parametrize("case", FLOAT8[:5], ids=str)
+def test_append_rounds_to_fp8(case):
+    """As PyTorch divides and rounds, and the largest is the largest; pages are indexed as `encode` indexes them."""
+    batch, want = Batch(case), Batch(case)
+    last = [page * case.page + case.page - 1 for page in batch.complete]
+    draw = torch.Generator().manual_seed(1)
+    both = torch.randn(len(last) + 2, case.kv_heads, 2 * case.d, generator=draw) * 4
+    both[0, 0, : case.d] = torch.linspace(-900, 900, case.d) * case.scales[0]  # twice as far as FP8 reaches
+    both[1] = torch.exp2(torch.randn(both[1].shape, generator=draw) * 8)
+    both = both.to(case.dtype).to(DEVICE)
+    slots = torch.tensor([*last, -1], device=DEVICE)
+    page, token = slots[:-1] // case.page, slots[:-1] % case.page
+    want.kv.view(torch.uint8)[page, :, token] = batch.held(both[: len(last)].cpu()).to(DEVICE).view(torch.uint8)
+    encode(want.kv, slots, batch.layout, batch.maps)
+    key, value = both.chunk(2, -1)
+    append(key, value, slots, batch.kv, batch.layout, batch.maps, pdl=DEVICE == "cuda")
+    found, wanted = (one.kv.float().nan_to_num(1e9) for one in (batch, want))
+    assert (found == torch.finfo(FP8).max).any() and torch.equal(found, wanted)
+    for mine, theirs in zip(batch.layout.views(batch.kv), batch.layout.views(want.kv), strict=True):
+        assert torch.equal(mine[batch.complete], theirs[batch.complete])
 
 
 def check_codes(packed: torch.Tensor, key: torch.Tensor, batch: Batch) -> None:

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from vllm_mac import key_index, lookup
-from vllm_mac.key_index import Maps, Moments, PageLayout, best_maps, directions, encode, estimate, worth_learning
+from vllm_mac.key_index import (
+    Maps,
+    Moments,
+    PageLayout,
+    Scales,
+    best_maps,
+    directions,
+    encode,
+    estimate,
+    worth_learning,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -59,6 +69,41 @@ def test_views_lie_behind_keys_and_values(kv_heads, size, page, n, dtype, head_m
         behind = raw[first : first + len(part)].flatten(1)[:, (layout.kv_bytes + layout.code_bytes) // item :]
         assert (behind[:, : kv_heads * size] == 1).all() and int((raw == 1).sum()) == means.numel()
         assert not kv.any()
+
+
+@pytest.mark.parametrize("kv_heads, size, page, n", [(2, 64, 16, 48), (3, 80, 32, 32), (1, 256, 64, 128)])
+def test_means_of_an_fp8_cache_are_float16(kv_heads, size, page, n):
+    """Behind pages of one byte a number, which vLLM has as bytes; float16 holds the largest number of FP8."""
+    layout = PageLayout(kv_heads, size, page, n, 1)
+    raw = torch.zeros(4, layout.padded_bytes, dtype=torch.uint8)
+    kv = key_index.numbers(raw[:, : layout.kv_bytes].unflatten(1, (kv_heads, page, 2 * size)))
+    assert kv.dtype == key_index.FP8 and kv.data_ptr() == raw.data_ptr()
+    assert key_index.numbers(kv) is kv
+    codes, means = layout.views(kv[1:])
+    assert means.dtype == torch.float16 and means.shape == (3, kv_heads, size)
+    codes.fill_(7)
+    means.fill_(torch.finfo(key_index.FP8).max)
+    behind = raw[1:, layout.kv_bytes :]
+    assert (behind[:, : layout.code_bytes] == 7).all() and not raw[0].any() and not raw[:, : layout.kv_bytes].any()
+    of_means = behind[:, layout.code_bytes : layout.index_bytes].contiguous().view(torch.float16)
+    assert of_means.shape == (3, kv_heads * size) and (of_means == 448).all()
+    assert not raw[:, layout.kv_bytes + layout.index_bytes :].any()
+    assert layout.padded_bytes - 128 < layout.kv_bytes + layout.index_bytes <= layout.padded_bytes
+
+
+def test_an_fp8_cache_is_indexed_by_its_keys():
+    """Codes are of keys, scaled; means are of what the cache holds, and so are scaled when they are read."""
+    draw = torch.Generator().manual_seed(7)
+    held = (torch.randn(2, 16, 32, generator=draw) * 8).to(key_index.FP8)
+    scales = Scales(torch.tensor(0.25), torch.tensor(3.0))
+    maps = Maps.allocate(2, 32, 16, FP32, "cpu", scales)
+    plain = maps_of(moments(2, 32), 16)
+    maps.set(moments(2, 32))
+    codes, mean = encode(held, held, maps)
+    want, _ = encode(held.float() * 0.25, held, plain)
+    assert torch.equal(codes, want) and torch.equal(mean, held.float().mean(1))
+    assert torch.equal(maps.values(mean), mean * 3)
+    assert maps.own().keys() == {"to_key", "to_query", "shift", "mean", "ready"}
 
 
 def test_pages_without_room_are_refused():
@@ -124,12 +169,12 @@ def maps_of(found: Moments, n: int, dtype=FP32) -> Maps:
 def test_set_writes_in_place():
     """Captured graphs and vLLM's sleep know the tensors by their addresses."""
     maps = Maps.allocate(2, 32, 16, BF16, "cpu")
-    before = [getattr(maps, name).data_ptr() for name in Maps.__slots__]
+    before = [tensor.data_ptr() for tensor in maps.own().values()]
     maps.set(moments(2, 32))
-    assert [getattr(maps, name).data_ptr() for name in Maps.__slots__] == before
+    assert [tensor.data_ptr() for tensor in maps.own().values()] == before
     assert maps.ready.tolist() == [1] and maps.ready.dtype == torch.int32
     assert maps.to_key.dtype == maps.to_query.dtype == BF16 and maps.shift.dtype == maps.mean.dtype == FP32
-    assert all(getattr(maps, name).isfinite().all() for name in Maps.__slots__)
+    assert all(tensor.isfinite().all() for tensor in maps.own().values())
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16])
@@ -218,8 +263,20 @@ def test_learn_samples_the_row():
     key_index.learn(maps, query, kv, blocks, length)
     sampled = torch.cat((query, query[::16]))
     same.set(Moments.of(sampled, key[:, ::16]))
-    assert all(torch.equal(getattr(maps, name), getattr(same, name)) for name in Maps.__slots__)
+    assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
     assert len(key_index.sampled_queries(torch.zeros(1000, 1, 1))) == 512 + 63
+
+
+def test_maps_of_an_fp8_cache_are_learned_from_its_keys():
+    """And not from what it holds."""
+    draw = torch.Generator().manual_seed(8)
+    kv = (torch.randn(4, 2, 16, 64, generator=draw) * 16).to(key_index.FP8)
+    query, blocks = torch.randn(80, 4, 32, generator=draw), torch.tensor([3, 1, 0])
+    maps = Maps.allocate(2, 32, 32, FP32, "cpu", Scales(torch.tensor(0.125), torch.tensor(9.0)))
+    same = Maps.allocate(2, 32, 32, FP32, "cpu")
+    assert key_index.learn(maps, query, kv, blocks, 48)
+    assert key_index.learn(same, query, torch.cat([kv.float()[..., :32] * 0.125] * 2, -1), blocks, 48)
+    assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
 
 
 def test_moments_are_of_each_kv_head():
@@ -251,7 +308,7 @@ def test_maps_of_one_key_and_query_are_finite():
     """As warming up makes them, of noughts: no direction has any spread."""
     found = Moments.of(torch.zeros(1, 4, 32), torch.zeros(2, 1, 32))
     maps = maps_of(found, 32)
-    assert all(getattr(maps, name).isfinite().all() for name in Maps.__slots__)
+    assert all(tensor.isfinite().all() for tensor in maps.own().values())
     assert (
         estimate(torch.ones(2, 2, 32), encode(torch.zeros(2, 4, 32), torch.zeros(2, 4, 32), maps)[0], maps)
         .isfinite()

@@ -35,7 +35,7 @@ def load(monkeypatch):
 
     def load(
         count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None,
-        holders=None, media=False, specs={}, speculated=0,
+        holders=None, media=False, specs={}, speculated=0, kv_cache_dtype="auto",
     ) -> list[MacLayer]:  # fmt: skip
         of_rule = {} if mac.get("rule") == "index" else {"rule": "match", "window": 8}
         drafting = SimpleNamespace(
@@ -56,7 +56,8 @@ def load(monkeypatch):
             layer.bind(holders and holders[i], NAME.format(i))
             made.append(layer)
             attention = torch.nn.Module()
-            attention.impl = SimpleNamespace(mac=layer)
+            attention.impl, attention.kv_cache_dtype = SimpleNamespace(mac=layer), kv_cache_dtype
+            attention._k_scale, attention._v_scale = torch.tensor(0.5), torch.tensor(2.0)
             kind = specs.get(i, FullAttentionSpec)
             spec = kind if isinstance(kind, KVCacheSpec) else object.__new__(kind)
             attention.get_kv_cache_spec = lambda _, spec=spec: spec
@@ -235,6 +236,30 @@ def test_a_gpu_without_float8_is_refused(load, monkeypatch, capability, known):
         assert f"sm{capability[0]}{capability[1]}; must be one of auto, float32" in str(caught.value)
         assert not allocated
     load(1, {"ring_dtype": "bfloat16"}, device="cuda")  # any other dtype is welcome
+
+
+@pytest.mark.parametrize("kv_cache_dtype, fp8", [("auto", False), ("fp8", True), ("fp8_e4m3", True)])
+def test_an_index_has_the_scales_of_its_layer(load, kv_cache_dtype, fp8):
+    """The tensors themselves: vLLM may write them after a layer is loaded."""
+    (layer,) = load(1, {"rule": "index", "index_size": 32}, kv_cache_dtype=kv_cache_dtype)
+    attention, scales = layer.attention, layer.index.maps.scales
+    assert layer.fp8 == fp8 == (scales is not None)
+    if scales is not None:
+        assert scales.key is attention._k_scale and scales.value is attention._v_scale
+    assert {name for name, _ in attention.named_buffers()} == {
+        "mac_counts", *(f"mac_index_{name}" for name in layer.index.maps.own())
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("capability, known", [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_a_gpu_that_reads_no_float8_has_no_fp8_cache(monkeypatch, capability, known):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    layers.check_index_device(torch.device("cuda"), fp8=False)
+    if known:
+        layers.check_index_device(torch.device("cuda"), fp8=True)
+    else:
+        with pytest.raises(MacConfigError, match="FP8 KV cache on sm89 or later: give --kv-cache-dtype bfloat16"):
+            layers.check_index_device(torch.device("cuda"), fp8=True)
 
 
 def test_the_refusal_names_every_other_dtype(monkeypatch):

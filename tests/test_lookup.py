@@ -164,6 +164,24 @@ def test_pages_of_128_tokens_have_near_tokens_in_whole_pages():
     assert (batch.decode().out.cpu() - exact(batch)).abs().max() <= TOLERANCE * 4
 
 
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.03, 0.2)])
+@pytest.mark.parametrize("head_major", [True, False])
+def test_fp8_caches(scales, head_major):
+    """Against the rule on the keys and values that the cache stands for, estimates by their index too."""
+    case = Case(scales=scales, head_major=head_major, lengths=(300, 40, 700))
+    assert [row.end > row.begin for row in check(Batch(case).write())] == [True, False, True]
+    batch = Batch(replace(case, tolerance=0.0)).write()
+    assert (batch.decode().out.cpu() - exact(batch)).abs().max() <= TOLERANCE * 4
+
+
+def test_keys_that_differ_by_their_scale_are_one_to_the_index():
+    """Numbers twice as large, with half the scale, have the same codes: a power of two rounds nothing anew."""
+    one, other = (Batch(Case(scales=scales)).write() for scales in ((0.5, 0.5), (1.0, 1.0)))
+    codes = [batch.layout.views(batch.kv)[0][batch.complete] for batch in (one, other)]
+    assert not torch.equal(one.kv.float(), other.kv.float()) and (codes[0] == codes[1]).float().mean() > 0.99
+    assert (one.decode().out - other.decode().out).abs().max() < 0.05  # but for numbers below FP8's least normal one
+
+
 def test_edges():
     for n in (1, 63, 64, 128, 129, 1000):
         for band in (1, 63, 64, 65, 2000):

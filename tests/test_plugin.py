@@ -170,7 +170,7 @@ def test_other_choices_are_left_to_vllm(vllm, changes):
     [
         ({"use_mla": True}, "MLA"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16 here"),
         ({"use_kv_connector": True}, "KV connector"),
         ({"use_non_causal": True}, "non-causal"),
     ],

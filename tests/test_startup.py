@@ -123,7 +123,7 @@ def test_what_nothing_reads_draws_one_warning(make, warnings, monkeypatch, chose
 
 REFUSED = [
     ({"kv_cache_dtype": "fp8"},
-     "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16: give --kv-cache-dtype bfloat16"),
+     "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16 here: give --kv-cache-dtype bfloat16"),
     ({"kv_offloading_size": 1.0, "additional_config": {"mac": {"rule": "match"}}},
      "kv_connector is OffloadingConnector, and with rule: match no ring has seen what a connector loads: leave out "
      "--kv-transfer-config and --kv-offloading-size, or set rule: index"),
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_quantises_its_kv_cache(make, strategy):
     options = {"quantization": quantization, "dtype": "bfloat16"}
     message = refused(make, **options)
     assert (
-        "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16, which is the checkpoint's choice"
+        "--kv-cache-dtype is fp8, and MAC takes one of auto, float16, bfloat16 here, which is the checkpoint's choice"
         in message
     )
     if strategy == "tensor":
@@ -330,6 +330,34 @@ def test_gpus_that_are_too_old_for_a_ring(monkeypatch, make):
             because for because, _ in startup.refusals(config, startup.resolve({"rule": "match", "ring_dtype": ring}))
         ]
         assert len(found) == (reason is not None) and all(reason in because for because in found)
+
+
+@pytest.mark.parametrize("dtype, mac, capability, reason", [
+    ("fp8", {}, (9, 0), None), ("fp8_e4m3", {}, (8, 9), None), ("bfloat16", {}, (8, 0), None),
+    ("fp8", {}, (8, 0), ("MAC reads an FP8 KV cache on sm89 or later", "give --kv-cache-dtype bfloat16")),
+    ("fp8_e5m2", {}, (9, 0), (
+        "--kv-cache-dtype is fp8_e5m2, and MAC takes one of auto, float16, bfloat16, fp8, fp8_e4m3",
+        "give --kv-cache-dtype fp8_e4m3",
+    )),
+    ("nvfp4", {}, (9, 0), ("fp8_e4m3", "give --kv-cache-dtype bfloat16")),
+    ("fp8", {"rule": "match"}, (9, 0), (
+        "MAC takes one of auto, float16, bfloat16 without rule: index",
+        "give --kv-cache-dtype bfloat16, or set rule: index",
+    )),
+    ("fp8", {"enabled": False}, (9, 0), ("without rule: index", "or set rule: index")),
+])  # fmt: skip
+def test_fp8_caches_by_index_on_gpus(monkeypatch, make, dtype, mac, capability, reason):
+    from vllm.platforms import current_platform
+
+    config = make(attention_backend="MAC")
+    config.cache_config.cache_dtype = dtype
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(compilers, "has_flashinfer", lambda: True)
+    monkeypatch.setattr(type(current_platform), "get_device_capability", lambda self, device_id=0: capability)
+    found = [*startup.refusals(config, startup.resolve(mac), dtype)]
+    assert len(found) == (reason is not None), found
+    assert all(reason[0] in because and cure.endswith(reason[1]) for because, cure in found)
 
 
 @pytest.mark.parametrize("capability, refused", [((8, 0), False), ((9, 0), False), ((10, 0), True), ((12, 0), True)])

@@ -18,6 +18,8 @@ from vllm_mac.plugin import NAME
 _NOTHING = object()
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+# By index on GPUs these too: FP8 with 4 bits of exponent, one scale for all keys of a layer and one for its values.
+FP8_DTYPES = ("fp8", "fp8_e4m3")
 ATTENTION_TYPES = ("decoder",)
 # What --block-size has to be a multiple of: the smallest page that the platform's kernels read.
 BLOCK_SIZES = {"cpu": 32, "cuda": 16}
@@ -34,7 +36,7 @@ NO_CONNECTOR = "leave out --kv-transfer-config and --kv-offloading-size"
 # What to do where no index can be: its users need not know that they chose one.
 TO_MATCH = """set rule: match, as in --additional-config '{"mac": {"rule": "match"}}' (rule: index is the default)"""
 # Compute capabilities.
-GPUS_FROM, FLOAT8_RINGS_FROM, INDEX_BEFORE = (8, 0), (8, 9), (10, 0)
+GPUS_FROM, FLOAT8_FROM, INDEX_BEFORE = (8, 0), (8, 9), (10, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ BACKEND = {
     "is_sparse": platform("no"),
     "is_ssm": platform("no"),
     "supported_dtypes": platform("MAC's kernels take them all"),
-    "supported_kv_cache_dtypes": own("MAC's kernels read unquantised keys and values"),
+    "supported_kv_cache_dtypes": own("MAC's kernels read unquantised keys and values, by index on GPUs FP8 too"),
     "supported_kv_cache_layouts": platform("MAC's kernels take any strides"),
     "supports_alibi_sqrt": platform(_EXACT),
     "supports_attn_type": own("rings are of decoders"),
@@ -117,7 +119,7 @@ BACKEND = {
     ),
     "supports_dtype": platform("MAC's kernels take them all"),
     "supports_head_size": platform("what the platform runs and MAC does not is exact"),
-    "supports_kv_cache_dtype": own("MAC's kernels read unquantised keys and values"),
+    "supports_kv_cache_dtype": own("MAC's kernels read unquantised keys and values, by index on GPUs FP8 too"),
     "supports_kv_cache_update_bypass": platform("forward reads the cache alone, in the platform's layout on GPUs"),
     "supports_kv_connector": own("with rule: index, connectors that copy pages with room behind their keys and values"),
     "supports_mm_prefix": refused(
@@ -129,7 +131,7 @@ BACKEND = {
     "supports_non_causal_dcp": refused(_SHARDS),
     "supports_pcp": refused(_SHARDS, "use_pcp", "leave out --prefill-context-parallel-size"),
     "supports_per_head_quant_scales": refused(
-        "MAC's kernels read unquantised keys and values", "use_per_head_quant_scales"
+        "MAC's kernels take one scale for a layer's keys and one for its values", "use_per_head_quant_scales"
     ),
     "supports_rswa": refused(
         "a query sees a window and the prompt, and a ring's summaries are of all between", "use_rswa"
@@ -153,7 +155,7 @@ IMPL = {
     "get_impl_variants": platform("there is one"),
     "get_xqa_bmm1_scale": platform("of exact layers"),
     "is_sparse": platform("no"),
-    "kv_quant_mode": platform("of unquantised KV caches: none"),
+    "kv_quant_mode": platform("of the KV cache"),
     "lse_base_on_e": platform("no caller gets an LSE"),
     "maybe_quant_query": platform("of exact layers"),
     "need_to_return_lse_for_decode": platform("follows can_return_lse_for_decode"),
@@ -164,7 +166,7 @@ IMPL = {
     "supports_dense_mha_prefill": platform("of MLA"),
     "supports_mtp_with_cp_non_trivial_interleave_size": lacking(_SHARDS),
     "supports_pcp": lacking(_SHARDS),
-    "supports_quant_query_input": platform("with quantised KV caches only"),
+    "supports_quant_query_input": lacking("MAC's kernels read queries in the model's dtype"),
 }
 
 BUILDER = {
@@ -211,13 +213,33 @@ def refusals(asked: dict[str, Any]) -> list[str]:
     return [f"{one.asked}: {one.because}" for one in refusing(asked)]
 
 
-def serves_kv_cache_dtype(kv_cache_dtype: str | None) -> bool:
-    return kv_cache_dtype in (None, *KV_CACHE_DTYPES)
+def kv_cache_dtypes(platform: str | None, rule: str) -> tuple[str, ...]:
+    """What --kv-cache-dtype may be. platform: a key of `BLOCK_SIZES`."""
+    return KV_CACHE_DTYPES + (FP8_DTYPES if (platform, rule) == ("cuda", "index") else ())
 
 
-def refused_kv_cache_dtype(kv_cache_dtype: str) -> str:
-    """The reason where `serves_kv_cache_dtype` is false."""
-    return f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(KV_CACHE_DTYPES)}"
+def refused_kv_cache_dtype(
+    kv_cache_dtype: str, platform: str | None, rule: str, own: str = "bfloat16"
+) -> tuple[str, str] | None:
+    """Why a KV cache of such a dtype is refused, and what to do; or None. own: the model's dtype."""
+    choices = kv_cache_dtypes(platform, rule)
+    if kv_cache_dtype in choices:
+        return None
+    where = "" if rule == "index" and platform == "cuda" else " without rule: index" if platform == "cuda" else " here"
+    reason = f"--kv-cache-dtype is {kv_cache_dtype}, and MAC takes one of {', '.join(choices)}{where}"
+    unquantised = f"give --kv-cache-dtype {own if own in choices else 'bfloat16'}"
+    if rule == "index" and "fp8" in choices and kv_cache_dtype.startswith("fp8"):
+        return reason, "give --kv-cache-dtype fp8_e4m3"
+    if platform == "cuda" and kv_cache_dtype in FP8_DTYPES:
+        return reason, f"{unquantised}, or set rule: index"
+    return reason, unquantised
+
+
+def refused_float8_gpu(capability: tuple[int, int]) -> str | None:
+    """Why a GPU's kernels cannot read an FP8 KV cache, or None."""
+    if capability >= FLOAT8_FROM:
+        return None
+    return f"this GPU is {_sm(capability)}, and MAC reads an FP8 KV cache on {_sm(FLOAT8_FROM)} or later"
 
 
 def refused_block_size(block_size: int, platform: str, rule: str) -> str | None:
@@ -249,11 +271,11 @@ def refused_index_gpu(capability: tuple[int, int]) -> str | None:
 
 def refused_ring_dtype(ring_dtype: str, capability: tuple[int, int], choices: Iterable[str]) -> str | None:
     """Why a GPU's kernels cannot convert to and from a ring's dtype, or None. choices: what `ring_dtype` may be."""
-    if ring_dtype != "float8_e4m3fn" or capability >= FLOAT8_RINGS_FROM:
+    if ring_dtype != "float8_e4m3fn" or capability >= FLOAT8_FROM:
         return None
     others = ", ".join(choice for choice in choices if choice != ring_dtype)
     return (
-        f"ring_dtype: received {ring_dtype!r}, which needs a GPU of {_sm(FLOAT8_RINGS_FROM)} or later, "
+        f"ring_dtype: received {ring_dtype!r}, which needs a GPU of {_sm(FLOAT8_FROM)} or later, "
         f"and this one is {_sm(capability)}; must be one of {others}"
     )
 

@@ -5,6 +5,7 @@ the ends of prefill chunks in rings.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from vllm.v1.attention.backends.flashinfer import (
     FlashInferMetadataBuilder,
 )
 
-from vllm_mac.capabilities import BUILDER, pinning
+from vllm_mac.capabilities import BUILDER, kv_cache_dtypes, pinning
 from vllm_mac.compilers import explained
 from vllm_mac.counters import PREFILLED
 from vllm_mac.decoder import Decoder
 from vllm_mac.index_pages import indexing
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
-from vllm_mac.key_index import LEAST_QUERIES
+from vllm_mac.key_index import LEAST_QUERIES, numbers
 from vllm_mac.kv_group import Group
 from vllm_mac.layers import MacLayer, at_once, index_rule, mac_layers
 from vllm_mac.learning import host_lengths, of_batch
@@ -41,6 +42,9 @@ PREFERRED_PAGE = 64  # tokens, with an index
 
 
 class MacCUDABackend(MacSupport, FlashInferBackend):
+    supported_kv_cache_dtypes: ClassVar[list] = list(kv_cache_dtypes("cuda", "index"))
+    on_platform: ClassVar[str] = "cuda"
+
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
         return [size for size in FlashInferBackend.get_supported_kernel_block_sizes(kv_cache_spec) if size <= 64]
@@ -319,6 +323,7 @@ def make_decoder(layer: MacLayer, page_size: int, device: torch.device) -> Decod
         max_rows=rows, heads=layer.num_heads, kv_heads=layer.num_kv_heads, head_size=layer.head_size,
         page_size=page_size, max_blocks=-(-model.max_model_len // page_size), dtype=model.dtype,
         band=layer.config.band, sink=layer.config.sink, scale=layer.scale, at_once=at_once(layer),
+        fp8=layer.fp8,
     )  # fmt: skip
     if layer.config.rule == "index":
         return LookupDecoder(geometry, index_rule(layer), layer.config.index_size, device)
@@ -342,10 +347,10 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
             step = getattr(batch.get(self.mac.name), "step", None) if isinstance(batch, dict) else None
             one_each = isinstance(step, LookupStep) and step.rest is None and step.rows.begin is None
             if one_each:  # no token lies in the page of another, so one launch does both
-                return group.decoder.append(index, key, value, slot_mapping, kv_cache)
+                return group.decoder.append(index, key, value, slot_mapping, numbers(kv_cache))
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if index is not None and group is not None:
-            group.decoder.write(index, slot_mapping, kv_cache)
+            group.decoder.write(index, slot_mapping, numbers(kv_cache))
 
     def forward(
         self,
@@ -370,11 +375,11 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         if attn_metadata.num_prefills:
             super().forward(layer, query[tokens:], key, value, kv_cache, step.rest, output[tokens:])
         if isinstance(step, LookupStep):
-            learning = step.learning
-            if learning is not None and not step.decoder.learn(self.mac.index, learning, query, kv_cache):
+            learning, kv = step.learning, numbers(kv_cache)
+            if learning is not None and not step.decoder.learn(self.mac.index, learning, query, kv):
                 self.mac.group.learned_nothing(learning)
             if decodes:
-                step.decoder.decode(self.mac.index, step.rows, query, kv_cache, output)
+                step.decoder.decode(self.mac.index, step.rows, query, kv, output)
             return output
         if step.seeding is not None:
             step.seeding.record(state, query, kv_cache)

@@ -5,6 +5,8 @@ Letters: `K` KV heads, `G` query heads of each, `D` head size, `N` directions of
 Of each key `k` the index holds `N` codes of 4 bits. A code `c` from 0 to 15 stands for `c - 7.5`, and
 `to_query^T q . (code - 7.5) + mean . q` estimates `q . k`. Of each page it holds the mean of its values.
 
+What an FP8 cache holds, times a scale, are its keys and values. Maps and codes are of keys, means of what it holds.
+
 The maps are the best of their rank for `q . k`. With the queries' second moment `L L^T` and the keys' covariance
 `C`, both after RoPE, `B` holds the leading eigenvectors of `L^T C L`; keys are mapped by `L B`, queries by `L^-T B`.
 """
@@ -18,6 +20,7 @@ LEVELS, HALF_LEVEL = 16, 7.5  # of a code of 4 bits
 REACH = 2.8  # standard deviations of a direction that its codes reach to each side: the least error of a Gaussian
 LEAST_QUERIES, GROWTH = 64, 1.25  # see `worth_learning`
 SAMPLE, LAST = 16, 512  # every 16th key and query is sampled, and of the queries the last 512
+FP8 = torch.float8_e4m3fn
 
 
 def directions(head_size: int) -> int:
@@ -30,7 +33,8 @@ class PageLayout:
     """Where a page's index lies: behind its keys and values, head by head the codes, then head by head the means.
 
     codes: `[K, P, N / 2]` uint8 a page; the low half of byte `i` is direction `i`, the high half direction `i + N / 2`.
-    means: `[K, D]` a page, in the cache's dtype.
+    means: `[K, D]` a page, in the cache's dtype; of an FP8 cache in float16, which holds all its numbers.
+    itemsize: bytes of one number of the cache.
     """
 
     kv_heads: int
@@ -58,7 +62,7 @@ class PageLayout:
     @property
     def index_bytes(self) -> int:
         """Bytes of a page's index."""
-        return self.code_bytes + self.kv_heads * self.head_size * self.itemsize
+        return self.code_bytes + self.kv_heads * self.head_size * max(self.itemsize, torch.float16.itemsize)
 
     @property
     def padded_bytes(self) -> int:
@@ -76,9 +80,22 @@ class PageLayout:
         at = kv.storage_offset() + self.kv_bytes // self.itemsize
         tail = torch.as_strided(kv, (blocks, self.index_bytes // self.itemsize), (kv.stride(0), 1), at)
         codes = tail[:, : self.code_bytes // self.itemsize].view(torch.uint8)
-        means = tail[:, self.code_bytes // self.itemsize :]
+        means = tail[:, self.code_bytes // self.itemsize :].view(torch.float16 if kv.dtype == FP8 else kv.dtype)
         shape = self.kv_heads, self.page, self.directions // 2
         return codes.unflatten(1, shape), means.unflatten(1, (self.kv_heads, self.head_size))
+
+
+def numbers(kv: Tensor) -> Tensor:
+    """A cache as numbers: vLLM has FP8 ones as bytes."""
+    return kv.view(FP8) if kv.dtype == torch.uint8 else kv
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What the numbers of an FP8 cache are multiplied with: `[]` float32 each, which vLLM writes in place."""
+
+    key: Tensor
+    value: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +105,7 @@ class Maps:
     to_key, to_query: `[K, D, N]` in the model's dtype; the code is `floor(to_key^T k - shift)`, from 0 to 15.
     shift: `[K, N]` float32. mean: `[K, D]` float32, the mean key.
     ready: `[1]` int32, 0 until the maps are set; nothing is estimated before.
+    scales: those of the layer's cache if it is FP8, else None.
     """
 
     to_key: Tensor
@@ -95,9 +113,12 @@ class Maps:
     shift: Tensor
     mean: Tensor
     ready: Tensor
+    scales: Scales | None = None
 
     @classmethod
-    def allocate(cls, kv_heads: int, head_size: int, n: int, dtype: torch.dtype, device) -> "Maps":
+    def allocate(
+        cls, kv_heads: int, head_size: int, n: int, dtype: torch.dtype, device, scales: Scales | None = None
+    ) -> "Maps":
         """Maps that are not ready."""
 
         def zeros(*shape, dtype=torch.float32):
@@ -105,8 +126,20 @@ class Maps:
 
         return cls(
             zeros(kv_heads, head_size, n, dtype=dtype), zeros(kv_heads, head_size, n, dtype=dtype),
-            zeros(kv_heads, n), zeros(kv_heads, head_size), zeros(1, dtype=torch.int32),
+            zeros(kv_heads, n), zeros(kv_heads, head_size), zeros(1, dtype=torch.int32), scales,
         )  # fmt: skip
+
+    def own(self) -> dict[str, Tensor]:
+        """By name, the tensors that `set` writes."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "scales"}
+
+    def keys(self, held: Tensor) -> Tensor:
+        """Keys, float32, of what a cache holds."""
+        return held.float() if self.scales is None else held.float() * self.scales.key
+
+    def values(self, held: Tensor) -> Tensor:
+        """Values, float32, of what a cache holds, or of their mean."""
+        return held.float() if self.scales is None else held.float() * self.scales.value
 
     def set(self, moments: "Moments") -> bool:
         """Make the maps of these moments. Where not all numbers are finite, leave them as they were: False."""
@@ -174,7 +207,7 @@ def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int) ->
     token = torch.arange(0, length, SAMPLE, device=kv.device)
     page = blocks[token // kv.shape[2]].long()
     key = kv[page, :, token % kv.shape[2], : kv.shape[3] // 2].transpose(0, 1)
-    return maps.set(Moments.of(sampled_queries(query), key))
+    return maps.set(Moments.of(sampled_queries(query), maps.keys(key)))
 
 
 def worth_learning(length: int, count: int, learned: int) -> bool:
@@ -191,8 +224,8 @@ def sampled_queries(query: Tensor) -> Tensor:
 
 
 def encode(key: Tensor, value: Tensor, maps: Maps) -> tuple[Tensor, Tensor]:
-    """Codes `[K, P, N / 2]` uint8 and mean value `[K, D]` float32 of pages; key, value `[K, P, D]`."""
-    code = key.float() @ maps.to_key.float() - maps.shift[:, None]
+    """Codes `[K, P, N / 2]` uint8 and mean value `[K, D]` float32 of pages; key, value `[K, P, D]`, as a cache holds them."""
+    code = maps.keys(key) @ maps.to_key.float() - maps.shift[:, None]
     code = code.floor().clamp(0, LEVELS - 1).nan_to_num(0).to(torch.uint8)
     low, high = code.chunk(2, 2)
     return low | (high << 4), value.float().mean(1)

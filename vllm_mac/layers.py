@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm_mac import capabilities
 from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.counters import Count
-from vllm_mac.key_index import Maps, directions
+from vllm_mac.key_index import Maps, Scales, directions, numbers
 from vllm_mac.ring import ring_bytes, ring_dtypes
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
 from vllm_mac.state import IndexRule, IndexState, LayerState, RingStore, most_columns
@@ -105,9 +105,19 @@ class MacLayer:
         return self.state is not None or self.index is not None
 
     @property
+    def attention(self) -> nn.Module:
+        """vLLM's layer."""
+        return self.vllm_config.compilation_config.static_forward_context[self.name]
+
+    @property
     def cache(self) -> Tensor:
         """The layer's KV cache, `[blocks, K, block, 2 D]`."""
-        return self.vllm_config.compilation_config.static_forward_context[self.name].kv_cache
+        return numbers(self.attention.kv_cache)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the layer's KV cache is FP8."""
+        return self.attention.kv_cache_dtype in capabilities.FP8_DTYPES
 
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Settle whether MAC runs the layer, and make its state; `dtype` is the model's.
@@ -127,10 +137,11 @@ class MacLayer:
         if self.counts is None:
             count([layer for layer in layers if layer.exact is None], device)
         if self.config.rule == "index":
-            check_index_device(device)
+            check_index_device(device, self.fp8)
             size = self.config.index_size or directions(self.head_size)
-            maps = Maps.allocate(self.num_kv_heads, self.head_size, size, dtype, device)
-            self.keep(counts=self.counts, **{f"index_{name}": getattr(maps, name) for name in Maps.__slots__})
+            scales = Scales(self.attention._k_scale, self.attention._v_scale) if self.fp8 else None
+            maps = Maps.allocate(self.num_kv_heads, self.head_size, size, dtype, device, scales)
+            self.keep(counts=self.counts, **{f"index_{name}": one for name, one in maps.own().items()})
             self.index = IndexState(maps, self.counts)
             return
         query_dtype, out_dtype = ring_dtypes(self.config, dtype)
@@ -156,9 +167,8 @@ class MacLayer:
         modules. Rings need not be kept: KV caches are discarded too, and vLLM forgets what was in them,
         so whatever is read of a ring afterwards was written afterwards.
         """
-        attention = self.vllm_config.compilation_config.static_forward_context[self.name]
         for name, tensor in tensors.items():
-            attention.register_buffer(f"mac_{name}", tensor, persistent=False)
+            self.attention.register_buffer(f"mac_{name}", tensor, persistent=False)
 
 
 def count(served: list[MacLayer], device: torch.device) -> None:
@@ -331,12 +341,15 @@ def check_device(dtype: torch.dtype, device: torch.device) -> None:
         raise MacConfigError(reason)
 
 
-def check_index_device(device: torch.device) -> None:
-    """Raise MacConfigError where `device` cannot decode by the index of keys."""
+def check_index_device(device: torch.device, fp8: bool) -> None:
+    """Raise MacConfigError where `device` cannot decode by the index of keys. fp8: whether the KV cache is."""
     if device.type != "cuda":
         return
-    if reason := capabilities.refused_index_gpu(torch.cuda.get_device_capability(device)):
+    capability = torch.cuda.get_device_capability(device)
+    if reason := capabilities.refused_index_gpu(capability):
         raise MacConfigError(f"{reason}: {capabilities.TO_MATCH}")
+    if fp8 and (reason := capabilities.refused_float8_gpu(capability)):
+        raise MacConfigError(f"{reason}: give --kv-cache-dtype bfloat16")
 
 
 def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:

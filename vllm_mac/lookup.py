@@ -91,6 +91,7 @@ def decode(rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps
         looked[row] = end > begin
         blocks = rows.block_table[row].long()
         key, value = gather(kv, blocks, torch.arange(last, device=kv.device))
+        key, value = maps.keys(key), maps.values(value)
         logit = grouped @ key.transpose(1, 2) * rule.scale  # [K, T G, last]
         logit.masked_fill_(torch.arange(last, device=kv.device) >= own[:, None], -torch.inf)
         chosen = torch.ones(layout.kv_heads, last, dtype=torch.bool, device=kv.device)
@@ -112,7 +113,7 @@ def decode(rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps
         result = weight[..., :last] @ value
         if end > begin:
             of_page = weight[..., last:].unflatten(-1, (-1, layout.page)).sum(-1)  # [K, T G, pages]
-            result += of_page @ means[pages].float().transpose(0, 1)
+            result += of_page @ maps.values(means[pages]).transpose(0, 1)
         # The index counts as the tokens that have as many bytes.
         index = (end - begin) * layout.index_bytes // layout.kv_bytes
         out[first[row] : first[row + 1]] = result.unflatten(1, (len(queries), -1)).transpose(0, 1).flatten(1, 2)

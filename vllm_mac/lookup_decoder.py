@@ -42,7 +42,7 @@ class LookupDecoder:
         self.learned = 0
         self.layout = PageLayout(
             geometry.kv_heads, geometry.head_size, geometry.page_size, size or directions(geometry.head_size),
-            geometry.dtype.itemsize,
+            geometry.kv_dtype.itemsize,
         )  # fmt: skip
         rows = geometry.max_rows
         self.position = torch.full((rows,), -1, dtype=torch.int32, device=device)
@@ -93,8 +93,8 @@ class LookupDecoder:
             return
         self.warm = True
         g, layout, device = self.geometry, self.layout, self.position.device
-        page = torch.zeros(1, layout.padded_bytes // g.dtype.itemsize, dtype=g.dtype, device=device)
-        kv = page[:, : layout.kv_bytes // g.dtype.itemsize].unflatten(1, (g.kv_heads, g.page_size, 2 * g.head_size))
+        page = torch.zeros(1, layout.padded_bytes // g.kv_dtype.itemsize, dtype=g.kv_dtype, device=device)
+        kv = page[:, : layout.kv_bytes // g.kv_dtype.itemsize].unflatten(1, (g.kv_heads, g.page_size, 2 * g.head_size))
         slots = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.write(layer, slots, kv)
         token = torch.zeros(1, g.kv_heads, g.head_size, dtype=g.dtype, device=device)

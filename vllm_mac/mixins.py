@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from vllm_mac import capabilities
 from vllm_mac.capabilities import ATTENTION_TYPES, BACKEND, IMPL, KV_CACHE_DTYPES, pinning, refusals
-from vllm_mac.index_pages import note, with_index
+from vllm_mac.index_pages import indexing, note, with_index
 from vllm_mac.layers import MacLayer, configuration
 from vllm_mac.requests import follow
 
@@ -19,6 +19,7 @@ class MacSupport:
     """Precedes a platform's own backend class, whose other answers stand."""
 
     supported_kv_cache_dtypes: ClassVar[list] = list(KV_CACHE_DTYPES)
+    on_platform: ClassVar[str] = "cpu"  # a key of `capabilities.BLOCK_SIZES`
 
     @staticmethod
     def get_name() -> str:
@@ -30,7 +31,12 @@ class MacSupport:
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype) -> bool:
-        return capabilities.serves_kv_cache_dtype(kv_cache_dtype)
+        return cls._refused_kv_cache_dtype(kv_cache_dtype) is None
+
+    @classmethod
+    def _refused_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> tuple[str, str] | None:
+        rule = "index" if indexing() else "match"
+        return capabilities.refused_kv_cache_dtype(kv_cache_dtype or "auto", cls.on_platform, rule)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -48,8 +54,8 @@ class MacSupport:
     def supports_combination(
         cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix, device_capability
     ) -> str | None:  # fmt: skip
-        if not cls.supports_kv_cache_dtype(kv_cache_dtype):
-            return capabilities.refused_kv_cache_dtype(kv_cache_dtype)
+        if refused := cls._refused_kv_cache_dtype(kv_cache_dtype):
+            return refused[0]
         return super().supports_combination(
             head_size,
             dtype,
@@ -91,7 +97,8 @@ class MacImpl:
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
             logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks,
         ]  # fmt: skip
-        super().__init__(*arguments)  # the platform's own class comes next
+        super().__init__(*arguments)  # the platform's own class comes next, and may set this of each object
+        self.supports_quant_query_input = False
         vllm_config = get_current_vllm_config()
         follow(vllm_config)
         self.mac = MacLayer(

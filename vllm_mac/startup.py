@@ -98,16 +98,27 @@ def refusals(
     backends = (attention.backend_per_kind.get(kind, attention.backend) for kind in kinds)
     if model.is_attention_free or not any(map(_is_mac, backends)):
         return
+    platform = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda() else None
+    rule = config.rule if config.enabled else "match"
+    cache = vllm_config.cache_config
+    dtype, own = cache.cache_dtype, str(model.dtype).removeprefix("torch.")
+    if dtype == "auto" and _kv_cache_scheme(vllm_config) is not None:
+        dtype = "fp8"  # what vLLM's layers make of it
+    refused_dtype = capabilities.refused_kv_cache_dtype(dtype, platform, rule, own)
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
     if capability is not None:
         if not compilers.has_flashinfer():
             yield "FlashInfer is not installed, which MAC needs on GPUs", compilers.FLASHINFER
         if reason := capabilities.refused_gpu(tuple(capability)):
             yield reason, None
-        elif (
-            config.enabled and config.rule == "index" and (reason := capabilities.refused_index_gpu(tuple(capability)))
-        ):
+        elif rule == "index" and (reason := capabilities.refused_index_gpu(tuple(capability))):
             yield reason, capabilities.TO_MATCH
+        elif (
+            dtype in capabilities.FP8_DTYPES
+            and refused_dtype is None
+            and (reason := capabilities.refused_float8_gpu(tuple(capability)))
+        ):
+            yield reason, f"give --kv-cache-dtype {own if own in capabilities.KV_CACHE_DTYPES else 'bfloat16'}"
         elif reason := capabilities.refused_ring_dtype(config.ring_dtype, tuple(capability), RING_DTYPES):
             yield reason, "choose another ring_dtype"
     if model.attn_type in ENCODERS:
@@ -119,23 +130,15 @@ def refusals(
         yield "the model's attention is MLA, whose cache holds no keys and values to read in part", None
     for decision in capabilities.refusing(asked(vllm_config)):
         yield f"{decision.asked}: {decision.because}", decision.cure
-    cache = vllm_config.cache_config
-    dtype = cache.cache_dtype
-    if dtype == "auto" and _kv_cache_scheme(vllm_config) is not None:
-        dtype = "fp8"  # what vLLM's layers make of it
-    served = capabilities.serves_kv_cache_dtype(dtype)
-    rule = config.rule if config.enabled else "match"
     if config.enabled and (refused := capabilities.refused_connector(vllm_config.kv_transfer_config, config.rule)):
         yield refused
     if rule == "index":
-        yield from _against_index(model, config, not served and bool(cache.kv_cache_dtype_skip_layers))
+        quantised = dtype not in capabilities.KV_CACHE_DTYPES
+        yield from _against_index(model, config, quantised and bool(cache.kv_cache_dtype_skip_layers))
     # Which layers the list spares, they know.
-    if not served and not cache.kv_cache_dtype_skip_layers:
-        reason = capabilities.refused_kv_cache_dtype(dtype)
-        whose = ", which is the checkpoint's choice" if kv_cache_dtype == "auto" else ""
-        own = str(model.dtype).removeprefix("torch.")
-        yield reason + whose, f"give --kv-cache-dtype {own if own in capabilities.KV_CACHE_DTYPES else 'bfloat16'}"
-    platform = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda() else None
+    if refused_dtype is not None and not cache.kv_cache_dtype_skip_layers:
+        reason, cure = refused_dtype
+        yield reason + (", which is the checkpoint's choice" if kv_cache_dtype == "auto" else ""), cure
     if (
         cache.user_specified_block_size
         and platform

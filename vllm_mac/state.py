@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
-from vllm_mac.key_index import Maps
+from vllm_mac.key_index import FP8, Maps
 from vllm_mac.rope import Rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,8 +28,8 @@ def most_columns(head_size: int) -> int:
 class Geometry:
     """The sizes that all layers of a decoder share.
 
-    max_rows: most rows of a batch. max_blocks: most KV pages of one row. dtype: of queries and KV. scale: factor of
-    the scores. The first `sink` tokens and the last `band` tokens of a row are in no summary. at_once: most tokens of a
+    max_rows: most rows of a batch. max_blocks: most KV pages of one row. dtype: of queries and KV. fp8: whether KV is
+    `key_index.FP8` instead, by index only. scale: factor of the scores. The first `sink` tokens and the last `band` tokens of a row are in no summary. at_once: most tokens of a
     row that are decoded in one step, more than one by index only.
 
     Raises ValueError where `heads` is no multiple of `kv_heads`, and for a dtype that the kernels do not read.
@@ -46,12 +46,17 @@ class Geometry:
     sink: int
     scale: float
     at_once: int = 1
+    fp8: bool = False
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(f"heads: {self.heads}, choose a multiple of kv_heads ({self.kv_heads})")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype}, choose one of {list(DTYPES)}")
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return FP8 if self.fp8 else self.dtype
 
     @property
     def group(self) -> int:

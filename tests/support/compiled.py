@@ -30,7 +30,7 @@ from vllm_mac.counters import Count
 from vllm_mac.kernels import complete, launch
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.workspace import Workspace
-from vllm_mac.key_index import Maps
+from vllm_mac.key_index import Maps, Scales
 from vllm_mac.state import Geometry, IndexRule, IndexState, most_columns
 
 # Most shared memory of a program, and multiprocessors, by the CUDA C++ Programming Guide: A100, L4, H200, B200.
@@ -138,7 +138,8 @@ def main(arch: int, sass: bool) -> None:
     if arch < 100:  # see `capabilities.INDEX_BEFORE`
         for shape, page in zip(SHAPES, (16, 64), strict=False):
             if (arch, shape["d"]) not in ((80, 256), (89, 128)):  # sm89 has least shared memory, else they are alike
-                look_up(arch, shape, page)
+                for fp8 in (False, True)[: 1 + (arch >= 89)]:  # see `capabilities.FLOAT8_FROM`
+                    look_up(arch, shape, page, fp8)
     # All shapes where the kernels were measured; elsewhere the one whose threads need most registers.
     for shape in SHAPES if arch == 90 else [LONG if arch == 89 else SHAPES[0]]:
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch == 89 or shape["dtype"] == torch.float16 else {}
@@ -153,16 +154,17 @@ def main(arch: int, sass: bool) -> None:
         complete.complete_misses(layers[0], rows, query, query, decoder._work.part_lse, decoder._work, query)
 
 
-def look_up(arch: int, shape: dict, page: int) -> None:
+def look_up(arch: int, shape: dict, page: int, fp8: bool) -> None:
     """Launch the kernels of steps that decode by the index of keys, with pages of so many tokens: one token a row, and as
-    many as a step of speculation may have, 4 at most."""
+    many as a step of speculation may have, 4 at most. fp8: whether the cache is."""
     rows, heads, kv_heads, d, dtype = (shape[name] for name in ("rows", "heads", "kv_heads", "d", "dtype"))
     at_once = max(min(most_columns(d) // (heads // kv_heads), 4), 1)
-    geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5, at_once)
+    geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5, at_once, fp8)
     decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), None, torch.device("cpu"))
     work, sms = decoder._work, GPUS[arch][1]
     work.programs, work.weighers, work.pdl = work.tuning.per_sm * sms, work.tuning.weighers_per_sm * sms, arch >= 90
-    maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu")
+    scales = Scales(torch.ones(()), torch.ones(())) if fp8 else None
+    maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu", scales)
     decoder.warm_up(IndexState(maps, torch.zeros(len(Count), dtype=torch.int64)))
 
 

@@ -9,14 +9,15 @@ from torch import Tensor
 from support.devices import DEVICE
 from vllm_mac import lookup
 from vllm_mac.counters import OPTED_OUT
-from vllm_mac.key_index import Maps, Moments, PageLayout, directions
+from vllm_mac.key_index import FP8, Maps, Moments, PageLayout, Scales, directions
 from vllm_mac.state import Geometry, IndexRule, Rows
 
 
 @dataclass
 class Case:
     """A batch: `lengths` tokens per row (0: a padded row). opted_out: rows whose request wants exact decoding.
-    sharp: factor of the queries, so of all logits. tokens: of each row, how many it decodes, its last ones; () for one each."""
+    sharp: factor of the queries, so of all logits. tokens: of each row, how many it decodes, its last ones; () for one each.
+    scales: of keys and values, for a cache in FP8; () for one in `dtype`."""
 
     lengths: tuple = (300, 40, 0, 700)
     kv_heads: int = 2
@@ -35,6 +36,11 @@ class Case:
     sharp: float = 1.5
     seed: int = 0
     tokens: tuple = ()
+    scales: tuple = ()
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return FP8 if self.scales else self.dtype
 
 
 class Batch:
@@ -42,12 +48,12 @@ class Batch:
 
     def __init__(self, case: Case):
         c, draw = case, torch.Generator().manual_seed(case.seed)
-        self.case, item, rows = case, case.dtype.itemsize, len(case.lengths)
+        self.case, item, rows = case, case.kv_dtype.itemsize, len(case.lengths)
         self.layout = PageLayout(c.kv_heads, c.d, c.page, c.n or directions(c.d), item)
         self.rule = IndexRule(c.tolerance, c.band, c.sink, c.min_context, c.d**-0.5)
         used = [-(-n // c.page) for n in c.lengths]
         blocks = sum(used) + 2
-        raw = torch.full((blocks, self.layout.padded_bytes // item), math.nan, dtype=c.dtype)
+        raw = torch.full((blocks, self.layout.padded_bytes // item), math.nan).to(c.kv_dtype)
         order = torch.randperm(blocks - 1, generator=draw) + 1  # block 0 is never used
         table = torch.zeros(rows, max(max(used), 1), dtype=torch.int32)
         for row, count in enumerate(used):
@@ -61,12 +67,12 @@ class Batch:
                 count = min(c.page, n - i * c.page)
                 x = torch.randn(c.kv_heads, count, 2 * c.d, generator=draw)
                 x[..., : c.d] = x[..., : c.d] @ turn + 1
-                self.kv[table[row, i], :, :count] = x.to(c.dtype).to(DEVICE)
+                self.kv[table[row, i], :, :count] = self.held(x).to(DEVICE)
                 keys.append(x[..., : c.d])
         heads, counts = c.kv_heads * c.group, c.tokens or (1,) * rows
         self.first = torch.tensor((0, *counts)).cumsum(0).tolist()  # of each row's queries
         self.query = (torch.randn(sum(counts), heads, c.d, generator=draw) * c.sharp).to(c.dtype).to(DEVICE)
-        self.maps = Maps.allocate(c.kv_heads, c.d, self.layout.directions, c.dtype, DEVICE)
+        self.maps = Maps.allocate(c.kv_heads, c.d, self.layout.directions, c.dtype, DEVICE, scales_of(c))
         if c.ready:
             self.maps.set(Moments.of(self.query, torch.cat(keys, 1).to(DEVICE)))
         self.table = table.to(DEVICE)
@@ -83,6 +89,13 @@ class Batch:
             return body.unflatten(1, (c.kv_heads, c.page, 2 * c.d))
         return body.unflatten(1, (c.page, c.kv_heads, 2 * c.d)).transpose(1, 2)
 
+    def held(self, x: Tensor) -> Tensor:
+        """Keys and values `[..., 2 D]` as the cache holds them."""
+        if not self.case.scales:
+            return x.to(self.case.dtype)
+        scale = torch.tensor(self.case.scales).repeat_interleave(self.case.d)
+        return (x.to(self.case.dtype).float() / scale).clamp(-448, 448).to(FP8)
+
     def write(self) -> "Batch":
         """Index the complete pages."""
         lookup.write_pages(self.kv, torch.tensor(self.complete, dtype=torch.int64), self.layout, self.maps)
@@ -93,7 +106,7 @@ class Batch:
         keys = {
             "max_rows": len(c.lengths), "heads": c.group * c.kv_heads, "kv_heads": c.kv_heads, "head_size": c.d,
             "page_size": c.page, "max_blocks": self.table.shape[1], "dtype": c.dtype, "band": c.band, "sink": c.sink,
-            "scale": self.rule.scale,
+            "scale": self.rule.scale, "fp8": bool(c.scales),
         }  # fmt: skip
         return Geometry(**keys | changes)
 
@@ -108,6 +121,11 @@ class Batch:
 
     def row(self, row: int) -> "Row":
         return Row(self, row)
+
+
+def scales_of(case: Case) -> Scales | None:
+    """What maps know of the case's cache: scales that float32 rounds."""
+    return Scales(*(torch.tensor(scale, device=DEVICE) for scale in case.scales)) if case.scales else None
 
 
 class Row:
@@ -131,12 +149,13 @@ class Row:
             self.end = max((first - c.band) // 64 * 64, self.begin)
         codes, means = (x.cpu() for x in layout.views(batch.kv))
         kv = batch.kv.cpu()[page, :, slot].transpose(0, 1).double()
-        self.key, self.value = kv[..., : c.d], kv[..., c.d :]
+        key_scale, value_scale = c.scales or (1.0, 1.0)
+        self.key, self.value = kv[..., : c.d] * key_scale, kv[..., c.d :] * value_scale
         self.query = queries.unflatten(1, (c.kv_heads, c.group)).permute(1, 0, 2, 3).flatten(1, 2)  # [K, C, D]
         self.own = (first + torch.arange(self.tokens)).repeat_interleave(c.group)[:, None]
         self.logit = torch.einsum("kgd,ktd->kgt", self.query, self.key) * scale
         self.logit.masked_fill_(token >= self.own, -math.inf)
-        self.mean = means[blocks[: n // c.page]].transpose(0, 1).double()  # [K, pages, D]
+        self.mean = means[blocks[: n // c.page]].transpose(0, 1).double() * value_scale  # [K, pages, D]
         maps = [x.cpu().double() for x in (batch.maps.to_query, batch.maps.mean)]
         direction = torch.einsum("kgd,kdn->kgn", self.query, maps[0])
         self.estimate = self.logit[..., :0]
