@@ -164,7 +164,7 @@ def test_kv_cache_dtypes_foreseen_are_those_that_classes_take(classes, monkeypat
         assert (found is None) == taken
         said = backend.supports_combination(128, torch.bfloat16, dtype, 64, False, False, False, False, None)
         assert said == (found and found[0])
-    assert {*backend.supported_kv_cache_dtypes} == {*capabilities.kv_cache_dtypes(backend.on_platform, "index")}
+    assert {*backend.supported_kv_cache_dtypes} == {*capabilities.kv_cache_dtypes(backend._platform, "index")}
 
 
 @pytest.mark.parametrize("platform", ["gpu", "cpu"])

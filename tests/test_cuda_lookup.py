@@ -15,7 +15,7 @@ from support.stub_flashinfer import gpu_backend
 from vllm_mac import kv_group, lookup
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import OPTED_OUT, PREFILLED, Count
-from vllm_mac.key_index import Maps, encode
+from vllm_mac.key_index import FP8, Maps, Scales, encode, numbers
 from vllm_mac.requests import RowRings
 from vllm_mac.state import Geometry, IndexRule, IndexState, Rows
 
@@ -25,29 +25,35 @@ LENGTHS = (500, 300, 400)  # two rows that decode, and one whose last CHUNK toke
 
 
 @pytest.fixture
-def case(monkeypatch):
+def case(monkeypatch, request):
+    """With a parameter, its scales, the cache is FP8, in bytes as vLLM has it."""
+    scales = getattr(request, "param", None) and Scales(*map(torch.tensor, request.param))
+    dtype = FP8 if scales else torch.float32
     draw = torch.Generator().manual_seed(0)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     cuda = gpu_backend()
     monkeypatch.setattr(cuda, "executing", lambda: True)
     rule = IndexRule(1.5, 64, 16, 128, SIZE**-0.5)
-    geometry = Geometry(4, HEADS, KV_HEADS, SIZE, PAGE, 32, torch.float32, 64, 16, SIZE**-0.5, at_once=4)
+    geometry = Geometry(
+        4, HEADS, KV_HEADS, SIZE, PAGE, 32, torch.float32, 64, 16, SIZE**-0.5, at_once=4, fp8=bool(scales)
+    )
     decoder = cuda.LookupDecoder(geometry, rule, None, torch.device("cpu"))
     layout = decoder.layout
     used = [-(-n // PAGE) for n in LENGTHS]
-    raw = torch.full((sum(used) + 1, layout.padded_bytes // 4), torch.nan)
-    kv = raw[:, : layout.kv_bytes // 4].unflatten(1, (KV_HEADS, PAGE, 2 * SIZE))
+    raw = torch.full((sum(used) + 1, layout.padded_bytes // dtype.itemsize), torch.nan).to(dtype)
+    kv = raw[:, : layout.kv_bytes // dtype.itemsize].unflatten(1, (KV_HEADS, PAGE, 2 * SIZE))
     table, page = torch.zeros(3, 32, dtype=torch.int32), 1
     for row, (n, pages) in enumerate(zip(LENGTHS, used, strict=True)):
         table[row, :pages] = torch.arange(page, page + pages)
         for i in range(pages):
             some = min(PAGE, n - i * PAGE)
-            kv[page + i, :, :some] = torch.randn(KV_HEADS, some, 2 * SIZE, generator=draw)
+            kv[page + i, :, :some] = torch.randn(KV_HEADS, some, 2 * SIZE, generator=draw).to(dtype)
         page += pages
     index = IndexState(
-        Maps.allocate(KV_HEADS, SIZE, layout.directions, torch.float32, "cpu"),
+        Maps.allocate(KV_HEADS, SIZE, layout.directions, torch.float32, "cpu", scales),
         torch.zeros(len(Count), dtype=torch.int64),
     )
+    kv = kv.view(torch.uint8) if scales else kv
     layer = SimpleNamespace(name="layer", state=None, index=index, served=True)
     rings, begun = np.array([-1, OPTED_OUT, -1], dtype=np.int32), np.zeros(3, bool)
 
@@ -108,9 +114,13 @@ def decoded(case, counts: tuple = (1, 1), whole: tuple = (1,)) -> torch.Tensor:
     ring = torch.tensor([OPTED_OUT if row in whole else -1 for row in range(len(counts))])
     rows = Rows(position, ring, position, position, case.table, begin)
     query = case.query[: begin[-1]]
-    return lookup.decode(rows, query, case.kv, case.decoder.layout, case.index.maps, case.rule).out
+    return lookup.decode(rows, query, numbers(case.kv), case.decoder.layout, case.index.maps, case.rule).out
 
 
+SCALES = (0.5, 3.0)
+
+
+@pytest.mark.parametrize("case", [None, SCALES], indirect=True)
 def test_maps_are_learned_from_a_prefilled_row_and_rows_are_looked_up(case):
     metadata = case.builder._build(case.common(True), False, capture=False)
     step = metadata.step
@@ -118,12 +128,15 @@ def test_maps_are_learned_from_a_prefilled_row_and_rows_are_looked_up(case):
     out = torch.full_like(case.query[: CHUNK + 2], torch.nan)
     case.impl.forward(None, case.query[: CHUNK + 2], None, None, case.kv, metadata, out)
     assert (out[2:] == 7).all() and case.index.maps.ready.item() == 1 and case.decoder.learned == 400
-    torch.testing.assert_close(out[:2], decoded(case), rtol=1e-4, atol=1e-4)
+    # With FP8 weights are float16, so off by 2^-11 of themselves at most; values reach 12.
+    off = 12 * 2**-11 if case.index.maps.scales else 1e-4
+    torch.testing.assert_close(out[:2], decoded(case), rtol=1e-4, atol=off)
     whole = case.index.counts[Count.REQUEST].item()
     assert whole == HEADS and case.index.counts[Count.HIT] == HEADS and case.index.counts[Count.SKIPPED] > 0
-    codes, _ = case.decoder.layout.views(case.kv)
+    kv = numbers(case.kv)
+    codes, _ = case.decoder.layout.views(kv)
     page = int(case.table[0, 3])
-    want, _ = encode(*case.kv[page].chunk(2, -1), case.index.maps)
+    want, _ = encode(*kv[page].chunk(2, -1), case.index.maps)
     torch.testing.assert_close(codes[page], want, rtol=0, atol=0)
     # A row no longer than 1.25 times the first teaches nothing new.
     assert case.builder._build(case.common(True), False, capture=False).step.learning is None
@@ -251,6 +264,7 @@ def test_which_steps_are_in_graphs(case, monkeypatch, served, most, base, suppor
     assert cuda.MacCUDAMetadataBuilder.get_cudagraph_support(None, None) is levels[support]
 
 
+@pytest.mark.parametrize("case", [None, SCALES], indirect=True)
 @pytest.mark.parametrize("mixed, counts", [(True, (1, 1, CHUNK)), (False, (1, 1)), (False, (2, 1))])
 def test_written_pages_are_indexed(case, monkeypatch, mixed, counts):
     """`do_kv_cache_update` indexes the pages whose last slot it writes; of rows that decode one token each it writes keys and
@@ -261,17 +275,20 @@ def test_written_pages_are_indexed(case, monkeypatch, mixed, counts):
     case.index.maps.to_key.normal_(), case.index.maps.shift.normal_()
     case.impl.mac.group = SimpleNamespace(decoder=case.decoder)
     last, part = 2 * PAGE - 1, 3 * PAGE + 4  # of page 1 the last slot, of page 3 another
-    expected = case.kv.clone()
+    kv, scales = numbers(case.kv), case.index.maps.scales
+    expected = kv.float().clone()
     key, value = torch.randn(2, 3, KV_HEADS, SIZE)
     base = []
     monkeypatch.setattr(case.cuda.FlashInferImpl, "do_kv_cache_update", lambda *given: base.append(given))
     if not apart:
         for page, token, i in ((1, PAGE - 1, 0), (3, 4, 1)):
-            expected[page, :, token] = torch.cat((key[i], value[i]), -1)
+            pair = (key[i] / scales.key, value[i] / scales.value) if scales else (key[i], value[i])
+            expected[page, :, token] = torch.cat(pair, -1).to(kv.dtype).float()
     case.impl.do_kv_cache_update(None, key, value, case.kv, torch.tensor([last, part, -1]))
-    assert len(base) == apart and torch.equal(case.kv.nan_to_num(), expected.nan_to_num())
-    codes, means = case.decoder.layout.views(case.kv)
-    want, mean = encode(*case.kv[1].chunk(2, -1), case.index.maps)
+    assert len(base) == apart and torch.equal(kv.float().nan_to_num(), expected.nan_to_num())
+    assert not base or base[0][4] is case.kv  # bytes, where it has those
+    codes, means = case.decoder.layout.views(kv)
+    want, mean = encode(*kv[1].chunk(2, -1), case.index.maps)
     torch.testing.assert_close(codes[1], want, rtol=0, atol=0)
-    torch.testing.assert_close(means[1], mean)
+    torch.testing.assert_close(means[1], mean.to(means.dtype))
     assert means[3].isnan().all()

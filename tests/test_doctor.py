@@ -258,6 +258,12 @@ def test_a_large_model_takes_no_memory_of_its_own_size(models, tmp_path):
     )
 
 
+@pytest.mark.parametrize("dtype, warned", [("fp8", True), ("fp8_e4m3", True), ("auto (bfloat16)", False)])
+def test_large_keys_in_fp8_are_warned_of(dtype, warned):
+    found = show.of_layers(replace(model_of(), kv_cache_dtype=dtype))
+    assert [one.mark for one in found if "Qwen2.5" in one.text] == ["warning"] * warned
+
+
 def test_layers_in_words():
     layers = [
         Layer(f"l{i}", i, "MAC" if i not in (2, 7) else "exact", None if i not in (2, 7) else "rotary", 1, 1, 1, None)

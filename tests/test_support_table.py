@@ -60,6 +60,12 @@ SHOWN = {
          "test_offload_gpu::test_what_native_offload_loads_is_indexed", "test_startup::test_kv_connectors_that_an_index_takes"],
         ["test_startup::test_kv_connectors_that_an_index_takes"],
     ),
+    "FP8 KV cache": (
+        ["test_kernels_lookup::test_agrees_with_the_rule", "test_kernels_lookup::test_append_rounds_to_fp8",
+         "test_cuda_lookup::test_written_pages_are_indexed", "test_startup::test_fp8_caches_by_index_on_gpus",
+         "test_fp8_gpu::test_every_step_is_the_rule_s"],
+        ["test_startup::test_fp8_caches_by_index_on_gpus"],
+    ),
     "MLA, encoders": (
         ["test_startup::test_models_that_mac_cannot_serve", "test_startup::test_what_mac_cannot_serve", "test_startup::test_batch_invariance"],
         ["test_startup::test_what_mac_cannot_serve", "test_capabilities::test_what_is_refused_is_refused_with_its_reason"],

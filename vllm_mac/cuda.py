@@ -43,7 +43,7 @@ PREFERRED_PAGE = 64  # tokens, with an index
 
 class MacCUDABackend(MacSupport, FlashInferBackend):
     supported_kv_cache_dtypes: ClassVar[list] = list(kv_cache_dtypes("cuda", "index"))
-    on_platform: ClassVar[str] = "cuda"
+    _platform: ClassVar[str] = "cuda"
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:

@@ -19,7 +19,7 @@ class MacSupport:
     """Precedes a platform's own backend class, whose other answers stand."""
 
     supported_kv_cache_dtypes: ClassVar[list] = list(KV_CACHE_DTYPES)
-    on_platform: ClassVar[str] = "cpu"  # a key of `capabilities.BLOCK_SIZES`
+    _platform: ClassVar[str] = "cpu"  # a key of `capabilities.BLOCK_SIZES`
 
     @staticmethod
     def get_name() -> str:
@@ -36,7 +36,7 @@ class MacSupport:
     @classmethod
     def _refused_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> tuple[str, str] | None:
         rule = "index" if indexing() else "match"
-        return capabilities.refused_kv_cache_dtype(kv_cache_dtype or "auto", cls.on_platform, rule)
+        return capabilities.refused_kv_cache_dtype(kv_cache_dtype or "auto", cls._platform, rule)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:

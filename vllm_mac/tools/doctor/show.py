@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vllm_mac.capabilities import FP8_DTYPES
 from vllm_mac.tools.doctor.checks import OK, PROBLEM, UNCHECKED, WARNING, Finding
 from vllm_mac.tools.doctor.estimate import LAG, PAYS, READ, Estimate
 from vllm_mac.tools.doctor.model import Examined, groups
@@ -50,6 +51,12 @@ def of_layers(model: Examined) -> list[Finding]:
         cure = "look for 'MAC serves' in the log of an engine, which has the weights and the device"
         return [Finding(place, WARNING, f"could not be built here without weights: {model.unbuilt}", cure)]
     found = [Finding(place, OK, f"max_model_len {model.max_model_len}, KV cache {model.kv_cache_dtype}")]
+    if model.kv_cache_dtype in FP8_DTYPES:
+        text = (
+            "an FP8 KV cache rounds to 4 bits, and ends at 448 where the checkpoint has no scales: models with large "
+        )
+        text += "keys, Qwen2.5 among them, lose accuracy with any backend"
+        found.append(Finding(place, WARNING, text, "compare answers of FLASHINFER with fp8 and with bfloat16 first"))
     for state, reason, which, count in groups(model.layers):
         what = {
             "MAC": "MAC",
