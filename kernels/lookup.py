@@ -340,7 +340,9 @@ def look_kernel(
             w += BW
         read += listed_count
         going_on = w < words
-        if (T == 1) & (listed_count + near_end - near_begin <= ROOM) & (w >= words):  # near ones too: all columns see them
+        if (
+            (T == 1) & (listed_count + near_end - near_begin <= ROOM) & (w >= words)
+        ):  # near ones too: all columns see them
             for i in tl.range(near_begin, near_end, BW * 32, num_stages=1):
                 i_near = i + tl.arange(0, BW * 32)
                 token = tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end)

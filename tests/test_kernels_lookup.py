@@ -96,7 +96,9 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
             listed = own if c.tokens else torch.cat((own, share))  # of several tokens not all see all near ones
             if len(listed) <= work.slots.shape[1] - 32 * work.tuning.words:
                 slots = work.slots[part, : len(listed)].long().cpu()
-                assert slots.sort()[0].equal((batch.table[row].cpu()[listed // c.page] * c.page + listed % c.page).sort()[0])
+                assert slots.sort()[0].equal(
+                    (batch.table[row].cpu()[listed // c.page] * c.page + listed % c.page).sort()[0]
+                )
         found[head, near] = True
     return found
 
