@@ -40,6 +40,7 @@ from vllm_mac.tools.calibrate.choose import Chooser, Rule, outcome, single
 from vllm_mac.tools.calibrate.grid import PAPER, Candidate, Grid, Setting
 from vllm_mac.tools.calibrate.measured import Measured, figures
 from vllm_mac.tools.calibrate.simulate import Layer, measure, simulate, tally
+from vllm_mac.tools.calibrate.simulation_engine import layers_with_mac
 
 
 def by_reference(given: Layer, candidate: Candidate):
@@ -325,31 +326,14 @@ def test_wrong_options_are_named(args, message, tmp_path):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "mistral"])
-def test_calibrate_a_folder(name, models, quick, tmp_path):
-    out, told = tmp_path / "mac.yaml", tmp_path / "r.json"
-    args = [
-        "--model",
-        models(name),
-        "--mac",
-        SMALL,
-        *FEW,
-        "--budget",
-        3,
-        "--min-saving",
-        0.01,
-        "--out",
-        out,
-        "--json",
-        told,
-    ]
-    engine = {"max_num_batched_tokens": 100} if name == "llama3" else {}
-    text = tmp_path / "text.txt"
+def test_calibrate_by_a_text(models, quick, tmp_path):
+    """Read in chunks. By tasks, see `test_calibrate_output.py`."""
+    out, told, text = tmp_path / "mac.yaml", tmp_path / "r.json", tmp_path / "text.txt"
     text.write_text("The lighthouse keeper writes down ships, winds and lamps. " * 20)
-    prompts = ["--tasks", "niah_single,niah_multikey", "--length", 700, "--samples", 1]
-    if name == "mistral":
-        prompts = ["--prompts", text, "--length", 500, "--samples", 2]
-    result = invoke(*args, *prompts, "--engine", json.dumps(engine), "--no-progress")
+    result = invoke(
+        "--model", models("mistral"), "--mac", SMALL, *FEW, "--budget", 3, "--min-saving", 0.01, "--out", out, "--json", told,
+        "--prompts", text, "--length", 500, "--samples", 2, "--engine", '{"max_num_batched_tokens": 100}', "--no-progress",
+    )  # fmt: skip
     assert result.exit_code == 0, result.output + result.stderr
     rows = json.loads(told.read_text())
     assert set(rows["layers"]) == {"chosen", "held_out"} and len(rows["layers"]["chosen"]) == 2
@@ -410,22 +394,9 @@ def test_an_engine_reads_what_the_simulation_says(models):
     assert counts["full"][0] == counted[KV_TOKENS, "read"] + counted[KV_TOKENS, "skipped"]
 
 
-@pytest.mark.cpu
-def test_no_layer_is_served(models, quick, tmp_path):
-    keys = json.loads(SMALL) | {"layers": {"include": ["7-9"]}}
-    prompts = ["--tasks", "niah_single", "--length", 400, "--samples", 1]
-    result = invoke(
-        "--model",
-        models("llama3"),
-        *prompts,
-        "--mac",
-        json.dumps(keys),
-        *FEW,
-        "--out",
-        tmp_path / "mac.yaml",
-        "--no-progress",
-    )
-    assert result.exit_code == 2 and "MAC serves no attention layer" in said(result) and "2 (excluded)" in said(result)
+def test_no_layer_is_served():
+    with pytest.raises(CalibrateError, match=r"^--model: MAC serves no attention layer of m; exact: 2 \(excluded\)$"):
+        layers_with_mac("m", [{"layers": []}], {"excluded": 2})
 
 
 @pytest.mark.cpu
