@@ -1,4 +1,4 @@
-"""A few hundred requests of every kind against one engine with `rule: index`, in a KV cache that is too small for them.
+"""A hundred requests and more of every kind against one engine with `rule: index`, in a KV cache that is too small for them.
 
 MAC_SOAK_REQUESTS=6000 pytest tests/test_index_soak.py     # longer; MAC_SOAK_SEED=1 for others
 """
@@ -21,7 +21,7 @@ from support.scenarios import text
 from vllm_mac import requests
 
 pytestmark = pytest.mark.cpu
-REQUESTS, SEED = int(os.environ.get("MAC_SOAK_REQUESTS", "240")), int(os.environ.get("MAC_SOAK_SEED", "0"))
+REQUESTS, SEED = int(os.environ.get("MAC_SOAK_REQUESTS", "192")), int(os.environ.get("MAC_SOAK_SEED", "0"))
 HEADS, KV_HEADS, LAYERS = 8, 2, 2
 SHARED = [text(f"shared {i}", 40 + 70 * i) for i in range(4)]
 OPTIONS = {"prefix_caching": True, "chunk": 192, "blocks": 40, "max_num_seqs": 8, "max_model_len": 768}
