@@ -18,7 +18,7 @@ BLOCK, UNIT = 128, 32
 @pytest.mark.parametrize("runner", harness.RUNNERS)
 def test_no_request_reads_the_ring_of_a_block_s_former_owner(tmp_path, runner):
     """The shadow compares each ring's tokens with its reader's, and every output with the formulas."""
-    shared, requests = text("shared", 300), 10 if runner == "v1" else 4
+    shared, requests = text("shared", 300), 6 if runner == "v1" else 4
     events = []
     for i in range(requests):
         events += [

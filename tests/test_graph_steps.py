@@ -383,13 +383,12 @@ def check(setup: Setup, seed: int = 0) -> Run:
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("sink, seed", [(0, 5), (3, 0)])
-def test_steps_under_the_interpreter(sink, seed):
-    """Few steps, for they are slow here: with these seeds all that `check` asks for happens in them."""
+def test_steps_under_the_interpreter():
+    """Few steps, for they are slow here: with this seed all that `check` asks for happens in them."""
     check(Setup(
         steps=30, rows=3, prompt=(12, 60), pool=20, chunk=24, window=16, band=8, min_context=24, page=8, d=32,
-        dtype=FP16, ring_dtype=FP16, sink=sink, group=2,
-    ), seed)  # fmt: skip
+        dtype=FP16, ring_dtype=FP16, sink=3, group=2,
+    ))  # fmt: skip
 
 
 @pytest.mark.gpu
