@@ -208,8 +208,9 @@ def test_rows_of_several_tokens(case):
     check(batch, work_of(batch))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
-@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("group, tokens", [
+    (1, 1), (1, 4), (2, 2), (3, 1), (3, 4), (4, 2), (5, 1), (5, 4), (6, 2), (7, 1), (7, 4), (8, 1), (8, 2), (8, 4),
+])  # fmt: skip
 def test_groups_and_tokens(group, tokens):
     batch = Batch(Case(lengths=(500,), kv_heads=1, group=group, d=32, n=32, tokens=(tokens,), seed=group)).write()
     check(batch, work_of(batch, 2))
