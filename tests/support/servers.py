@@ -33,11 +33,13 @@ def served(log, model, *options: str, **variables: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    # Pages are indexed anew when maps are learned: few of them. The variable would come before the option.
+    few = ["--kv-cache-memory-bytes", str(256 << 20)]
+    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *few, *options]
+    own = environment(**variables)
+    del own["VLLM_CPU_KVCACHE_SPACE"]
     with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment(**variables), start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own, start_new_session=True)
     try:
         yield process, port
     finally:
