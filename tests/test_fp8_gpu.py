@@ -68,7 +68,7 @@ def test_append_writes_what_vllm_writes(dtype):
     both = torch.randn(len(slots), case.kv_heads, 2 * case.d, generator=draw, device="cuda") * 100
     both[0, 0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     both = both.to(dtype)
-    key, value = both.chunk(2, -1)
+    key, value = (x.contiguous() for x in both.chunk(2, -1))  # vLLM's kernel takes the heads of a token to be packed
     append(key, value, slots, batch.kv, batch.layout, batch.maps, pdl=True)
     caches = theirs.kv.view(torch.uint8).transpose(1, 2).split(case.d, -1)
     scales = theirs.maps.scales

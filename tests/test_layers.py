@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    KVQuantMode,
     MambaSpec,
     SinkFullAttentionSpec,
     SlidingWindowSpec,
@@ -298,6 +299,18 @@ def test_small_heads_stay_exact_on_gpus(monkeypatch, gpu, size, keys, exact):
     monkeypatch.setattr(index_pages, "indexing", lambda: config if rule == "index" else None)
     spec = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=size, dtype=torch.bfloat16)
     assert (index_pages.with_index(spec).page_size_padded is None) == (exact is not None or rule == "match")
+
+
+def test_pages_of_an_fp8_cache_have_room_for_means_in_float16(monkeypatch):
+    """vLLM has such a cache as bytes."""
+    monkeypatch.setattr(index_pages, "indexing", lambda: resolve({}, {}))
+    spec = FullAttentionSpec(
+        block_size=64, num_kv_heads=2, head_size=128, dtype=torch.uint8, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR
+    )
+    found = index_pages.with_index(spec)
+    plain, codes, means = 2 * 64 * 2 * 128, 2 * 64 * 64 // 2, 2 * 128 * 2
+    assert found.real_page_size_bytes == plain and found.page_size_bytes == plain + codes + means
+    assert (plain + codes + means) % 128 == 0
 
 
 def test_layers_with_small_heads_are_counted_as_such(load, monkeypatch):
