@@ -40,6 +40,15 @@ def launch(
     kernel[grid](**pointers, **sizes, **others, **constants, **option)
 
 
+def by_kind(arguments: dict, plain: Sequence[str]) -> tuple[dict, dict, dict, dict]:
+    """`pointers`, `sizes`, `others` and `constants` of `launch`, told by their names: `p_`, `s_`, those of `plain`, others."""
+    kinds: tuple[dict, dict, dict, dict] = ({}, {}, {}, {})
+    for name, value in arguments.items():
+        kind = 2 if name in plain else 0 if name.startswith("p_") else 1 if name.startswith("s_") else 3
+        kinds[kind][name] = value
+    return kinds
+
+
 def power_of_two(least: int) -> int:
     """The smallest power of two that is at least `least`, 1 or more. Triton's own function takes microseconds a call."""
     return 1 << (least - 1).bit_length()

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac import key_index, lookup
 from vllm_mac.kernels.entry import INTERPRETED
-from vllm_mac.kernels.launch import power_of_two
+from vllm_mac.kernels.launch import by_kind, launch, power_of_two
 from vllm_mac.kernels.lookup_merge import indexed_end, merge_kernel, programs_of, query_at, seen, tokens_of
 from vllm_mac.kernels.lookup_work import DOT_TYPES, LookupWork, narrow_width
 from vllm_mac.kernels.partial import LOG2_E
@@ -285,18 +285,18 @@ def look_kernel(
         p_head_codes = p_codes + i_k * PAGE * HALF
         for t in tl.range(i_s * SPAN, end, ns * SPAN, num_stages=LIST_STAGES):
             token = t + o_t
-            m_t = (token >= BEGIN) & (token < end)
+            m_t = token < end
             page = tl.load(p_row_table + token // PAGE, mask=m_t, other=0).to(tl.int64)  # [SPAN]
             p_code = p_head_codes + (page * s_code_page + token % PAGE * HALF)[:, None] + o_n[None, :]
             codes = tl.load(p_code, mask=m_t[:, None] & (o_n < HALF)[None, :], other=0)  # [SPAN, BN]
             run = t + o_r * RUN
-            m_r = (run >= BEGIN) & (run < end)
+            m_r = run < end
             run_page = tl.load(p_row_table + run // PAGE, mask=m_r, other=0).to(tl.int64)  # [SPAN / RUN]
             p_mean = p_means + (run_page * s_mean_page + i_k * D)[:, None] + o_d[None, :]
             mean = tl.load(p_mean, mask=m_r[:, None] & m_d[None, :], other=0.0)  # [SPAN / RUN, BD]
             share = _estimated(narrow_low, narrow_high, factor, constant, codes)  # log2
-            share = tl.where(m_t[:, None], share, float("-inf"))
-            listed = tl.max((share >= 0).to(tl.int32), 1)
+            share = tl.where((m_t & (token >= BEGIN))[:, None], share, float("-inf"))
+            listed = (tl.max(share, 1) >= 0).to(tl.int32)
             tl.store(p_pair_words + t // 32 + o_w, _words(listed, RUN))
             left = tl.exp2(tl.where((listed == 0)[:, None], share, float("-inf")))  # [SPAN, BQ]
             weight = tl.sum(tl.reshape(left, (SPAN // RUN, RUN, BQ)), 1)
@@ -422,24 +422,23 @@ def launches(
         BQ=width, BD=power_of_two(d), BN=narrow_width(layout.directions), PDL=work.pdl,
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
-    wider = 1 if width * power_of_two(d) <= 1024 else 2
     parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
     weigh_kernel[(nw, kv_heads, count)](
-        **everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages, num_warps=4 * wider,
+        **everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages, num_warps=4 * work.wider(width, d),
     )  # fmt: skip
     yield "weigh"
-    look_kernel[(ns, kv_heads, count)](
+    arguments = dict(
         **everywhere, **parts, p_value_scale=maps.scales and maps.scales.value, p_means=means, p_slots=work.slots,
         p_words=work.words, s_mean_page=means.stride(0), s_words=work.words.stride(0), ns=ns, SPAN=SPAN,
         ROOM=work.slots.shape[1],
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
         BT=tuning.block if d <= 128 else tuning.block // 2, BW=tuning.words, BNW=power_of_two(tuning.most),
+        # With FP8 registers spill in more stages.
         LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages - (kv.itemsize == 1),
-        # Registers spill otherwise, as they do with FP8 in more stages. Before sm90 more warps help, and a limit 8 columns.
-        num_warps=tuning.warps * wider if work.pdl else 8,
-        maxnreg=tuning.registers if d <= 128 and (width < 32 if work.pdl else width == 8) else None,
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[means.dtype],
     )  # fmt: skip
+    kinds = by_kind(arguments, ("ns", "nw", "log2_scale", "log2_tolerance", "s_table_row", "s_words"))
+    launch(look_kernel, (ns, kv_heads, count), *kinds, work.options(width, d), work.found)
     yield "look"
     shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT PDL launch_pdl".split()
     merge_kernel[(heads * at_once, count, triton.cdiv(d, MERGED))](

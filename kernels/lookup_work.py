@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from vllm_mac.kernels.launch import power_of_two
+from vllm_mac.kernels.launch import REGISTER_LIMITS, power_of_two
 from vllm_mac.lookup import SPAN
 from vllm_mac.state import Geometry
 
@@ -48,7 +48,7 @@ class LookupWork:
     slots: int32 `[programs, slots]`, the list of each program. words: int32, `[pairs, spans, SPAN / 32]`. read: int32, of each program.
     narrow: `[pairs, 2, BN, 2 BQ]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc:
     float32, of each program. programs, weighers: how many share a step in `look_kernel` and in `weigh_kernel`.
-    at_once: `T` of steps in which rows decode several tokens.
+    at_once: `T` of steps in which rows decode several tokens. found: how `look_kernel` is launched, see `launch`.
     """
 
     slots: Tensor
@@ -64,6 +64,7 @@ class LookupWork:
     at_once: int
     pdl: bool
     tuning: Tuning
+    found: dict
 
     @classmethod
     def allocate(cls, geometry: Geometry, directions: int, device, tuning: Tuning | None = None) -> "LookupWork":
@@ -87,12 +88,28 @@ class LookupWork:
             lse2=empty(parts, columns), part=empty(parts, columns, 2),
             part_acc=empty(parts, columns, g.head_size),
             programs=programs, weighers=weighers, at_once=g.at_once, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
+            found={},
         )  # fmt: skip
 
     @staticmethod
     def width(columns: int) -> int:
         """`BQ` of kernels with so many columns."""
         return max(power_of_two(columns), 8)
+
+    @staticmethod
+    def wider(width: int, size: int) -> int:
+        """How many times more warps programs with such blocks have; size: of a head."""
+        return 1 if width * power_of_two(size) <= 1024 else 2
+
+    def options(self, width: int, size: int) -> list[dict]:
+        """How to launch `look_kernel`, for `launch.launch`. Before sm90 more warps are faster, and wide blocks without a limit."""
+        t = self.tuning
+        limited = size <= 128 and (width < 32 if self.pdl else width == 8)
+        fast = {
+            "num_warps": t.warps * self.wider(width, size) if self.pdl else 8,
+            "maxnreg": t.registers if limited else None,
+        }
+        return [fast, fast | {"maxnreg": REGISTER_LIMITS[1]}, fast | {"num_warps": 8, "maxnreg": None}]
 
     def splits(self, pairs: int) -> int:
         """Programs of `look_kernel` for each of so many (row, KV head) pairs."""
