@@ -171,7 +171,7 @@ def test_soak(model, monkeypatch, speculating):
         # Where nearly all is read, reading the index comes on top.
         context = rows.context * LAYERS * KV_HEADS
         assert context <= found["READ"] + found["SKIPPED"] < 1.1 * context
-        assert found["SKIPPED"] > 0.1 * context and seen["preempted"] > 5 and seen["aborted"] > 2 and seen["off"] > 5
+        assert found["SKIPPED"] > 0.1 * context and seen["preempted"] > 2 and seen["aborted"] > 2 and seen["off"] > 5
         assert pages > 10 * parts and (not speculating or seen["drafted"] > 100)
         # What begins to run with the first requests is there after the first part.
         assert sizes[-1][1] <= sizes[1][1]
