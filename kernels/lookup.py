@@ -148,7 +148,7 @@ def weigh_kernel(
     # Near tiles: [0, BEGIN), then [end, last). The first programs have pieces of the sample, so the last ones begin.
     last, first_tile = m + count, nw - 1 - i_s
     tiles = tl.cdiv(last - end, TILE) + BEGIN // TILE
-    if (i_s * PIECE * SAMPLE >= end) & (first_tile >= tiles):
+    if (i_s * PIECE * SAMPLE >= end) & (first_tile >= tiles):  # no work
         tl.store(p_own_lse2, tl.full([BQ], float("-inf"), tl.float32), mask=m_q)
         return
     m_dq = m_d[:, None] & m_q[None, :]
@@ -340,9 +340,8 @@ def look_kernel(
             w += BW
         read += listed_count
         going_on = w < words
-        if (
-            (T == 1) & (listed_count + near_end - near_begin <= ROOM) & (w >= words)
-        ):  # near ones too: all columns see them
+        # Near ones too, in the last turn, where all columns see them.
+        if (T == 1) & (w >= words) & (listed_count + near_end - near_begin <= ROOM):
             for i in tl.range(near_begin, near_end, BW * 32, num_stages=1):
                 i_near = i + tl.arange(0, BW * 32)
                 token = tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end)

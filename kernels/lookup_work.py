@@ -23,9 +23,8 @@ class Tuning:
     """How the work is split.
 
     per_sm, weighers_per_sm: programs of `look_kernel` and of `weigh_kernel` for each SM. most: programs of one (row, KV
-    head) pair at most. block: tokens that are read at once. slots: tokens that are listed before
-    they are read. words: of 32 tokens, that are listed at once. The others are
-    launch options.
+    head) pair at most. block: tokens that are read at once. slots: tokens that are listed before they are read. words: of
+    32 tokens, that are listed at once. The others are launch options.
     """
 
     per_sm: int = 4
