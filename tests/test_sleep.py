@@ -114,7 +114,7 @@ def test_a_gpu_s_decoder_is_kept_with_its_first_layer(monkeypatch):
     model = torch.nn.ModuleList()
     for i in range(2):
         attention = torch.nn.Module()
-        attention.get_kv_cache_spec = lambda _: object.__new__(FullAttentionSpec)
+        attention.get_kv_cache_spec, attention.kv_cache_dtype = lambda _: object.__new__(FullAttentionSpec), "auto"
         attention.impl = object.__new__(cuda.MacCUDAImpl)
         attention.impl.mac = cuda.MacLayer(vllm_config, 4, 2, 64, 0.125)
         attention.layer_name = f"model.layers.{i}.attn"
