@@ -34,6 +34,17 @@ def model(models):
     return models("llama")
 
 
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory):
+    """The folder of a model with heads of 64 that GPUs run, with its tokenizer. Tests leave it as it is."""
+    from byte_model import write_model, write_tokenizer
+
+    path = tmp_path_factory.mktemp("byte_model")
+    write_model(path)
+    write_tokenizer(path)
+    return path
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """The environment of a command that starts engines in processes of their own."""

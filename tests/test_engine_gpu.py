@@ -21,7 +21,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from byte_model import write_model, write_tokenizer
 from vllm.compilation.counter import compilation_counter
 
 from support import engine as harness
@@ -124,11 +123,8 @@ class Engines:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_model(path)
-    write_tokenizer(path)
-    engines = Engines(path)
+def engines(byte_model):
+    engines = Engines(byte_model)
     yield engines
     engines.close()
 

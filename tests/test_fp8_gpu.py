@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from byte_model import write_model, write_tokenizer
 
 from support import engine as harness
 from support.engine import Add
@@ -25,14 +24,6 @@ PROMPTS = {name: text(name, length) for name, length in {"a": 2100, "b": 1500, "
 CONFIG = {"rule": "index", "index_size": 48, "min_context": 256, "band": 64, "tolerance": 0.0}
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 3]}
 KEY_SCALE, VALUE_SCALE = 0.11, 0.07
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_model(path)
-    write_tokenizer(path)
-    return path
 
 
 @contextmanager
@@ -99,10 +90,10 @@ def watched(worst: list[float]):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_step_is_the_rule_s(model, dtype):
+def test_every_step_is_the_rule_s(byte_model, dtype):
     """With tolerance 0, where no choice is left to rounding; graphs give the tokens of eager steps."""
     worst: list[float] = []
-    with engine(model, "MAC", True, dtype) as llm:
+    with engine(byte_model, "MAC", True, dtype) as llm:
         with watched(worst):
             run = harness.run_schedule(llm, events())
         assert all(len(tokens) == NEW for tokens in run.tokens.values()) and len(worst) > NEW
@@ -120,10 +111,10 @@ def test_every_step_is_the_rule_s(model, dtype):
             found = codes[pages].clone(), means[pages].clone()
             encode(layer.cache, None, layout, layer.index.maps)
             assert torch.equal(found[0], codes[pages]) and torch.equal(found[1], means[pages]), layer.name
-    with engine(model, "MAC", False, dtype) as llm:
+    with engine(byte_model, "MAC", False, dtype) as llm:
         graphs = harness.run_schedule(llm, events())
         assert graphs.tokens == run.tokens
-    with engine(model, "FLASHINFER", True, dtype) as llm:
+    with engine(byte_model, "FLASHINFER", True, dtype) as llm:
         exact = harness.run_schedule(llm, events())
     # The first token is prefill's, which both run alike; the next ones part where rounding to FP8 does.
     assert all(exact.tokens[name][0] == tokens[0] for name, tokens in run.tokens.items())
@@ -131,8 +122,8 @@ def test_every_step_is_the_rule_s(model, dtype):
     print(f"\n{dtype}: tokens of {NEW} as FLASHINFER's: {same}")
 
 
-def test_the_cache_is_bytes_to_vllm(model):
-    with engine(model, "MAC", True, "bfloat16") as llm:
+def test_the_cache_is_bytes_to_vllm(byte_model):
+    with engine(byte_model, "MAC", True, "bfloat16") as llm:
         layer = layers(llm)[0]
         assert layer.attention.kv_cache.dtype == torch.uint8
         assert layer.cache.data_ptr() == numbers(layer.attention.kv_cache).data_ptr()

@@ -5,7 +5,6 @@ python -m pytest tests/test_offload_gpu.py -m gpu
 
 import pytest
 import torch
-from byte_model import write_model, write_tokenizer
 
 from support import engine as harness
 from support.engine import Add
@@ -19,14 +18,6 @@ NEW = 24
 PROMPTS = {name: text(name, length) for name, length in {"a": 2100, "b": 1500, "c": 900}.items()}
 CONFIG = {"rule": "index", "index_size": 48, "min_context": 256, "band": 64, "tolerance": 1.0}
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_model(path)
-    write_tokenizer(path)
-    return path
 
 
 def events() -> list[Add]:
@@ -58,11 +49,11 @@ def settle(llm) -> None:
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("simple", [False, True])
-def test_what_native_offload_loads_is_indexed(model, monkeypatch, unpinned, simple, eager):
+def test_what_native_offload_loads_is_indexed(byte_model, monkeypatch, unpinned, simple, eager):
     monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", str(int(simple)))
     graphs = {} if eager else {"compilation_config": GRAPHS}
     with harness.engine(
-        model, "v2", "MAC", {"mac": CONFIG}, chunk=4096, prefix_caching=True, max_model_len=4096, dtype="bfloat16",
+        byte_model, "v2", "MAC", {"mac": CONFIG}, chunk=4096, prefix_caching=True, max_model_len=4096, dtype="bfloat16",
         block_size=64, memory=256 << 20, enforce_eager=eager, kv_offloading_size=1.0, **graphs,
     ) as llm:  # fmt: skip
         harness.run_schedule(llm, events())

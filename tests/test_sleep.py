@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from byte_model import write_model, write_tokenizer
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from support import engine as harness
@@ -176,18 +175,16 @@ def test_an_engine_that_slept_decodes_and_counts_as_one_that_did_not(tmp_path, m
 
 
 @pytest.mark.gpu
-def test_an_engine_sleeps_on_a_gpu(tmp_path):
+def test_an_engine_sleeps_on_a_gpu(byte_model):
     """Rings come back as whatever the new pages held, and counters of arrival as they were.
 
     With graphs, whose replays read the addresses of before; vLLM allows one engine that sleeps a process.
     """
-    write_model(tmp_path)
-    write_tokenizer(tmp_path)
     config = {"mac": {"window": 32, "band": 16, "min_context": 64, "threshold": 0.5, "audit": 1.0}}
     events = [harness.Add(0, "a", text("a", 700), 24), harness.Add(0, "b", text("b", 300), 24)]
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
     with harness.engine(
-        tmp_path, "v2", "MAC", config, dtype="float16", enforce_eager=False, async_scheduling=False, enable_sleep_mode=True,
+        byte_model, "v2", "MAC", config, dtype="float16", enforce_eager=False, async_scheduling=False, enable_sleep_mode=True,
         compilation_config=graphs,
     ) as llm:  # fmt: skip
         layers = mac_layers(harness.worker(llm).vllm_config)
