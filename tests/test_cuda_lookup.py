@@ -15,7 +15,7 @@ from support.stub_flashinfer import gpu_backend
 from vllm_mac import kv_group, lookup
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import OPTED_OUT, PREFILLED, Count
-from vllm_mac.key_index import FP8, Maps, Scales, encode, numbers
+from vllm_mac.key_index import FP8, MAKINGS, Lessons, Maps, Scales, encode, numbers
 from vllm_mac.requests import RowRings
 from vllm_mac.state import Geometry, IndexRule, IndexState, Rows
 
@@ -127,7 +127,7 @@ def test_maps_are_learned_from_a_prefilled_row_and_rows_are_looked_up(case):
     assert (step.learning.begin, step.learning.end, step.learning.length) == (2, CHUNK + 2, 400)
     out = torch.full_like(case.query[: CHUNK + 2], torch.nan)
     case.impl.forward(None, case.query[: CHUNK + 2], None, None, case.kv, metadata, out)
-    assert (out[2:] == 7).all() and case.index.maps.ready.item() == 1 and case.decoder.learned == 400
+    assert (out[2:] == 7).all() and case.index.maps.ready.item() == 1 and case.decoder.lessons == Lessons(1, 400, 400)
     # With FP8 weights are float16, so off by 2^-11 of themselves at most; values reach 12.
     off = 12 * 2**-11 if case.index.maps.scales else 1e-4
     torch.testing.assert_close(out[:2], decoded(case), rtol=1e-4, atol=off)
@@ -138,7 +138,12 @@ def test_maps_are_learned_from_a_prefilled_row_and_rows_are_looked_up(case):
     page = int(case.table[0, 3])
     want, _ = encode(*kv[page].chunk(2, -1), case.index.maps)
     torch.testing.assert_close(codes[page], want, rtol=0, atol=0)
-    # A row no longer than 1.25 times the first teaches nothing new.
+    # As the second text it is learned from, and makes no maps. After many texts it teaches nothing new.
+    made = case.index.maps.to_key.clone()
+    metadata = case.builder._build(case.common(True), False, capture=False)
+    case.impl.forward(None, case.query[: CHUNK + 2], None, None, case.kv, metadata, out)
+    assert case.decoder.lessons == Lessons(2, 800, 400) and torch.equal(case.index.maps.to_key, made)
+    case.decoder.lessons = Lessons(MAKINGS[-1], 800, 400)
     assert case.builder._build(case.common(True), False, capture=False).step.learning is None
 
 
@@ -156,7 +161,9 @@ def test_rows_that_began_are_indexed_before_the_next_step(case):
     group = kv_group.Group([], case.builder.vllm_config, "cpu")
     case.impl.mac.cache, case.impl.mac.config = case.kv, case.builder.config
     group.layers, group.decoder, case.builder.group = [case.impl.mac], case.decoder, group
-    case.decoder.learned = 500  # so that this batch teaches nothing, which would index all pages
+    case.decoder.lessons = Lessons(
+        MAKINGS[-1], 500, 500
+    )  # so that this batch teaches nothing, which would index all pages
     case.index.maps.to_key.normal_(), case.index.maps.shift.normal_()
     codes, means = case.decoder.layout.views(case.kv)
     codes.zero_()

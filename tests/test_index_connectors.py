@@ -126,7 +126,7 @@ def test_an_engine_that_computes_no_prompt_reads_everything_and_says_so(handed, 
     longer = [Add(0, "longer", PROMPTS["c"] + text("own", 64), NEW)]
     run = harness.run_schedule(llm, longer)
     assert run.cached["longer"] == len(PROMPTS["c"]) and counts(llm)["HIT"] == (NEW - 1) * LAYERS * HEADS
-    assert layers(llm)[0].group.learned == len(PROMPTS["c"]) + 64 and check_pages(llm) > 8
+    assert layers(llm)[0].group.lessons.longest == len(PROMPTS["c"]) + 64 and check_pages(llm) > 8
     said.clear()
     harness.run_schedule(llm, events("a"))
     assert not said

@@ -13,15 +13,15 @@ from vllm.forward_context import get_forward_context
 
 from support import engine as harness
 from support.engine import Add, Limits
-from support.index_engine import CONFIG, counts, layers, set_tolerance
-from support.indexed import Batch, Case
+from support.index_engine import CONFIG, counts, layers, rest, set_tolerance
+from support.indexed import Batch, Case, made
 from support.scenarios import text
 from vllm_mac import cpu
 from vllm_mac.counters import Count
 from vllm_mac.kernels.encode import encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork
-from vllm_mac.key_index import Maps, Moments
+from vllm_mac.key_index import Lessons, Maps, Moments
 
 pytestmark = pytest.mark.cpu
 NEW, BAD = 24, 1
@@ -75,21 +75,21 @@ def test_maps_are_not_made_of_such_numbers(part, number, ready):
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(80, 4, 32, generator=draw), torch.randn(2, 50, 32, generator=draw)
     maps = Maps.allocate(2, 32, 32, torch.float16, "cpu")
-    assert not ready or maps.set(Moments.of(query, key))
+    assert not ready or made(maps, Moments.of(query, key))
     before = {name: tensor.clone() for name, tensor in maps.own().items()}
     (query[3, 1] if part == "query" else key[1, 7])[5] = number
-    assert not maps.set(Moments.of(query, key))
+    assert not made(maps, Moments.of(query, key))
     for name, kept in before.items():
-        assert torch.equal(getattr(maps, name), kept), name
+        assert torch.equal(maps.own()[name], kept), name
 
 
 def test_maps_that_their_dtype_cannot_hold_are_not_made():
-    """Of finite numbers: queries so large, and keys so small, that float16 has no such map."""
+    """Of finite numbers: keys so small that float16 has no such map."""
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(80, 4, 32, generator=draw), torch.randn(2, 50, 32, generator=draw)
     maps = Maps.allocate(2, 32, 32, torch.float16, "cpu")
-    assert not maps.set(Moments.of(query * 1e8, key * 1e-8)) and not maps.ready.any() and not maps.to_key.any()
-    assert maps.set(Moments.of(query, key))
+    assert not made(maps, Moments.of(query, key * 1e-8)) and not maps.ready.any() and not maps.to_key.any()
+    assert made(maps, Moments.of(query, key))
 
 
 # Engines
@@ -151,6 +151,7 @@ def llm(model):
 def alone(llm):
     """By tolerance, what the other requests say where no broken one is among them."""
     harness.run_schedule(llm, [Add(0, "teacher", text("teacher", 700), 1)])
+    rest(llm)
     said = {}
     for tolerance in (1.0, 0.0):
         set_tolerance(llm, tolerance)
@@ -188,13 +189,15 @@ def test_a_broken_prompt_teaches_no_maps(model, monkeypatch, part):
         assert said and "not finite numbers" in said[0]
         # The layer before it is sound, and so are its maps.
         assert first.index.maps.ready.item() and not last.index.maps.ready.item() and counts(llm)["NO_MAPS"] > 0
-        assert group.learned == 0
+        assert group.lessons == Lessons()
         harness.run_schedule(llm, events("a"))
-        assert last.index.maps.ready.item() and group.learned == len(PROMPTS["a"])
+        assert last.index.maps.ready.item() and group.lessons.longest == len(PROMPTS["a"])
         before = {name: tensor.clone() for name, tensor in last.index.maps.own().items()}
         with broken(llm, part, math.inf):
             harness.run_schedule(llm, events("bad"))
-        assert all(torch.equal(getattr(last.index.maps, name), kept) for name, kept in before.items())
-        assert group.learned == len(PROMPTS["a"]) and len(PROMPTS["bad"]) > 1.25 * len(PROMPTS["a"])
+        assert all(torch.equal(last.index.maps.own()[name], kept) for name, kept in before.items())
+        assert group.lessons.longest == len(PROMPTS["a"]) and len(PROMPTS["bad"]) > 1.25 * len(PROMPTS["a"])
         harness.run_schedule(llm, [Add(0, "next", text("next", len(PROMPTS["bad"])), 1)])
-        assert group.learned == len(PROMPTS["bad"]) and not torch.equal(last.index.maps.to_key, before["to_key"])
+        assert group.lessons.longest == len(PROMPTS["bad"]) and not torch.equal(
+            last.index.maps.to_key, before["to_key"]
+        )

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from support.indexed import made
 from vllm_mac import key_index, lookup
 from vllm_mac.key_index import (
+    Lessons,
     Maps,
     Moments,
     PageLayout,
@@ -15,7 +17,6 @@ from vllm_mac.key_index import (
     directions,
     encode,
     estimate,
-    worth_learning,
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -98,12 +99,13 @@ def test_an_fp8_cache_is_indexed_by_its_keys():
     scales = Scales(torch.tensor(0.25), torch.tensor(3.0))
     maps = Maps.allocate(2, 32, 16, FP32, "cpu", scales)
     plain = maps_of(moments(2, 32), 16)
-    maps.set(moments(2, 32))
+    made(maps, moments(2, 32))
     codes, mean = encode(held, held, maps)
     want, _ = encode(held.float() * 0.25, held, plain)
     assert torch.equal(codes, want) and torch.equal(mean, held.float().mean(1))
     assert torch.equal(maps.values(mean), mean * 3)
-    assert maps.own().keys() == {"to_key", "to_query", "shift", "mean", "ready"}
+    parts = {"to_key", "to_query", "shift", "mean", "ready"}
+    assert maps.own().keys() == parts | {"moments_second", "moments_spread", "moments_mean"}
 
 
 def test_pages_without_room_are_refused():
@@ -162,15 +164,15 @@ def test_maps_of_full_rank_lose_nothing():
 def maps_of(found: Moments, n: int, dtype=FP32) -> Maps:
     maps = Maps.allocate(*found.second.shape[:2], n, dtype, "cpu")
     assert not maps.ready.any()
-    maps.set(found)
+    made(maps, found)
     return maps
 
 
-def test_set_writes_in_place():
+def test_maps_are_made_in_place():
     """Captured graphs and vLLM's sleep know the tensors by their addresses."""
     maps = Maps.allocate(2, 32, 16, BF16, "cpu")
     before = [tensor.data_ptr() for tensor in maps.own().values()]
-    maps.set(moments(2, 32))
+    made(maps, moments(2, 32))
     assert [tensor.data_ptr() for tensor in maps.own().values()] == before
     assert maps.ready.tolist() == [1] and maps.ready.dtype == torch.int32
     assert maps.to_key.dtype == maps.to_query.dtype == BF16 and maps.shift.dtype == maps.mean.dtype == FP32
@@ -260,9 +262,9 @@ def test_learn_samples_the_row():
         kv[blocks[t // 32], :, t % 32, :64] = key[:, t]
     query = torch.randn(100, 6, 64, generator=draw)
     maps, same = (Maps.allocate(2, 64, 48, FP32, "cpu") for _ in range(2))
-    key_index.learn(maps, query, kv, blocks, length)
+    key_index.learn(maps, query, kv, blocks, length, Lessons())
     sampled = torch.cat((query, query[::16]))
-    same.set(Moments.of(sampled, key[:, ::16]))
+    made(same, Moments.of(sampled, key[:, ::16]))
     assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
     assert len(key_index.sampled_queries(torch.zeros(1000, 1, 1))) == 512 + 63
 
@@ -274,8 +276,8 @@ def test_maps_of_an_fp8_cache_are_learned_from_its_keys():
     query, blocks = torch.randn(80, 4, 32, generator=draw), torch.tensor([3, 1, 0])
     maps = Maps.allocate(2, 32, 32, FP32, "cpu", Scales(torch.tensor(0.125), torch.tensor(9.0)))
     same = Maps.allocate(2, 32, 32, FP32, "cpu")
-    assert key_index.learn(maps, query, kv, blocks, 48)
-    assert key_index.learn(same, query, torch.cat([kv.float()[..., :32] * 0.125] * 2, -1), blocks, 48)
+    assert key_index.learn(maps, query, kv, blocks, 48, Lessons())
+    assert key_index.learn(same, query, torch.cat([kv.float()[..., :32] * 0.125] * 2, -1), blocks, 48, Lessons())
     assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
 
 
@@ -285,23 +287,93 @@ def test_moments_are_of_each_kv_head():
     found = Moments.of(query, key)
     for head in range(2):
         rows = query[:, 3 * head : 3 * head + 3].reshape(-1, 32)
-        assert torch.allclose(found.second[head], rows.mT @ rows / 30, atol=1e-5)
+        second = rows.mT @ rows / 30
+        assert torch.allclose(found.second[head], second / second.diagonal().mean(), atol=1e-5)
         assert torch.allclose(found.spread[head], torch.cov(key[head].mT, correction=0), atol=1e-5)
         assert torch.allclose(found.mean[head, 0], key[head].mean(0), atol=1e-6)
 
 
+def test_moments_of_two_texts_are_as_of_one_with_all_their_keys():
+    draw = torch.Generator().manual_seed(6)
+    query, key = torch.randn(10, 6, 32, generator=draw), torch.randn(2, 40, 32, generator=draw)
+    key[:, 10:] = 2 * key[:, 10:] + 5
+    maps = Maps.allocate(2, 32, 16, FP32, "cpu")
+    assert maps.moments.add(Moments.of(query, key[:, :10]), 1) and maps.moments.add(
+        Moments.of(query, key[:, 10:]), 0.75
+    )
+    for name in Moments.__slots__:
+        found, want = (getattr(x, name) for x in (maps.moments, Moments.of(query, key)))
+        assert torch.allclose(found, want, rtol=1e-4, atol=1e-4), name
+
+
+def test_no_text_outweighs_others_by_the_size_of_its_queries():
+    draw = torch.Generator().manual_seed(7)
+    query, key = torch.randn(10, 6, 32, generator=draw), torch.randn(2, 40, 32, generator=draw)
+    assert torch.allclose(Moments.of(query, key).second, Moments.of(query * 1e6, key).second, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
-    "length, count, learned, worth",
+    "lessons, length, count, worth, makes",
     [
-        (64, 64, 0, True),
-        (1000, 63, 0, False),
-        (1000, 1000, 800, True),
-        (1000, 1000, 801, False),
-        (5000, 64, 1000, True),
+        (Lessons(), 64, 64, True, True),
+        (Lessons(), 1000, 63, False, True),
+        (Lessons(1, 1000, 1000), 1240, 64, True, False),
+        (Lessons(1, 1000, 1000), 1250, 64, True, True),
+        (Lessons(3, 3000, 1000), 100, 64, True, True),
+        (Lessons(15, 15000, 1000), 100, 64, True, True),
+        (Lessons(16, 15100, 1000), 1240, 1240, False, False),
+        (Lessons(16, 15100, 1000), 1250, 1250, True, True),
     ],
 )
-def test_worth_learning(length, count, learned, worth):
-    assert worth_learning(length, count, learned) is worth
+def test_texts_that_teach(lessons, length, count, worth, makes):
+    assert (lessons.worth(length, count), lessons.makes(length)) == (worth, makes)
+    longest = max(lessons.longest, length) if makes else lessons.longest
+    assert lessons.after(length) == Lessons(lessons.texts + 1, lessons.tokens + length, longest)
+
+
+def taught(texts: list[tuple], kv: torch.Tensor, table: torch.Tensor) -> tuple[Maps, list]:
+    """Maps learned from `texts`, each its queries and its length, whose pages are rows of `table`; what `learn` said."""
+    maps, lessons, said = Maps.allocate(2, 32, 32, torch.float16, "cpu"), Lessons(), []
+    for (query, length), blocks in zip(texts, table, strict=True):
+        said.append(key_index.learn(maps, query, kv, blocks, length, lessons))
+        lessons = lessons.after(length) if said[-1] is not None else lessons
+    return maps, said
+
+
+def test_texts_count_by_their_tokens_and_maps_are_made_when_they_are_due():
+    draw = torch.Generator().manual_seed(9)
+    kv, table = torch.randn(20, 2, 16, 64, generator=draw), torch.arange(20).view(5, 4)
+    query = [torch.randn(80, 4, 32, generator=draw) for _ in range(5)]
+    maps, said = taught([(x, 48) for x in query[:3]], kv, table[:3])
+    assert said == [True, False, False]
+    one, _ = taught([(query[0], 48)], kv, table[:1])
+    assert torch.equal(maps.to_key, one.to_key)
+    key = torch.cat([kv[row].transpose(0, 1).flatten(1, 2)[:, :48:16, :32] for row in table[:3]], 1)
+    assert torch.allclose(maps.moments.mean[:, 0], key.mean(1), atol=1e-5)
+    maps, said = taught([(x, 48) for x in query[:4]], kv, table[:4])
+    assert said[-1] is True and not torch.equal(maps.to_key, one.to_key)
+    _, said = taught([(query[0], 48), (query[1], 60)], kv, table[:2])
+    assert said == [True, True]
+
+
+@pytest.mark.parametrize("scale", [math.nan, 1e-20, 1e30])
+def test_a_text_that_teaches_nothing_leaves_no_trace(scale):
+    """Its numbers are not finite, or no float16 holds maps of its keys."""
+    draw = torch.Generator().manual_seed(10)
+    kv, table = torch.randn(12, 2, 16, 64, generator=draw), torch.arange(12).view(3, 4)
+    kv[4:8] *= scale
+    query = torch.randn(80, 4, 32, generator=draw)
+    sound = {"first": [(query, 48)], "later": [(query, 48), (query, 48)]}
+    maps, said = taught([(query, 30), (query, 48)], kv, table[[1, 0]])
+    assert said == [None, True]
+    same, _ = taught(sound["first"], kv, table[[0]])
+    assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
+    if scale == 1e-20:
+        return  # keys that are almost all the same are no harm beside others
+    maps, said = taught([(query, 48), (query, 64), (query, 48)], kv, table)
+    assert said == [True, None, False]
+    same, _ = taught(sound["later"], kv, table[[0, 2]])
+    assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
 
 
 def test_maps_of_one_key_and_query_are_finite():

@@ -9,7 +9,7 @@ import torch
 
 from vllm_mac import cpu, kv_group, learning
 from vllm_mac.config import MacConfig
-from vllm_mac.key_index import worth_learning
+from vllm_mac.key_index import MAKINGS, Lessons
 from vllm_mac.learning import choose
 from vllm_mac.requests import RowRings
 from vllm_mac.ring import RingTable
@@ -54,7 +54,7 @@ def test_maps_are_learned_from_the_longest_row_that_has_queries_enough(counts, r
     """A longer row of which this step reads, or verifies, a few tokens hides no other."""
     begin = np.concatenate(([0], np.cumsum(counts)))
     table = torch.arange(3)[:, None]
-    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), table, 200, 256)
+    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), table, Lessons(), 256)
     assert (found and found.blocks.item()) == row
     if row is not None:
         assert (found.begin, found.end) == (begin[row], begin[row + 1])
@@ -66,20 +66,21 @@ def test_maps_are_learned_from_the_longest_row_that_has_queries_enough(counts, r
 def test_a_row_teaches_in_the_last_step_that_has_queries_enough_of_its_prompt(monkeypatch, prompts, row):
     monkeypatch.setattr(learning, "prompt_lengths", lambda rows: np.array(prompts[:rows]))
     begin = np.array([0, 100, 200, 300])
-    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), torch.arange(3)[:, None], 200, 256)
+    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), torch.arange(3)[:, None], Lessons(), 256)
     assert (found and found.blocks.item()) == row
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_other_weights_are_learned_once_by_a_row_as_long(on_gpu):
+def test_other_weights_are_learned_by_the_next_row(on_gpu):
     group = kv_group.Group([], SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={})), "cpu")
     group.layers = [SimpleNamespace(index=index) for index in (None, object(), object())]
-    group.decoder = SimpleNamespace(learned=1000) if on_gpu else None
+    group.decoder = SimpleNamespace() if on_gpu else None
     holder = group.decoder or group
-    holder.learned = 1000
+    holder.lessons = Lessons(MAKINGS[-1], 9000, 1000)
     for layer in group.layers:
         group.learn_anew(layer)
-    assert worth_learning(1000, 64, holder.learned) and not worth_learning(990, 64, holder.learned)
+    assert holder.lessons.worth(500, 64) and holder.lessons.makes(500) and holder.lessons.tokens == 0
+    assert holder.lessons.longest == 1000  # there are maps
 
 
 def test_rows_that_began_are_indexed_before_the_next_step(monkeypatch):
@@ -88,7 +89,7 @@ def test_rows_that_began_are_indexed_before_the_next_step(monkeypatch):
     vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
     group = kv_group.Group([], vllm_config, "cpu")
     layer = SimpleNamespace(index=object(), cache=context["model.layers.0.attn"].kv_cache, config=MacConfig())
-    group.layers, group.learned = [SimpleNamespace(index=None), layer], 100
+    group.layers, group.lessons = [SimpleNamespace(index=None), layer], Lessons(1, 100, 100)
     table, seen = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 0]], dtype=torch.int32), []
     write = lambda layer, slots, cache: seen.append((layer, slots.tolist(), cache))
     begin, length = np.array([0, 1, 2, 42]), np.array([40, 33, 32])
@@ -109,7 +110,7 @@ def test_rows_that_began_are_indexed_before_the_next_step(monkeypatch):
 def test_a_prompt_from_a_cache_that_teaches_nothing_is_told_of(monkeypatch, learned, length, own, warned):
     group = kv_group.Group([], SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={})), "cpu")
     group.layers = [SimpleNamespace(index=object(), cache=torch.zeros(1, 1, 16, 1), config=MacConfig(min_context=8192))]
-    group.decoder, said = SimpleNamespace(learned=learned), []
+    group.decoder, said = SimpleNamespace(lessons=Lessons(longest=learned)), []
     monkeypatch.setattr("vllm_mac.learning.logger.warning_once", lambda text, *values: said.append(text % values))
     table = torch.zeros(1, 1000, dtype=torch.int32)
     group.index_begun(np.ones(1, bool), np.array([0, own]), np.array([length]), table, lambda *_: None)

@@ -19,15 +19,15 @@ def write(layer: IndexState, slots: Tensor, kv: Tensor, layout: PageLayout) -> N
 
 
 def learn(layer: IndexState, learning: Learning, query: Tensor, kv: Tensor, layout: PageLayout) -> bool:
-    """Set the layer's maps, and index all pages anew; False where the row teaches none.
+    """Learn from a row; where that makes maps, index all pages anew. False where its numbers are not finite.
 
     query: `[N, H, D]` of the whole batch.
     """
     own = query[learning.begin : learning.end]
-    learned = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length)
-    if learned:
+    made = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length, learning.before)
+    if made:
         lookup.write_pages(kv, torch.arange(len(kv)), layout, layer.maps)
-    return learned
+    return made is not None
 
 
 def prefill(chunk: Chunk, query: Tensor, kv: Tensor, scale: float) -> Tensor:

@@ -262,9 +262,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self.group.index_begun(rings.begun, *host_lengths(common), common.block_table_tensor, write)
         if common.max_query_len < LEAST_QUERIES:
             return None
-        learning = of_batch(common, decodes, decoder.learned, self.config.min_context)
+        learning = of_batch(common, decodes, decoder.lessons, self.config.min_context)
         if learning is not None:
-            decoder.learned = learning.length
+            decoder.lessons = learning.after
         return learning
 
     def _of_decodes(self, common: CommonAttentionMetadata) -> MacCUDAMetadata:

@@ -9,6 +9,7 @@ What an FP8 cache holds, times a scale, are its keys and values. Maps and codes 
 
 The maps are the best of their rank for `q . k`. With the queries' second moment `L L^T` and the keys' covariance
 `C`, both after RoPE, `B` holds the leading eigenvectors of `L^T C L`; keys are mapped by `L B`, queries by `L^-T B`.
+Moments are of several texts: maps of one are good for texts like it, and coarse for others.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 LEVELS, HALF_LEVEL = 16, 7.5  # of a code of 4 bits
 REACH = 2.8  # standard deviations of a direction that its codes reach to each side: the least error of a Gaussian
-LEAST_QUERIES, GROWTH = 64, 1.25  # see `worth_learning`
+LEAST_QUERIES, GROWTH, MAKINGS = 64, 1.25, (1, 4, 16)  # see `Lessons`
 SAMPLE, LAST = 16, 512  # every 16th key and query is sampled, and of the queries the last 512
 FP8 = torch.float8_e4m3fn
 
@@ -100,12 +101,12 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class Maps:
-    """What turns keys into codes and queries into what codes are multiplied with. Written in place by `set`.
+    """What turns keys into codes and queries into what codes are multiplied with. Written in place by `make`.
 
     to_key, to_query: `[K, D, N]` in the model's dtype; the code is `floor(to_key^T k - shift)`, from 0 to 15.
     shift: `[K, N]` float32. mean: `[K, D]` float32, the mean key.
-    ready: `[1]` int32, 0 until the maps are set; nothing is estimated before.
-    scales: those of the layer's cache if it is FP8, else None.
+    ready: `[1]` int32, 0 until the maps are made; nothing is estimated before.
+    moments: what they are made of. scales: those of the layer's cache if it is FP8, else None.
     """
 
     to_key: Tensor
@@ -113,6 +114,7 @@ class Maps:
     shift: Tensor
     mean: Tensor
     ready: Tensor
+    moments: "Moments"
     scales: Scales | None = None
 
     @classmethod
@@ -126,12 +128,14 @@ class Maps:
 
         return cls(
             zeros(kv_heads, head_size, n, dtype=dtype), zeros(kv_heads, head_size, n, dtype=dtype),
-            zeros(kv_heads, n), zeros(kv_heads, head_size), zeros(1, dtype=torch.int32), scales,
+            zeros(kv_heads, n), zeros(kv_heads, head_size), zeros(1, dtype=torch.int32),
+            Moments(*(zeros(kv_heads, rows, head_size) for rows in (head_size, head_size, 1))), scales,
         )  # fmt: skip
 
     def own(self) -> dict[str, Tensor]:
-        """By name, the tensors that `set` writes."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "scales"}
+        """By name, the tensors that `Moments.add` and `make` write."""
+        made = {name: getattr(self, name) for name in ("to_key", "to_query", "shift", "mean", "ready")}
+        return made | {f"moments_{name}": getattr(self.moments, name) for name in Moments.__slots__}
 
     def keys(self, held: Tensor) -> Tensor:
         """Keys, float32, of what a cache holds."""
@@ -141,10 +145,9 @@ class Maps:
         """Values, float32, of what a cache holds, or of their mean."""
         return held.float() if self.scales is None else held.float() * self.scales.value
 
-    def set(self, moments: "Moments") -> bool:
-        """Make the maps of these moments. Where not all numbers are finite, leave them as they were: False."""
-        if not _finite(moments.second, moments.spread, moments.mean):
-            return False
+    def make(self) -> bool:
+        """Make the maps of the moments. Where not all their numbers are finite, leave them as they were: False."""
+        moments = self.moments
         n, size = self.shift.shape[1], self.mean.shape[1]
         key, query = best_maps(moments)
         key, query = key[..., :n], query[..., :n]
@@ -164,7 +167,10 @@ class Maps:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Queries' second moment and keys' covariance `[K, D, D]`, mean key `[K, 1, D]`; all float32, after RoPE."""
+    """Queries' second moment and keys' covariance `[K, D, D]`, mean key `[K, 1, D]`; all float32, after RoPE.
+
+    The second moment is 1 on average on its diagonal: maps depend on its shape alone, so no text outweighs others by it.
+    """
 
     second: Tensor
     spread: Tensor
@@ -179,7 +185,27 @@ class Moments:
         mean = key.mean(1, keepdim=True)
         centred = key - mean
         moment = lambda x: x.transpose(1, 2) @ x / x.shape[1]
-        return cls(moment(rows), moment(centred), mean)
+        second = moment(rows)
+        return cls(
+            second / second.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)[:, None, None], moment(centred), mean
+        )
+
+    def add(self, other: "Moments", weight: float) -> bool:
+        """Have `other` be this share of the whole, in place, as if the keys and queries of both were one text's.
+
+        Where not all of its numbers are finite, do nothing: False.
+        """
+        if not _finite(other.second, other.spread, other.mean):
+            return False
+        between = other.mean - self.mean
+        self.second.lerp_(other.second, weight)
+        self.spread.lerp_(other.spread, weight).add_(weight * (1 - weight) * between.transpose(1, 2) @ between)
+        self.mean.lerp_(other.mean, weight)
+        return True
+
+    def copy(self) -> "Moments":
+        """The like, which `add` leaves as it is."""
+        return Moments(self.second.clone(), self.spread.clone(), self.mean.clone())
 
 
 def _finite(*tensors: Tensor) -> bool:
@@ -197,25 +223,52 @@ def best_maps(moments: Moments) -> tuple[Tensor, Tensor]:
     return lower @ basis, torch.linalg.solve_triangular(lower.transpose(1, 2), basis, upper=True)
 
 
-def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int) -> bool:
-    """Set the maps by a row of `length` tokens, if they are finite: see `Maps.set`.
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """What maps have been learned from: so many texts, their tokens, and of those in the maps the longest one's.
 
-    query: `[n, H, D]`, of the row's last tokens, after RoPE.
+    Moments change little after a dozen texts. Every making of maps indexes all pages anew, so maps are made when the 1st,
+    4th and 16th text is learned. A text of `GROWTH` times the longest one's tokens makes them at once, since where keys lie
+    depends on how far positions reach: RoPE turns them.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    longest: int = 0
+
+    def worth(self, length: int, count: int) -> bool:
+        """Whether a row of `length` tokens, `count` of them in this step, is to be learned from."""
+        return count >= LEAST_QUERIES and (self.texts < MAKINGS[-1] or length >= GROWTH * self.longest)
+
+    def makes(self, length: int) -> bool:
+        """Whether maps are made after a row of `length` tokens."""
+        return self.texts + 1 in MAKINGS or length >= GROWTH * self.longest
+
+    def after(self, length: int) -> "Lessons":
+        """These and that of a row of `length` tokens."""
+        longest = max(self.longest, length) if self.makes(length) else self.longest
+        return Lessons(self.texts + 1, self.tokens + length, longest)
+
+
+def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int, before: Lessons) -> bool | None:
+    """Learn from a row of `length` tokens. Returns whether maps were made, and None where its numbers are not finite.
+
+    query: `[n, H, D]`, of the row's last tokens, after RoPE. before: what was learned until now.
 
     kv: `[blocks, K, P, 2 D]`. blocks: the row's block table.
     """
     token = torch.arange(0, length, SAMPLE, device=kv.device)
     page = blocks[token // kv.shape[2]].long()
     key = kv[page, :, token % kv.shape[2], : kv.shape[3] // 2].transpose(0, 1)
-    return maps.set(Moments.of(sampled_queries(query), maps.keys(key)))
-
-
-def worth_learning(length: int, count: int, learned: int) -> bool:
-    """Whether maps of a row of `length` tokens, `count` of them in this step, replace those of a row of `learned`.
-
-    Where keys lie depends on how far positions reach, since RoPE turns them. So longer rows have better maps.
-    """
-    return count >= LEAST_QUERIES and length >= GROWTH * learned
+    moments = Moments.of(sampled_queries(query), maps.keys(key))
+    held = maps.moments.copy()
+    if not maps.moments.add(moments, length / (before.tokens + length)):
+        return None
+    made = before.makes(length)
+    if made and not maps.make():
+        maps.moments.add(held, 1)
+        return None
+    return made
 
 
 def sampled_queries(query: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_mac import cpu_lookup
 from vllm_mac.audit import Audit
-from vllm_mac.key_index import GROWTH, PageLayout
+from vllm_mac.key_index import Lessons, PageLayout
 from vllm_mac.layers import MacLayer, mac_layers
 from vllm_mac.learning import choose, warn_of_none
 from vllm_mac.publisher import publish
@@ -66,7 +66,7 @@ class Group:
         for layer in self.layers:
             layer.group = self
         self.decoder = None  # on GPUs, what decodes for these layers
-        self.learned = 0  # on CPUs, tokens of the row that maps of the index were learned from
+        self.lessons = Lessons()  # on CPUs, what maps of the index were learned from
         self.begun: Tensor | None = None  # slots that `index_begun` noted in the step before
         self._device = device
         self._table: RingTable | None = None
@@ -80,21 +80,19 @@ class Group:
         return self._audit is not None and self._audit.begin_step()
 
     def learn_anew(self, layer: MacLayer) -> None:
-        """Have the next row as long as the one that maps of the index were learned from teach them anew; `layer` has
-        other weights. Of a group's layers the first one counts."""
-        if layer is not next(one for one in self.layers if one.index is not None):
-            return
-        self._holder.learned = int(self._holder.learned / GROWTH)
+        """Have maps of the index be learned anew, from the next long row on; `layer` has other weights. Of a group's
+        layers the first one counts."""
+        if layer is next(one for one in self.layers if one.index is not None):
+            self._holder.lessons = Lessons(longest=self._holder.lessons.longest)
 
     def learned_nothing(self, learning: Learning) -> None:
-        """A layer's queries or keys of that row are no finite numbers: its maps are as before, and the next row that is
-        worth it teaches them."""
-        self._holder.learned = learning.before
+        """A layer's queries or keys of that row are no finite numbers: it learned nothing, and another row does for it."""
+        self._holder.lessons = learning.before
         logger.warning_once("MAC learns nothing from a prompt whose queries or keys are not finite numbers")
 
     @property
     def _holder(self) -> Any:
-        """What has `learned`."""
+        """What has `lessons`."""
         return self if self.decoder is None else self.decoder
 
     def index_begun(
@@ -121,7 +119,7 @@ class Group:
         page = layers[0].cache.shape[2]
         pages = torch.cat([block_table[row, : int(length[row]) // page] for row in rows]).long()
         self.begun = pages * page + page - 1
-        if not self._holder.learned:
+        if not self._holder.lessons.longest:
             warn_of_none(begin, length, rows, layers[0].config.min_context)
 
     @property
@@ -161,8 +159,8 @@ class Group:
         elif executing():
             self.index_begun(rings.begun, begin.numpy(), length.numpy(), block_table, _write)
             many = (count > 1).numpy() & ~rings.verifies
-            learning = choose(begin.numpy(), length.numpy(), many, block_table, self.learned, index.config.min_context)
-            self.learned = learning.length if learning is not None else self.learned
+            learning = choose(begin.numpy(), length.numpy(), many, block_table, self.lessons, index.config.min_context)
+            self.lessons = learning.after if learning is not None else self.lessons
         ring = torch.where(skips, -1, ring.long())
         row = decodes.nonzero()[:, 0]
         chunks = [

@@ -5,7 +5,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_mac.key_index import LEAST_QUERIES, worth_learning
+from vllm_mac.key_index import LEAST_QUERIES, Lessons
 from vllm_mac.requests import prompt_lengths
 from vllm_mac.state import Learning
 
@@ -13,32 +13,32 @@ logger = init_logger("vllm.mac")
 
 
 def choose(
-    begin: np.ndarray, length: np.ndarray, prefilled: np.ndarray, block_table: Tensor, learned: int, least: int
+    begin: np.ndarray, length: np.ndarray, prefilled: np.ndarray, block_table: Tensor, lessons: Lessons, least: int
 ) -> Learning | None:
     """The longest row that is worth it, or None.
 
     begin: `[B + 1]`, where each row's tokens begin. length: `[B]`, tokens of each row after this step. prefilled: `[B]`
-    bool. learned: tokens of the row that maps were learned from, 0 for none. least: tokens that a row must have.
+    bool. lessons: what maps were learned from until now. least: tokens that a row must have.
 
-    A row teaches in the last step that has queries enough of its prompt: maps of earlier chunks would not know where
-    its last keys lie, and every learning indexes all pages anew.
+    A row teaches in the last step that has queries enough of its prompt: earlier chunks do not know where its last keys
+    lie.
     """
     last = length > prompt_lengths(len(length)) - LEAST_QUERIES
     rows = [
         row
         for row in np.flatnonzero(prefilled & last & (length >= least)).tolist()
-        if worth_learning(int(length[row]), int(begin[row + 1] - begin[row]), learned)
+        if lessons.worth(int(length[row]), int(begin[row + 1] - begin[row]))
     ]
     if not rows:
         return None
     row = max(rows, key=lambda row: length[row])
-    return Learning(int(begin[row]), int(begin[row + 1]), int(length[row]), block_table[row], learned)
+    return Learning(int(begin[row]), int(begin[row + 1]), int(length[row]), block_table[row], lessons)
 
 
-def of_batch(common: CommonAttentionMetadata, decodes: int, learned: int, least: int) -> Learning | None:
+def of_batch(common: CommonAttentionMetadata, decodes: int, lessons: Lessons, least: int) -> Learning | None:
     """`choose` among the rows behind the first `decodes`, of which the host knows the lengths."""
     begin, length = host_lengths(common)
-    return choose(begin, length, np.arange(len(length)) >= decodes, common.block_table_tensor, learned, least)
+    return choose(begin, length, np.arange(len(length)) >= decodes, common.block_table_tensor, lessons, least)
 
 
 def host_lengths(common: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:

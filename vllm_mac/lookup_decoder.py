@@ -14,7 +14,7 @@ from vllm_mac.kernels import lookup as lookup_kernels
 from vllm_mac.kernels.encode import append, encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork
-from vllm_mac.key_index import PageLayout, directions
+from vllm_mac.key_index import Lessons, PageLayout, directions
 from vllm_mac.state import Geometry, IndexRule, IndexState, Learning, Rows
 
 KERNELS = (
@@ -30,8 +30,8 @@ class LookupDecoder:
 
     position: `[max_rows]` int32, position of the first token that each row decodes, -1 for padding. ring: `[max_rows]` int32,
     `counters.OPTED_OUT` or `PREFILLED` for rows that are read whole, -1 for others; written only where it changes. begin:
-    `[max_rows + 1]` int32, where each row's tokens begin, written for steps of several tokens a row. learned: tokens of the
-    row that maps were learned from.
+    `[max_rows + 1]` int32, where each row's tokens begin, written for steps of several tokens a row. lessons: what maps were
+    learned from.
     """
 
     def __init__(self, geometry: Geometry, rule: IndexRule, size: int | None, device: torch.device):
@@ -39,7 +39,7 @@ class LookupDecoder:
         self.geometry, self.rule = geometry, rule
         self.names: tuple[str, ...] | None = None  # of the layers it decodes for
         self.warm = False
-        self.learned = 0
+        self.lessons = Lessons()
         self.layout = PageLayout(
             geometry.kv_heads, geometry.head_size, geometry.page_size, size or directions(geometry.head_size),
             geometry.kv_dtype.itemsize,
@@ -77,15 +77,15 @@ class LookupDecoder:
         look_up(rows, query, kv, self.layout, layer.maps, self.rule, self._work, (out, layer.counts))
 
     def learn(self, layer: IndexState, learning: Learning, query: Tensor, kv: Tensor) -> bool:
-        """Set the layer's maps, and index all pages anew; False where the row teaches none.
+        """Learn from a row; where that makes maps, index all pages anew. False where its numbers are not finite.
 
         query: `[N, H, D]` of the whole batch.
         """
         own = query[learning.begin : learning.end]
-        learned = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length)
-        if learned:
+        made = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length, learning.before)
+        if made:
             encode(kv, None, self.layout, layer.maps)
-        return learned
+        return made is not None
 
     def warm_up(self, layer: IndexState) -> None:
         """Compile the kernels of all steps, and set up the solver that `learn` needs; once."""

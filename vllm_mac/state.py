@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
-from vllm_mac.key_index import FP8, Maps
+from vllm_mac.key_index import FP8, Lessons, Maps
 from vllm_mac.rope import Rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -174,14 +174,19 @@ class IndexState:
 class Learning:
     """The row that the maps are learned from: its tokens `[begin, end)` of the batch, the last of `length`.
 
-    blocks: `[*]` int32, its block table. before: tokens of the row that the maps were learned from until now.
+    blocks: `[*]` int32, its block table. before: what was learned until now.
     """
 
     begin: int
     end: int
     length: int
     blocks: Tensor
-    before: int = 0
+    before: Lessons
+
+    @property
+    def after(self) -> Lessons:
+        """What is learned with it."""
+        return self.before.after(self.length)
 
 
 @dataclass(frozen=True, slots=True)

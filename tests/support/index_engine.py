@@ -1,10 +1,12 @@
 """What tests of engines with `rule: index` look at: layers, counters, and the index of pages in the prefix cache."""
 
+from dataclasses import replace
+
 import torch
 
 from support.engine import worker
 from vllm_mac.counters import Count
-from vllm_mac.key_index import PageLayout, encode
+from vllm_mac.key_index import MAKINGS, PageLayout, encode
 from vllm_mac.layers import MacLayer, mac_layers
 
 CONFIG = {"rule": "index", "min_context": 64, "band": 16}
@@ -26,6 +28,12 @@ def forget(llm) -> None:
     """Set all counters to 0."""
     for layer in layers(llm):
         layer.counts.zero_()
+
+
+def rest(llm) -> None:
+    """Have no text teach the maps from now on, but one much longer: they are as after many texts."""
+    for layer in layers(llm):
+        layer.group.lessons = replace(layer.group.lessons, texts=MAKINGS[-1])
 
 
 def set_tolerance(llm, tolerance: float) -> None:
