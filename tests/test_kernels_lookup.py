@@ -140,7 +140,7 @@ def check(batch: Batch, work: LookupWork) -> list[torch.Tensor]:
         narrowed, indexed = Narrowed(want), got[:, want.begin : want.end]
         assert got[:, : want.begin].all() and got[:, want.end :].all()
         assert ((indexed == narrowed.chosen) | narrowed.undecided).all()
-        assert narrowed.undecided.sum() <= 0.02 * indexed.numel()
+        assert narrowed.undecided.sum() <= 0.03 * indexed.numel()  # few, so that the check above decides
         exact = want.attention(got, narrowed.estimate)
         assert ((own.double() - exact).abs() <= allowed(want, got, narrowed, exact)).all()
         number = got.sum(1) + want.index_tokens  # of each KV head

@@ -138,6 +138,12 @@ def test_server_serves_and_stops(client, server):
     assert not errors or ("EngineDeadError" in text and "/vllm_mac/" not in "\n".join(errors)), text
 
 
+def decoding(port: int) -> bool:
+    """Whether the server has a request under way."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as found:
+        return re.search(r"^vllm:num_requests_running\{.*\} 1\.0$", found.read().decode(), re.M) is not None
+
+
 def test_a_server_whose_worker_is_killed_ends(model, tmp_path):
     """With an error, and so does the request that was under way; nothing hangs, and nothing is left. vLLM's status is 0."""
     log, config = tmp_path / "log", {"mac": {"rule": "index", "band": 16, "min_context": 64}}
@@ -149,7 +155,9 @@ def test_a_server_whose_worker_is_killed_ends(model, tmp_path):
             f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         asked = pool.submit(urllib.request.urlopen, request, timeout=120)
-        time.sleep(1)
+        end = time.monotonic() + 60
+        while not decoding(port):
+            assert time.monotonic() < end, log.read_text()
         (killed,) = [pid for pid, name in processes(process.pid).items() if name.startswith("VLLM::Worker")]
         assert not asked.done()
         os.kill(killed, signal.SIGKILL)
