@@ -396,7 +396,7 @@ def launches(
 ) -> Iterator[str]:  # fmt: skip
     """Launch the kernels one by one: each has been launched when its name is yielded.
 
-    rows: position, ring (`OPTED_OUT` or `PREFILLED` for a row that is read whole), block_table and begin are read; int32. query:
+    rows: position, ring (`OPTED_OUT` or less for a row that is read whole), block_table and begin are read; int32. query:
     `[N, H, D]` after RoPE, last dimension contiguous. kv: `[blocks, K, PAGE, 2 D]` with its index. result: out `[N, H, D]`,
     written, and counts `[len(Count)]` int64, added to.
     """

@@ -13,9 +13,11 @@ from vllm_mac.counters import Count
 from vllm_mac.lookup import TILE as TILE_TOKENS
 
 OPTED_OUT, PREFILLED = tl.constexpr(counters.OPTED_OUT), tl.constexpr(counters.PREFILLED)
+IN_SMALL_STEP = tl.constexpr(counters.IN_SMALL_STEP)
 # Device code reads no enumeration.
 HIT, NO_MAPS = tl.constexpr(Count.HIT.value), tl.constexpr(Count.NO_MAPS.value)
 SHORT_CONTEXT, REQUEST = tl.constexpr(Count.SHORT_CONTEXT.value), tl.constexpr(Count.REQUEST.value)
+SMALL_STEP = tl.constexpr(Count.SMALL_STEP.value)
 READ, SKIPPED = tl.constexpr(Count.READ.value), tl.constexpr(Count.SKIPPED.value)
 TILE = tl.constexpr(TILE_TOKENS)
 
@@ -109,8 +111,10 @@ def merge_kernel(
         counted &= ring != PREFILLED
     if counted:  # The index counts as the tokens that have as many bytes.
         n = m + 1
-        exact = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, tl.where(ready != 0, HIT, NO_MAPS))
-        kind = tl.where(ring == OPTED_OUT, REQUEST, exact)
+        kind = tl.where(ready != 0, HIT, NO_MAPS)
+        kind = tl.where(ring == IN_SMALL_STEP, SMALL_STEP, kind)
+        kind = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, kind)
+        kind = tl.where(ring == OPTED_OUT, REQUEST, kind)
         read = tl.sum(tl.load(p_read + i_bk * ns + o_ns, mask=m_ns, other=0), 0).to(tl.int64)
         read += (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES
         tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64) * count, sem="relaxed")

@@ -44,7 +44,7 @@ def test_is_frozen_hashable_and_survives_a_process_boundary():
     assert hash(copy) == hash(config)
 
 
-INTEGERS = ["window", "band", "sink", "min_context", "max_chain", "max_sequences", "index_size"]
+INTEGERS = ["window", "band", "sink", "min_context", "max_chain", "max_sequences", "index_size", "min_step_mib"]
 FLOATS = ["threshold", "lag_weight", "ring_memory_gib", "audit", "tolerance"]
 
 
@@ -88,6 +88,7 @@ BOUNDS = [
     ("rule", ["match", "index"], ["Index", "both", 1], "one of index, match"),
     ("tolerance", [0, 1.5, 40], [-0.1], "a finite number of at least 0"),
     ("index_size", [None, 32, 64, 256], [0, 16, 40], "an integer of at least 32 in steps of 16 or null"),
+    ("min_step_mib", [0, 48, 4096], [-1], "an integer of at least 0"),
     ("window", [1, 65536], [0, -1, 65537], "an integer from 1 to 65536"),
     ("band", [1, 2046], [0, -256], "an integer of at least 1"),
     ("sink", [0, 1790], [-1], "an integer of at least 0"),
@@ -153,7 +154,7 @@ def test_disagreeing_fields_name_the_origin_of_each(yaml_file):
 
 # The rule that reads a key
 
-OF_INDEX = {"tolerance": 2.0, "index_size": 64}
+OF_INDEX = {"tolerance": 2.0, "index_size": 64, "min_step_mib": 0}
 OF_MATCH = {
     "window": 64, "threshold": 0.9, "distance": "relative", "lag_weight": 1.0, "reuse": "chained", "max_chain": 3,
     "mass_floor": None, "ring_dtype": "float32", "max_sequences": 2, "ring_memory_gib": 1.0, "miss_engine": "flashinfer",
@@ -393,6 +394,7 @@ CONFIGS = st.fixed_dictionaries(
         "enabled": st.booleans(),
         "tolerance": st.floats(0, **FINITE) | st.integers(0, 9),
         "index_size": st.none() | st.integers(2, 16).map(lambda n: 16 * n),
+        "min_step_mib": st.integers(0, 10**6),
         "window": st.integers(1, 65536),
         "band": st.integers(1, 900),
         "sink": st.integers(0, 900),
@@ -468,7 +470,7 @@ def test_describe_is_one_line_with_every_key_that_the_rule_reads():
     assert line.endswith('layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}')
     assert all((f" {key}=" in line) == (key not in OF_INDEX) for key in DEFAULTS if key not in ("enabled", "layers"))
     assert resolve({}, {}).describe() == (
-        "enabled=true rule=index tolerance=0.7 index_size=null band=256 sink=0 min_context=8192 layers.include=null "
+        "enabled=true rule=index tolerance=0.7 index_size=null min_step_mib=48 band=256 sink=0 min_context=8192 layers.include=null "
         "layers.exclude=[]"
     )
 

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from support.stub_flashinfer import gpu_backend
 from vllm_mac import kv_group, lookup
 from vllm_mac.config import MacConfig
-from vllm_mac.counters import OPTED_OUT, PREFILLED, Count
+from vllm_mac.counters import IN_SMALL_STEP, OPTED_OUT, PREFILLED, Count
 from vllm_mac.key_index import FP8, MAKINGS, Lessons, Maps, Scales, encode, numbers
 from vllm_mac.requests import RowRings
 from vllm_mac.state import Geometry, IndexRule, IndexState, Rows
@@ -75,7 +75,7 @@ def case(monkeypatch, request):
     builder = object.__new__(cuda.MacCUDAMetadataBuilder)
     vars(builder).update(
         decoder=decoder, config=MacConfig(min_context=128, band=64), all_served=True, most=1, served=[layer],
-        _planned=MagicMock(), _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
+        _planned=MagicMock(), _least=0, _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
         cache_config=MagicMock(), q_data_type_prefill=torch.float32, q_data_type_decode=torch.float32,
         group=MagicMock(decoder=decoder),
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(
@@ -235,6 +235,38 @@ def test_a_few_tokens_of_a_prompt_beside_rows_that_verify_are_exact(case):
     case.impl.forward(None, case.query[:8], None, None, case.kv, metadata, out)
     torch.testing.assert_close(out, decoded(case, (4, 1, 3), whole=(1, 2)), rtol=1e-4, atol=1e-4)
     assert case.index.counts[Count.HIT] == 4 * HEADS and case.index.counts[Count.REQUEST] == HEADS
+
+
+@pytest.mark.parametrize("counts, least, looked", [
+    ((1, 1), 500, True), ((1, 1), 501, False), ((4, 3), 501, False), ((4, 3), 0, True),
+])  # fmt: skip
+def test_a_small_step_is_read_whole(case, counts, least, looked):
+    """Row 1 opted out, so row 0's 500 tokens are all that there is to look up. The next step may have more."""
+    teach(case)
+    case.builder.most, case.builder._least = 4, least
+    tokens = sum(counts)
+    metadata = case.builder._build(case.common(False, counts), False, capture=False)
+    assert metadata.step.rows.ring.tolist() == [-1 if looked else IN_SMALL_STEP, OPTED_OUT]
+    out = torch.full_like(case.query[:tokens], torch.nan)
+    case.impl.forward(None, case.query[:tokens], None, None, case.kv, metadata, out)
+    whole = (1,) if looked else (0, 1)
+    torch.testing.assert_close(out, decoded(case, counts, whole), rtol=1e-4, atol=1e-4)
+    found = case.index.counts
+    assert (
+        found[Count.HIT if looked else Count.SMALL_STEP] == counts[0] * HEADS and (found[Count.SKIPPED] > 0) == looked
+    )
+    case.builder._least = 500
+    again = case.builder._build(case.common(False, counts), False, capture=False)
+    assert again.step.rows.ring.tolist() == [-1, OPTED_OUT]
+
+
+def test_least_tokens_of_a_step_that_is_looked_up():
+    """`min_step_mib` of a layer's keys and values: 2 KV heads of 128 numbers of 2 bytes, so 1 KiB a token."""
+    cuda = gpu_backend()
+    geometry = lambda **kinds: Geometry(4, 12, 2, 128, 16, 32, torch.bfloat16, 64, 16, 0.1, **kinds)
+    assert cuda.least_tokens(48, geometry()) == 48 * 1024
+    assert cuda.least_tokens(48, geometry(fp8=True)) == 96 * 1024
+    assert cuda.least_tokens(0, geometry()) == 0
 
 
 def test_rows_of_padding_decode_nothing(case):

@@ -310,7 +310,7 @@ def indexed(**keys) -> Examined:
     """The model of `model_of` with an index of 60 bytes a token and layer. keys: of the configuration."""
     model = model_of()
     layers = [replace(layer, index_bytes=60.0 * (layer.state == "MAC")) for layer in model.layers]
-    config = model.config.model_copy(update={"rule": "index"} | keys)
+    config = model.config.model_copy(update={"rule": "index", "min_step_mib": 0} | keys)
     return replace(model, layers=layers, ring=None, index=IndexRoom((64,), 64, 100, 107), config=config)
 
 
@@ -325,6 +325,9 @@ def test_the_estimate_with_an_index_adds_up():
     assert near.mac_kv_bytes == pytest.approx(1000 * (2 * 512 + 128))  # the band alone is more than READ of them
     short = estimate(indexed(), 2047, 8, 0.0, 1e12)
     assert (short.index_bytes, short.mac_kv_bytes, short.gain) == (0, short.exact_kv_bytes, 1.0)
+    # 8 rows of 1,000 bytes a token and layer: 24 MiB are 3,146 tokens.
+    small, enough = (estimate(indexed(min_step_mib=24), tokens, 8, 0.0, 1e12) for tokens in (3145, 3146))
+    assert small.mac_kv_bytes == small.exact_kv_bytes and enough.mac_kv_bytes < enough.exact_kv_bytes
 
 
 def test_what_an_index_costs_is_said():

@@ -6,13 +6,15 @@ free pages and free slots start as NaN.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from support.devices import DEVICE
 from support.indexed import Batch, Case, Row
-from vllm_mac.counters import PREFILLED, Count
+from vllm_mac import lookup
+from vllm_mac.counters import IN_SMALL_STEP, PREFILLED, Count
 from vllm_mac.kernels.encode import append, encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork, Tuning
@@ -355,6 +357,30 @@ def test_no_slots_are_no_work():
     batch = Batch(CASES[0])
     encode(batch.kv, torch.zeros(0, dtype=torch.int64, device=DEVICE), batch.layout, batch.maps)
     assert batch.layout.views(batch.kv)[1].isnan().all()
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_rows_of_a_small_step_are_read_whole(ready):
+    """And counted as such, but for what is too short anyway."""
+    batch = Batch(Case(lengths=(700, 300, 90), opted_out=(1,), ready=ready)).write()
+    rows, out, counts = batch.rows(), torch.full_like(batch.query, math.nan), torch.zeros(len(Count), dtype=torch.int64)
+    counts = counts.to(DEVICE)
+    ring = torch.where(rows.ring == -1, IN_SMALL_STEP, rows.ring).int()
+    look_up(
+        replace(rows, ring=ring),
+        batch.query,
+        batch.kv,
+        batch.layout,
+        batch.maps,
+        batch.rule,
+        work_of(batch),
+        (out, counts),
+    )
+    want = lookup.decode(replace(rows, ring=ring), batch.query, batch.kv, batch.layout, batch.maps, batch.rule)
+    assert not want.looked.any() and (out - want.out).abs().max() <= 1e-3
+    heads, found = batch.case.kv_heads * batch.case.group, counts.tolist()
+    assert [found[kind] for kind in (Count.SMALL_STEP, Count.REQUEST, Count.SHORT_CONTEXT)] == [heads] * 3
+    assert found[Count.HIT] == found[Count.NO_MAPS] == found[Count.SKIPPED] == 0
 
 
 def test_the_kernels_and_pytorch_agree():

@@ -135,6 +135,12 @@ class MacConfig(_Section):
         description="index: directions that keys are indexed in, at most the head size; null for half the head size, "
         "48 at least. With null, layers with heads of less than 96 stay exact on GPUs: there it does not pay.",
     )
+    min_step_mib: int = Field(
+        48,
+        ge=0,
+        description="index: least MiB of keys and values that a step's long rows have together, in a layer of one GPU. "
+        "Smaller steps are read whole, which is faster; 0 looks up in every step. CPUs do not read it.",
+    )
     window: int = Field(512, ge=1, le=65536, description="match: ring length, the last tokens a query can match.")
     band: int = Field(256, ge=1, description="The most recent tokens, always attended to exactly.")
     sink: int = Field(0, ge=0, description="The leading tokens, always attended to exactly; by index 16 at least.")

@@ -21,6 +21,7 @@ class Count(IntEnum):
     READ = 6  # KV tokens read
     SKIPPED = 7  # KV tokens that full attention would have read too
     NO_MAPS = 8  # with `rule: index`: no prompt was long enough yet to learn the index's maps from
+    SMALL_STEP = 9  # with `rule: index`: the step has less KV than `min_step_mib`
 
 
 # Heads that did not try to match, and the reason as a label of the metrics.
@@ -30,9 +31,12 @@ REASONS = {
     Count.OVER_BUDGET: "error_budget",
     Count.REQUEST: "request",
     Count.NO_MAPS: "no_maps",
+    Count.SMALL_STEP: "small_step",
 }
 
 # In place of a ring, for a row that has none because its request is to be read whole; -1 for any other row without one.
 OPTED_OUT = -2
 # The same, for a row of a few tokens of a prompt among rows that verify as many: it is read whole, and not counted.
 PREFILLED = -3
+# The same, for a row that would be looked up if its step had more KV: see `MacConfig.min_step_mib`.
+IN_SMALL_STEP = -4

@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.flashinfer import (
 
 from vllm_mac.capabilities import BUILDER, kv_cache_dtypes, pinning
 from vllm_mac.compilers import explained
-from vllm_mac.counters import PREFILLED
+from vllm_mac.counters import IN_SMALL_STEP, PREFILLED
 from vllm_mac.decoder import Decoder
 from vllm_mac.index_pages import indexing
 from vllm_mac.kernels.assign import FRESH, PREFILLING, SKIPS, assign
@@ -94,6 +94,12 @@ class MacCUDAMetadata(FlashInferMetadata):
 
 
 @pinning(BUILDER)
+def least_tokens(mib: int, geometry: Geometry) -> int:
+    """Of how many tokens the keys and values of a layer take so many MiB."""
+    token = geometry.kv_heads * 2 * geometry.head_size * geometry.kv_dtype.itemsize
+    return -(-mib * 2**20 // token)
+
+
 class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec) -> AttentionCGSupport:
@@ -139,6 +145,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
                 if warm:
                     self.decoder.warm_up(self.served[0].index)
             self._written = {"ring": self.decoder.ring.to("cpu", copy=True).numpy()}
+            self._least = least_tokens(self.config.min_step_mib, self.decoder.geometry)
             return
         dtypes = self.q_data_type_prefill, self.kv_cache_dtype
         self._seeds = SeedPlanner(self.decoder.geometry, self.config.window, dtypes, self._get_workspace_buffer)
@@ -256,6 +263,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             decoder.begin[: decodes + 1].copy_(begin)
             torch.sub(length, begin.diff().clamp(min=1), out=position)
             ring = np.where((count > 1) & ~rings.verifies[:decodes], np.int32(PREFILLED), ring)
+        if self._least and common.seq_lens_cpu_upper_bound is not None:
+            ring = self._worth(ring, common.seq_lens_cpu_upper_bound.numpy()[:decodes])
         self._write("ring", ring)
         if self.group.begun is not None or rings.begun.any():
             write = lambda layer, slots, cache: decoder.write(layer.index, slots, cache)
@@ -266,6 +275,14 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         if learning is not None:
             decoder.lessons = learning.after
         return learning
+
+    def _worth(self, ring: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """`ring` of the rows that decode, and `IN_SMALL_STEP` for those that would be looked up and have too little
+        altogether. length: tokens of each."""
+        looked = (ring == -1) & (length >= self.config.min_context)
+        if length.sum(where=looked) >= self._least:
+            return ring
+        return np.where(looked, np.int32(IN_SMALL_STEP), ring)
 
     def _of_decodes(self, common: CommonAttentionMetadata) -> MacCUDAMetadata:
         """The base's metadata of a batch without prefills, where nothing of the base's own is to run: what it prepares

@@ -11,7 +11,7 @@ For a query at position `m` of a row, with the `n = m + 1` tokens `[0, n)`:
 3. *Complete.* What is left of each page weighs the sum of its `e^s`, and has the page's mean value.
 
 Nothing is carried from one query to another, so no error adds up. A row is exact while it has fewer than `min_context`
-tokens, before maps are ready, and where its request asked for it.
+tokens, before maps are ready, where its request asked for it, and on GPUs in a step that has too little to read.
 
 A row that verifies speculated tokens decodes several at once, and reads its KV once for all of them. The first one's
 `n` decides whether the row is looked up, and which tokens are near: what comes after the indexed ones, of which each
@@ -68,7 +68,7 @@ def write_pages(kv: Tensor, pages: Tensor, layout: PageLayout, maps: Maps) -> No
 def decode(rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps, rule: IndexRule) -> Looked:
     """Decode the tokens of each row.
 
-    rows: position, ring (`OPTED_OUT` for a row that is read whole), block_table and begin are read. query: `[N, H, D]`
+    rows: position, ring (`OPTED_OUT` or less for a row that is read whole), block_table and begin are read. query: `[N, H, D]`
     after RoPE. kv: `[blocks, K, P, 2 D]`.
     """
     out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
@@ -86,7 +86,7 @@ def decode(rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps
         own = m + 1 + torch.arange(len(queries), device=kv.device).repeat_interleave(grouped.shape[1] // len(queries))
         n, last = m + 1, m + len(queries)
         begin, end = near_edges(n, rule, layout.page)
-        if rows.ring[row] == OPTED_OUT or n < rule.min_context or not maps.ready.item():
+        if rows.ring[row] <= OPTED_OUT or n < rule.min_context or not maps.ready.item():
             end = begin
         looked[row] = end > begin
         blocks = rows.block_table[row].long()

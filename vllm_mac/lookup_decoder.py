@@ -29,7 +29,7 @@ class LookupDecoder:
     `decode` neither allocates nor waits for the device, and may be captured in a CUDA graph. Calls must not overlap.
 
     position: `[max_rows]` int32, position of the first token that each row decodes, -1 for padding. ring: `[max_rows]` int32,
-    `counters.OPTED_OUT` or `PREFILLED` for rows that are read whole, -1 for others; written only where it changes. begin:
+    `counters.OPTED_OUT` or less for rows that are read whole, -1 for others; written only where it changes. begin:
     `[max_rows + 1]` int32, where each row's tokens begin, written for steps of several tokens a row. lessons: what maps were
     learned from.
     """

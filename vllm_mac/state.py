@@ -195,7 +195,7 @@ class Rows:
 
     position: `[B]`, the position of the first token that each row decodes; its KV is in the cache. -1: padding.
     ring: `[B]`, the ring that it reads and records in. -1: none; `counters.OPTED_OUT`: none, by its request's wish; by index
-        `counters.PREFILLED` too.
+        `counters.PREFILLED` and `IN_SMALL_STEP` too.
     first: `[B]`, the oldest position of the ring that it may read, see `ring.RingTable.assign`.
     slack: `[B]` float32, the most that `(1 - threshold)^2` may be, see `limits.limit`; 1 where the layer's own counts.
     block_table: `[B, *]` int32, the pages of each row; last dimension contiguous.

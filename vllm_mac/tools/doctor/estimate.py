@@ -9,7 +9,8 @@
 
 With `rule: index` there are no rings, and hits have no rate:
 
-    MAC            in layers that use MAC, each row reads READ of the KV tokens, and at least band + sink
+    MAC            in layers that use MAC, each row reads READ of the KV tokens, and at least band + sink; all of them
+                   where the batch has less KV than min_step_mib
     index          in these layers, each row reads the index of the whole context
 
 READ is an assumption: about what a model of 1.5B parameters read, above its index, of source files of 30,000 tokens.
@@ -82,7 +83,8 @@ def _by_index(model: Examined, context: int, batch: int, bandwidth: float) -> Es
     one_row, index, config = exact, 0.0, model.config
     if config is not None and context >= config.min_context:
         read = min(context, max(READ * context, config.band + config.sink))
-        with_mac = [layer for layer in model.layers if layer.state == "MAC"]
+        least = config.min_step_mib * 2**20 / (batch * context)
+        with_mac = [layer for layer in model.layers if layer.state == "MAC" and layer.kv_bytes >= least]
         one_row = exact - sum(layer.kv_bytes * (context - read) for layer in with_mac)
         index = context * sum(layer.index_bytes for layer in with_mac)
     weights = model.weight_bytes(batch)
