@@ -194,7 +194,12 @@ def test_the_room_for_an_index_is_an_engine_s(models, family, options):
         ("deepseek", {}, {}, "MLA"),
         ("llama", {"windw": 3}, {}, "did you mean 'window'?"),
         ("llama", {}, {"kv_cache_dtype": "fp8"}, "give --kv-cache-dtype bfloat16"),
-        ("llama", {"rule": "match", "ring_memory_gib": 0.0001}, {}, "ring_memory_gib: 0.0001 holds no ring"),
+        (
+            "llama",
+            {"rule": "match", "ring_memory_gib": 0.0001},
+            {},
+            "ring_memory_gib: received 0.0001, which holds no ring",
+        ),
         ("llama", {"index_size": 48}, {}, "index_size: received 48, more than the head size 32"),
         ("lfm2", {}, {}, "set rule: match, as in --additional-config"),
     ],

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_mac import index_pages, layers
+from vllm_mac import index_pages, layers, ring_room
 from vllm_mac.config import MacConfigError, resolve
 from vllm_mac.layers import MacLayer
 from vllm_mac.rope import Rotary
@@ -123,10 +123,10 @@ def same(now: list[tuple], then: list[tuple]) -> bool:
 
 def test_a_draft_model_leaves_the_model_it_drafts_for_as_it_was(load, warnings, said):
     size = 2 * 8 * (2 * 4 * 32 + 8)  # one ring of one layer
-    mac = {"ring_memory_gib": 2.5 * size / 2**30, "max_sequences": 8, "layers": {"threshold": {0: 0.5}}, "audit": 1.0}
+    mac = {"ring_memory_gib": 1.5 * size / 2**30, "layers": {"threshold": {0: 0.5}}, "audit": 1.0}
     target = load(2, mac, exact=[1])
     before, lines = state(target), len(said)
-    assert [x.exact for x in target] == [None, "sliding_window"] and target[0].state.store.rings == 2
+    assert [x.exact for x in target] == [None, "sliding_window"] and target[0].state.store.rings == 1
     warnings.clear()
     # The second layer of the draft would have a reason of its own.
     drafts = [load(2, {}, after=target, exact=[3])]
@@ -215,8 +215,55 @@ def test_float8_rings(load):
     assert (store.query.dtype, store.out.dtype) == (torch.float8_e4m3fn, torch.bfloat16)
     # 2 heads, 8 entries: 32 elements of 1 and of 2 bytes, LSE and chain.
     size = 2 * 8 * (32 * 3 + 8)
-    layer = load(1, mac | {"ring_memory_gib": 2.5 * size / 2**30}, dtype=torch.bfloat16)[0]
-    assert layer.state.store.rings == 2
+    layer = load(1, mac | {"ring_memory_gib": 1.5 * size / 2**30, "max_sequences": 1}, dtype=torch.bfloat16)[0]
+    assert layer.state.store.rings == 1
+
+
+RING = 2 * 8 * (2 * 4 * 32 + 8)  # bytes of one ring of a layer of `load`, in float32
+
+
+def test_more_sequences_than_the_memory_holds_rings_for(load, warnings):
+    """Asked for, they are refused with the most that it holds; else the others decode exactly."""
+    three = {"ring_memory_gib": 3.5 * 2 * RING / 2**30}
+    message = r"max_sequences: received 8, .*which holds 3: choose 3 or less, or raise ring_memory_gib"
+    with pytest.raises(MacConfigError, match=message):
+        load(2, three | {"max_sequences": 8})
+    assert load(2, three | {"max_sequences": 3})[0].state.store.rings == 3 and not warnings
+    assert load(2, {"ring_memory_gib": 1.5 * 2 * RING / 2**30})[0].state.store.rings == 1
+    assert "holds 1 rings" in warnings[0] and "not 2; sequences beyond that decode exactly" in warnings[0]
+    with pytest.raises(MacConfigError, match=r"ring_memory_gib: received .* holds no ring"):
+        load(2, {"ring_memory_gib": 0.5 * 2 * RING / 2**30})
+
+
+def gpu_of(monkeypatch, load, memory: int, weights: int, **cache) -> MacLayer:
+    """A layer of a worker on a GPU with so many bytes of memory, of which vLLM may use half, and of weights."""
+    (layer,) = load(1, {"min_context": 16})
+    cuda = SimpleNamespace(is_cuda=lambda: True, get_device_total_memory=lambda: memory)
+    monkeypatch.setattr(ring_room, "current_platform", cuda)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: weights)
+    layer.vllm_config.scheduler_config.max_num_seqs = 64
+    layer.vllm_config.cache_config = SimpleNamespace(
+        **{"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": None} | cache
+    )
+    return layer
+
+
+@pytest.mark.parametrize(
+    "memory, weights, cache, rings",
+    [
+        # 5 % of half the memory.
+        (2 * 20 * 10 * RING, 0, {}, 10),
+        (2 * 20 * 100 * RING, 0, {}, 64),  # max_num_seqs
+        # A sequence of 16 tokens has 16 KV heads' keys and values of 2 * 32 numbers, 4,096 bytes: what weights leave holds 7.
+        (2 * 20 * 100 * RING, 20 * 100 * RING - 7 * 4096 - 99, {}, 7),
+        (2 * 20 * 100 * RING, 0, {"kv_cache_memory_bytes": 5 * 4096}, 5),
+        (2 * 20 * 100 * RING, 20 * 100 * RING, {}, 1),
+    ],
+)
+def test_rings_are_sized_by_the_gpu(monkeypatch, load, warnings, memory, weights, cache, rings):
+    layer = gpu_of(monkeypatch, load, memory, weights, **cache)
+    assert ring_room.ring_count([layer], torch.float32) == rings
+    assert any("sequences beyond that decode exactly" in text for text in warnings) == (rings == 10)
 
 
 @pytest.mark.parametrize("capability, known", [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])

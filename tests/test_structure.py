@@ -19,7 +19,7 @@ LEVELS = {
     DECODERS: {"cpu_decoder", "cpu_lookup", "decoder", "flashinfer_exact", "lookup_decoder", "warmup"},
     WORKER: {
         "capabilities", "compilers", "exporter", "kv_group", "layers", "learning", "log_line", "metrics", "per_request", "plugin", "publisher",
-        "requests", "series", "startup",
+        "requests", "ring_room", "series", "startup",
     },
     PLATFORMS: {"backend", "cpu", "cuda", "index_pages", "mixins", "seeding"},
     TOOLS: {"tools"},

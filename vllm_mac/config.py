@@ -190,10 +190,16 @@ class MacConfig(_Section):
         "the queries are float8, and the outputs in the model's dtype.",
     )
     max_sequences: int | None = Field(
-        None, ge=1, description="match: rings to allocate; null for as many as max_num_seqs."
+        None,
+        ge=1,
+        description="match: rings to allocate; null for as many as max_num_seqs, or as sequences of `min_context` tokens "
+        "that a GPU's KV cache can hold, if they are less.",
     )
-    ring_memory_gib: float = Field(
-        4.0, gt=0, description="match: most GiB the rings of one worker may take, over all its layers."
+    ring_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="match: most GiB the rings of one worker may take, over all its layers; null for 5 % of the memory "
+        "that vLLM may use on a GPU, 4 on CPUs.",
     )
     miss_engine: Literal["flashinfer", "triton"] = Field(
         "triton", description="match: what reads the prefix for missed heads on GPUs."

@@ -25,7 +25,8 @@ from vllm_mac import capabilities
 from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.counters import Count
 from vllm_mac.key_index import Maps, Scales, directions, numbers
-from vllm_mac.ring import ring_bytes, ring_dtypes
+from vllm_mac.ring import ring_dtypes
+from vllm_mac.ring_room import bytes_of_ring, ring_count
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
 from vllm_mac.state import IndexRule, IndexState, LayerState, RingStore, most_columns
 from vllm_mac.totals import allocate
@@ -122,7 +123,7 @@ class MacLayer:
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Settle whether MAC runs the layer, and make its state; `dtype` is the model's.
 
-        Raises MacConfigError where the byte budget does not hold one ring, where the device
+        Raises MacConfigError where the byte budget does not hold the rings (`ring_count`), where the device
         cannot convert to the rings' dtype, and where MAC is chosen for a draft model by name.
         """
         if self.served:  # weights were reloaded
@@ -280,10 +281,10 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
         )  # fmt: skip
         return
     rings = ring_count(layers, dtype)
-    size = rings * sum(_ring_bytes(layer, dtype) for layer in served)
+    size = rings * sum(bytes_of_ring(layer, dtype) for layer in served)
     logger.info(
-        "MAC serves %d of %d attention layers%s; %d rings, %.1f MiB",
-        len(served), len(layers), exact, rings, size / 2**20,
+        "MAC serves %d of %d attention layers%s; %d rings, %.1f MiB, for as many sequences of %d tokens or more",
+        len(served), len(layers), exact, rings, size / 2**20, config.min_context,
     )  # fmt: skip
 
 
@@ -350,37 +351,6 @@ def check_index_device(device: torch.device, fp8: bool) -> None:
         raise MacConfigError(f"{reason}: {capabilities.TO_MATCH}")
     if fp8 and (reason := capabilities.refused_float8_gpu(capability)):
         raise MacConfigError(f"{reason}: give --kv-cache-dtype bfloat16")
-
-
-def ring_count(layers: list[MacLayer], dtype: torch.dtype) -> int:
-    """Rings of each layer that has any: as many as sequences, within the byte budget."""
-    served = [layer for layer in layers if layer.exact is None]
-    config = layers[0].config
-    one, fitting, wanted = ring_room(layers, dtype)
-    if fitting < 1:
-        raise MacConfigError(
-            f"ring_memory_gib: {config.ring_memory_gib} holds no ring; one takes {one / 2**30:.3f} GiB over "
-            f"{len(served)} layers with window {config.window}. Raise ring_memory_gib or lower window."
-        )
-    if fitting < wanted:
-        logger.warning_once(
-            "MAC: ring_memory_gib %s holds %d rings, not %d; sequences beyond that decode exactly",
-            config.ring_memory_gib, fitting, wanted,
-        )  # fmt: skip
-    return min(wanted, fitting)
-
-
-def ring_room(layers: list[MacLayer], dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of one ring over all layers that have rings, at least one; how many rings the byte budget holds;
-    how many are wanted."""
-    config = layers[0].config
-    one = sum(_ring_bytes(layer, dtype) for layer in layers if layer.exact is None)
-    wanted = config.max_sequences or layers[0].vllm_config.scheduler_config.max_num_seqs
-    return one, int(config.ring_memory_gib * 2**30 // one), wanted
-
-
-def _ring_bytes(layer: MacLayer, dtype: torch.dtype) -> int:
-    return ring_bytes(layer.num_heads, layer.config.window, layer.head_size, *ring_dtypes(layer.config, dtype))
 
 
 def _bind_layer(holder: nn.Module, _name: str, child: nn.Module | None) -> None:

@@ -22,7 +22,7 @@ DEFAULTS = {
     "mass_floor": 0.2,
     "ring_dtype": "auto",
     "max_sequences": None,
-    "ring_memory_gib": 4.0,
+    "ring_memory_gib": None,
     "miss_engine": "triton",
     "audit": 0.0,
     "error_budget": None,

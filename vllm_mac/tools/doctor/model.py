@@ -195,8 +195,9 @@ def _settle(found: Examined, vllm_config, ranks: int) -> None:
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.models.utils import extract_layer_index
 
-    from vllm_mac.layers import mac_layers, ring_room, settle
+    from vllm_mac.layers import mac_layers, settle
     from vllm_mac.ring import ring_dtypes
+    from vllm_mac.ring_room import ring_room
     from vllm_mac.tools.doctor.index_room import index_room
 
     dtype = vllm_config.model_config.dtype

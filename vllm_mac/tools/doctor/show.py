@@ -77,8 +77,8 @@ def of_rings(model: Examined) -> list[Finding]:
     one, fitting, wanted = model.ring
     gib = model.config.ring_memory_gib
     text = (
-        f"one ring takes {one / 2**20:.1f} MiB over all layers of a worker; ring_memory_gib {gib:g} holds {fitting}, "
-        f"and {wanted} sequences may want one"
+        f"one ring takes {one / 2**20:.1f} MiB over all layers of a worker; ring_memory_gib "
+        f"{'null' if gib is None else f'{gib:g}'} holds {fitting}, and {wanted} sequences may want one"
     )
     if fitting >= wanted:
         return [Finding("rings", OK, f"{text}: {wanted * one / 2**30:.2f} GiB")]
