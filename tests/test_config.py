@@ -91,7 +91,7 @@ def test_a_truth_value_takes_nothing_else(value):
         "threshold",
         "lag_weight",
         "audit",
-    ],  # fmt: skip
+    ],
 )
 def test_null_only_where_it_has_a_meaning(field):
     assert f"{field}: received None (NoneType)" in refusal(chosen(field) | {field: None})
