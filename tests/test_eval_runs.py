@@ -112,6 +112,8 @@ def test_engines_run_side_by_side(gpus, monkeypatch, tmp_path):
     opts = options(tmp_path, mac={key: {} for key in names}, gpus=gpus)
     found = evaluation.run(opts, made(), ENVIRONMENT, tell)
     assert not found["errors"] and [row["configuration"] for row in found["totals"]] == ["exact", *names]
+    shared = len(set(entries)) < len(entries)  # then no speed says anything
+    assert all(("tokens_per_s" in row) != shared for row in found["totals"])
     assert sorted(told) == sorted((f"{name}: all", 5) for name in ("exact", *names))
     notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
     assert notes[:2] == [["begin", "exact", entries[0]], ["end", "exact", entries[0]]]
@@ -305,6 +307,7 @@ def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
         "folder": str(tmp_path),
         "exact": str(tmp_path),
         "kl": 0,
+        "timed": True,
     }
     told = []
     answer_engine.main(spec, lambda **message: told.append(message))
@@ -313,9 +316,10 @@ def test_an_engine_answers_only_what_is_left(monkeypatch, tmp_path):
     lines = (tmp_path / "samples.jsonl").read_text().splitlines(keepends=True)
     assert json.loads(lines[0])["score"] == 1.0 and json.loads(lines[-1])["score"] is None
     (tmp_path / "samples.jsonl").write_text("".join(lines[:1] + lines[2:]))
-    answer_engine.main(spec, lambda **_: None)
+    answer_engine.main(spec | {"timed": False}, lambda **_: None)
     assert FakeLLM.asked == everything[1:2]
-    assert results.read_samples(tmp_path)[-1]["id"] == everything[1]
+    first, *_, again = results.read_samples(tmp_path)
+    assert again["id"] == everything[1] and "seconds" in first and "seconds" not in again
     # Four answers of two steps, and one of two; the other phase is counted by itself.
     assert [value for *_, value in results.read_counters(tmp_path, "ruler-99")] == [8, 2]
     assert [value for *_, value in results.read_counters(tmp_path, "prompts")] == [2]

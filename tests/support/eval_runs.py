@@ -52,6 +52,7 @@ for line in open(spec["requests"]):
         print("Traceback\\nValueError: out of luck"); os._exit(9)
     row = {{k: item[k] for k in ("id", "group", "task", "length", "answers")}}
     row |= {{"score": float(name == "exact") if item["answers"] else None, "tokens": [1, len(name)], "reply": "", "by": os.getpid()}}
+    row |= {{"seconds": 1.0}} if spec["timed"] else {{}}
     with open(file, "a") as sink:
         sink.write(json.dumps(row) + "\\n")
     count += 1

@@ -68,7 +68,8 @@ def main(spec: dict, send) -> None:
             for i, (request, output) in enumerate(_finished(llm, some, params), 1):
                 # Time since the request before. The sum is the time of a phase, even of one that was stopped.
                 seconds, last = time.monotonic() - last, time.monotonic()
-                sink.write(json.dumps(_row(request, output) | {"seconds": seconds}) + "\n")
+                taken = {"seconds": seconds} if spec["timed"] else {}
+                sink.write(json.dumps(_row(request, output) | taken) + "\n")
                 sink.flush()
                 count.write()
                 advance += 1

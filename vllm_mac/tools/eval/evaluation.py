@@ -260,7 +260,10 @@ def _engine(
         llm |= evaluation.yardstick.llm
         env |= evaluation.yardstick.environment
     files = {"requests": work / REQUESTS, "folder": folder, "exact": evaluation.out / EXACT}
-    spec = {"llm": llm, "kl": evaluation.kl} | {key: str(path) for key, path in files.items()}
+    timed = len(set(evaluation.gpus)) == len(
+        evaluation.gpus
+    )  # engines that share a GPU say nothing of each other's speed
+    spec = {"llm": llm, "kl": evaluation.kl, "timed": timed} | {key: str(path) for key, path in files.items()}
     file, log = work / f"{name}.json", folder / "engine.log"
     file.write_text(json.dumps(spec), encoding="utf-8")
     receive = lambda message: report(f"{name}: {message['stage']}", message["advance"])

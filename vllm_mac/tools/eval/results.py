@@ -22,7 +22,7 @@ A row has the keys below. A figure that does not exist is absent: a row without 
     same_answers                                share of requests whose tokens all equal exact's
     agreed_share, agreed_p50                    share of exact's tokens before the first difference; their median number
     hit_rate, read_share                        of decoding
-    tokens_per_s                                tokens generated per second; the time includes prefill
+    tokens_per_s                                tokens generated per second, prefill included; absent where engines shared a GPU
     kl_mean, kl_p50, kl_p99, kl_max             in nats, over kl_tokens forced tokens of kl_texts requests
     kl_times                                    kl_mean over the yardstick's
     same_best                                   share of forced tokens whose likeliest next token is exact's
