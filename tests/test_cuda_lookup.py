@@ -260,6 +260,14 @@ def test_a_small_step_is_read_whole(case, counts, least, looked):
     assert again.step.rows.ring.tolist() == [-1, OPTED_OUT]
 
 
+@pytest.mark.parametrize("least, marked", [(400, False), (401, True)])
+def test_short_rows_are_none_of_a_small_step(case, least, marked):
+    """They count neither for it nor as of it: of 400, 100 and 300 tokens the second is below `min_context`, 128."""
+    case.builder._least = least
+    ring = case.builder._worth(np.array([-1, -1, OPTED_OUT]), np.array([400, 100, 300]))
+    assert ring.tolist() == [IN_SMALL_STEP if marked else -1, -1, OPTED_OUT]
+
+
 def test_least_tokens_of_a_step_that_is_looked_up():
     """`min_step_mib` of a layer's keys and values: 2 KV heads of 128 numbers of 2 bytes, so 1 KiB a token."""
     cuda = gpu_backend()

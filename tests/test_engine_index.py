@@ -162,7 +162,7 @@ def test_requests_that_opt_out_read_everything(engines, runner, exact):
 
 
 @pytest.mark.parametrize("runner", harness.RUNNERS)
-def test_maps_are_learned_from_the_first_long_prompt_and_from_longer_ones(model, runner):
+def test_maps_are_made_of_the_first_long_prompt_and_of_longer_ones(model, runner):
     """Until then rows are read whole. Pages that are in use, in the cache or free are indexed anew."""
     config = {"mac": CONFIG | {"tolerance": 1.0}}
     with harness.engine(

@@ -64,10 +64,29 @@ def test_maps_are_learned_from_the_longest_row_that_has_queries_enough(counts, r
     "prompts, row", [((1000, 400, 300), 1), ((564, 400, 300), 1), ((563, 400, 300), 0), ((1000,) * 3, None)]
 )
 def test_a_row_teaches_in_the_last_step_that_has_queries_enough_of_its_prompt(monkeypatch, prompts, row):
-    monkeypatch.setattr(learning, "prompt_lengths", lambda rows: np.array(prompts[:rows]))
+    monkeypatch.setattr(learning, "prompt_lengths", lambda rows: (np.array(prompts[:rows]), np.zeros(rows, int)))
     begin = np.array([0, 100, 200, 300])
     found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), torch.arange(3)[:, None], Lessons(), 256)
     assert (found and found.blocks.item()) == row
+
+
+@pytest.mark.parametrize(
+    "count, length, prompt, cached, texts, teaches",
+    [
+        (100, 500, 500, 0, 1, True),
+        (100, 500, 564, 0, 1, False),  # another step has 64 tokens of it, too
+        (200, 500, 400, 0, 1, True),  # computed anew, with 100 tokens of the reply
+        (100, 500, 430, 0, 1, False),  # the step before had 64 of the prompt's last tokens
+        (100, 500, 500, 250, 1, True),
+        (100, 500, 500, 251, 1, False),  # most of it was there
+        (100, 500, 500, 400, 0, True),  # there are no maps yet
+    ],
+)
+def test_a_prompt_teaches_once_and_if_most_of_it_is_new(monkeypatch, count, length, prompt, cached, texts, teaches):
+    monkeypatch.setattr(learning, "prompt_lengths", lambda rows: (np.array([prompt]), np.array([cached])))
+    lessons = Lessons(texts, 1000 * texts, 1000 * texts)
+    found = choose(np.array([0, count]), np.array([length]), np.ones(1, bool), torch.zeros(1, 1), lessons, 256)
+    assert (found is not None) == teaches
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

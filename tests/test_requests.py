@@ -248,17 +248,18 @@ def test_owners_are_of_the_kv_cache_groups_that_hold_a_served_layer(monkeypatch)
 
 
 def test_each_row_has_the_length_of_its_prompt():
-    """While its request runs: one that finished is forgotten."""
+    """And what of it was there at first; while its request runs: one that finished is forgotten."""
     found, runner = [], Runner(v2=False)
     for rows, output in (
-        (["a", "bcd"], scheduled([("bcd", 0, blocks(1)), ("a", 0, blocks(2))])),
+        (["a", "bcd"], scheduled([("bcd", 2, blocks(1)), ("a", 0, blocks(2))])),
         (["bcd"], scheduled([], [("bcd", 3, None)], finished=["a"])),
     ):
         runner.rows[:] = rows
         with requests._executing(runner, output):
-            found.append(requests.prompt_lengths(3).tolist())
-    assert found == [[1, 3, 0], [3, 0, 0]] and list(requests._followed[runner].prompts) == ["bcd"]
-    assert requests.prompt_lengths(2).tolist() == [0, 0]
+            found.append([one.tolist() for one in requests.prompt_lengths(3)])
+    assert found == [[[1, 3, 0], [0, 2, 0]], [[3, 0, 0], [2, 0, 0]]]
+    assert list(requests._followed[runner].prompts) == ["bcd"]
+    assert [one.tolist() for one in requests.prompt_lengths(2)] == [[0, 0], [0, 0]]
 
 
 def test_dummy_batches_have_no_requests(monkeypatch):

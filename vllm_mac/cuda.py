@@ -93,13 +93,13 @@ class MacCUDAMetadata(FlashInferMetadata):
     step: Step | LookupStep | None = None
 
 
-@pinning(BUILDER)
 def least_tokens(mib: int, geometry: Geometry) -> int:
     """Of how many tokens the keys and values of a layer take so many MiB."""
     token = geometry.kv_heads * 2 * geometry.head_size * geometry.kv_dtype.itemsize
     return -(-mib * 2**20 // token)
 
 
+@pinning(BUILDER)
 class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec) -> AttentionCGSupport:

@@ -148,6 +148,8 @@ class Maps:
     def make(self) -> bool:
         """Make the maps of the moments. Where not all their numbers are finite, leave them as they were: False."""
         moments = self.moments
+        if not moments.finite():
+            return False
         n, size = self.shift.shape[1], self.mean.shape[1]
         key, query = best_maps(moments)
         key, query = key[..., :n], query[..., :n]
@@ -191,11 +193,12 @@ class Moments:
         )
 
     def add(self, other: "Moments", weight: float) -> bool:
-        """Have `other` be this share of the whole, in place, as if the keys and queries of both were one text's.
+        """Have `other` be this share of the whole, in place, as if the keys and queries of both were one text's, but for the
+        size of queries.
 
         Where not all of its numbers are finite, do nothing: False.
         """
-        if not _finite(other.second, other.spread, other.mean):
+        if not other.finite():
             return False
         between = other.mean - self.mean
         self.second.lerp_(other.second, weight)
@@ -203,9 +206,20 @@ class Moments:
         self.mean.lerp_(other.mean, weight)
         return True
 
+    def finite(self) -> bool:
+        """Whether all numbers are."""
+        return _finite(self.second, self.spread, self.mean)
+
     def copy(self) -> "Moments":
         """The like, which `add` leaves as it is."""
         return Moments(self.second.clone(), self.spread.clone(), self.mean.clone())
+
+    def put(self, other: "Moments") -> None:
+        """Be as `other`."""
+        for kept, one in zip(
+            (self.second, self.spread, self.mean), (other.second, other.spread, other.mean), strict=True
+        ):
+            kept.copy_(one)
 
 
 def _finite(*tensors: Tensor) -> bool:
@@ -227,8 +241,7 @@ def best_maps(moments: Moments) -> tuple[Tensor, Tensor]:
 class Lessons:
     """What maps have been learned from: so many texts, their tokens, and of those in the maps the longest one's.
 
-    Moments change little after a dozen texts. Every making of maps indexes all pages anew, so maps are made when the 1st,
-    4th and 16th text is learned. A text of `GROWTH` times the longest one's tokens makes them at once, since where keys lie
+    Every making of maps indexes all pages anew, so maps are made when the 1st, 4th and 16th text is learned. A text of `GROWTH` times the longest one's tokens makes them at once, since where keys lie
     depends on how far positions reach: RoPE turns them.
     """
 
@@ -246,12 +259,14 @@ class Lessons:
 
     def after(self, length: int) -> "Lessons":
         """These and that of a row of `length` tokens."""
-        longest = max(self.longest, length) if self.makes(length) else self.longest
+        longest = self.longest if self.texts else 0  # else of other weights
+        longest = max(longest, length) if self.makes(length) else longest
         return Lessons(self.texts + 1, self.tokens + length, longest)
 
 
 def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int, before: Lessons) -> bool | None:
-    """Learn from a row of `length` tokens. Returns whether maps were made, and None where its numbers are not finite.
+    """Learn from a row of `length` tokens. Returns whether maps were made, and None where that cannot be: its numbers are not
+    finite, or the model's dtype cannot hold its maps. Then nothing is learned.
 
     query: `[n, H, D]`, of the row's last tokens, after RoPE. before: what was learned until now.
 
@@ -266,7 +281,7 @@ def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int, be
         return None
     made = before.makes(length)
     if made and not maps.make():
-        maps.moments.add(held, 1)
+        maps.moments.put(held)
         return None
     return made
 

@@ -86,9 +86,11 @@ class Group:
             self._holder.lessons = Lessons(longest=self._holder.lessons.longest)
 
     def learned_nothing(self, learning: Learning) -> None:
-        """A layer's queries or keys of that row are no finite numbers: it learned nothing, and another row does for it."""
+        """A layer could learn nothing of that row (`key_index.learn`), and another row does for it."""
         self._holder.lessons = learning.before
-        logger.warning_once("MAC learns nothing from a prompt whose queries or keys are not finite numbers")
+        logger.warning_once(
+            "MAC learns nothing from a prompt whose queries or keys are not finite numbers, or too large or small"
+        )
 
     @property
     def _holder(self) -> Any:

@@ -43,7 +43,7 @@ class MacLayer:
         (`MacConfig.for_layer`).
     exact: why no step of the layer uses MAC, or None where MAC runs it; final once `settled`.
         Reasons that depend on the row of a batch instead (`short_context`, `no_ring`, `request`), or come and
-        go (`error_budget`), are counted, not kept.
+        go (`error_budget`, `no_maps`, `small_step`), are counted, not kept.
     state: what the steps of the layer read and write with `rule: match`; None for a layer that is exact, and before it is
         loaded. index: the same with `rule: index`.
     counts: `[len(Count)]` int64 on the layer's device, see `counters.Count`.

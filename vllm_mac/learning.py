@@ -20,13 +20,17 @@ def choose(
     begin: `[B + 1]`, where each row's tokens begin. length: `[B]`, tokens of each row after this step. prefilled: `[B]`
     bool. lessons: what maps were learned from until now. least: tokens that a row must have.
 
-    A row teaches in the last step that has queries enough of its prompt: earlier chunks do not know where its last keys
-    lie.
+    A row teaches once, in the last step that has queries enough of its prompt: earlier chunks do not know where its last
+    keys lie. Once there are maps, most of its prompt must be new: one conversation, or many questions about one document,
+    would be all the texts otherwise.
     """
-    last = length > prompt_lengths(len(length)) - LEAST_QUERIES
+    prompt, cached = prompt_lengths(len(length))
+    place = prompt - LEAST_QUERIES  # that the step has to compute; of an unknown prompt any will do
+    last = (length > place) & ((length - np.diff(begin) <= place) | (prompt == 0))
+    new = (2 * cached <= prompt) | (lessons.texts == 0)
     rows = [
         row
-        for row in np.flatnonzero(prefilled & last & (length >= least)).tolist()
+        for row in np.flatnonzero(prefilled & last & new & (length >= least)).tolist()
         if lessons.worth(int(length[row]), int(begin[row + 1] - begin[row]))
     ]
     if not rows:

@@ -48,7 +48,7 @@ class Followed:
 
     owners: None where no layer has rings. groups: the KV-cache groups with a layer that MAC runs. layer: one of its
     layers. settings: the configuration of one of those that MAC runs. asks: what running requests asked for, of those
-    that asked for something. prompts: how many tokens the prompt of each running request has. begun: where a KV connector
+    that asked for something. prompts: of each running request the tokens of its prompt, and those there when it began. begun: where a KV connector
     may have written pages, the requests that begin in this step, or begin again, with tokens that are computed already;
     None where there is no connector.
     """
@@ -143,14 +143,16 @@ def row_rings(common: CommonAttentionMetadata) -> RowRings:
     return rings
 
 
-def prompt_lengths(rows: int) -> np.ndarray:
-    """Tokens of the prompts of a batch's rows, `[rows]` int64; 0 for padding, and where no batch of requests is being
-    executed."""
-    lengths = np.zeros(rows, dtype=np.int64)
+def prompt_lengths(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the prompts of a batch's rows, and how many of them were there when their requests began; `[rows]` int64.
+
+    0 for padding, and where no batch of requests is being executed.
+    """
+    lengths = np.zeros((2, rows), dtype=np.int64)
     if _batch is not None:
-        known = [_followed[_batch.runner].prompts.get(request, 0) for request in _batch.inputs.req_ids]
-        lengths[: len(known)] = known
-    return lengths
+        known = [_followed[_batch.runner].prompts.get(request, (0, 0)) for request in _batch.inputs.req_ids]
+        lengths[:, : len(known)] = np.array(known, dtype=np.int64).reshape(-1, 2).T
+    return lengths[0], lengths[1]
 
 
 def ring_states(runner) -> dict[str, int]:
@@ -211,7 +213,8 @@ def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
         asks.pop(request, None), prompts.pop(request, None)
     for x in scheduled.scheduled_new_reqs:
         asks.pop(x.req_id, None)
-        prompts[x.req_id] = length_from_prompt_token_ids_or_embeds(x.prompt_token_ids, x.prompt_embeds)
+        length = length_from_prompt_token_ids_or_embeds(x.prompt_token_ids, x.prompt_embeds)
+        prompts[x.req_id] = length, min(x.num_computed_tokens, length)
         # Pooling requests have no such parameters.
         try:
             ask = read(x.sampling_params.extra_args if x.sampling_params else None, followed.settings)

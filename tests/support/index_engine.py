@@ -11,7 +11,7 @@ from vllm_mac.layers import MacLayer, mac_layers
 
 CONFIG = {"rule": "index", "min_context": 64, "band": 16}
 # One of its outcomes is counted for each query head of a row that decodes one token.
-OUTCOMES = ("HIT", "NO_MAPS", "SHORT_CONTEXT", "REQUEST")
+OUTCOMES = ("HIT", "NO_MAPS", "SHORT_CONTEXT", "SMALL_STEP", "REQUEST")
 
 
 def layers(llm) -> list[MacLayer]:
