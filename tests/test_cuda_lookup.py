@@ -15,7 +15,7 @@ from support.stub_flashinfer import gpu_backend
 from vllm_mac import kv_group, lookup
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import IN_SMALL_STEP, OPTED_OUT, PREFILLED, Count
-from vllm_mac.key_index import FP8, MAKINGS, Lessons, Maps, Scales, encode, numbers
+from vllm_mac.key_index import FEW, FP8, Lessons, Maps, Scales, encode, numbers
 from vllm_mac.requests import RowRings
 from vllm_mac.state import Geometry, IndexRule, IndexState, Rows
 
@@ -143,7 +143,7 @@ def test_maps_are_learned_from_a_prefilled_row_and_rows_are_looked_up(case):
     metadata = case.builder._build(case.common(True), False, capture=False)
     case.impl.forward(None, case.query[: CHUNK + 2], None, None, case.kv, metadata, out)
     assert case.decoder.lessons == Lessons(2, 800, 400) and torch.equal(case.index.maps.to_key, made)
-    case.decoder.lessons = Lessons(MAKINGS[-1], 800, 400)
+    case.decoder.lessons = Lessons(FEW, 800, 400)
     assert case.builder._build(case.common(True), False, capture=False).step.learning is None
 
 
@@ -161,9 +161,7 @@ def test_rows_that_began_are_indexed_before_the_next_step(case):
     group = kv_group.Group([], case.builder.vllm_config, "cpu")
     case.impl.mac.cache, case.impl.mac.config = case.kv, case.builder.config
     group.layers, group.decoder, case.builder.group = [case.impl.mac], case.decoder, group
-    case.decoder.lessons = Lessons(
-        MAKINGS[-1], 500, 500
-    )  # so that this batch teaches nothing, which would index all pages
+    case.decoder.lessons = Lessons(FEW, 500, 500)  # so that this batch teaches nothing, which would index all pages
     case.index.maps.to_key.normal_(), case.index.maps.shift.normal_()
     codes, means = case.decoder.layout.views(case.kv)
     codes.zero_()

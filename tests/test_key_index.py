@@ -313,21 +313,23 @@ def test_no_text_outweighs_others_by_the_size_of_its_queries():
 
 
 @pytest.mark.parametrize(
-    "lessons, length, count, worth, makes, after",
+    "lessons, length, worth, makes, after",
     [
-        (Lessons(), 64, 64, True, True, Lessons(1, 64, 64)),
-        (Lessons(), 1000, 63, False, True, Lessons(1, 1000, 1000)),
-        (Lessons(1, 1000, 1000), 1240, 64, True, False, Lessons(2, 2240, 1000)),
-        (Lessons(1, 1000, 1000), 1250, 64, True, True, Lessons(2, 2250, 1250)),
-        (Lessons(3, 3000, 1000), 100, 64, True, True, Lessons(4, 3100, 1000)),
-        (Lessons(15, 15000, 1000), 1100, 64, True, True, Lessons(16, 16100, 1100)),
-        (Lessons(16, 15100, 1000), 1240, 1240, False, False, Lessons(17, 16340, 1000)),
-        (Lessons(16, 15100, 1000), 1250, 1250, True, True, Lessons(17, 16350, 1250)),
-        (Lessons(longest=9000), 100, 64, True, True, Lessons(1, 100, 100)),  # the longest was of other weights
+        (Lessons(), 64, True, True, Lessons(1, 64, 64)),
+        (Lessons(1, 1000, 1000), 1240, True, False, Lessons(2, 2240, 1000)),
+        (Lessons(1, 1000, 1000), 1250, True, True, Lessons(2, 2250, 1250)),
+        (Lessons(3, 3000, 1000), 100, True, True, Lessons(4, 3100, 1000)),
+        (Lessons(7, 7000, 1000), 100, True, False, Lessons(8, 7100, 1000)),
+        (Lessons(15, 15000, 1000), 1100, True, True, Lessons(16, 16100, 1100)),
+        (Lessons(16, 15100, 1000, 14), 1240, False, False, Lessons(17, 16340, 1000)),
+        (Lessons(16, 15100, 1000, 15), 1240, True, False, Lessons(17, 16340, 1000)),
+        (Lessons(16, 15100, 1000), 1250, True, True, Lessons(17, 16350, 1250)),
+        (Lessons(63, 63000, 1000, 15), 900, True, True, Lessons(64, 63900, 1000)),
+        (Lessons(longest=9000), 100, True, True, Lessons(1, 100, 100)),  # the longest was of other weights
     ],
 )
-def test_texts_that_teach(lessons, length, count, worth, makes, after):
-    assert (lessons.worth(length, count), lessons.makes(length)) == (worth, makes)
+def test_texts_that_teach(lessons, length, worth, makes, after):
+    assert (lessons.worth(length), lessons.makes(length)) == (worth, makes)
     assert lessons.after(length) == after
 
 

@@ -9,7 +9,7 @@ import torch
 
 from vllm_mac import cpu, kv_group, learning
 from vllm_mac.config import MacConfig
-from vllm_mac.key_index import MAKINGS, Lessons
+from vllm_mac.key_index import FEW, Lessons
 from vllm_mac.learning import choose
 from vllm_mac.requests import RowRings
 from vllm_mac.ring import RingTable
@@ -54,7 +54,7 @@ def test_maps_are_learned_from_the_longest_row_that_has_queries_enough(counts, r
     """A longer row of which this step reads, or verifies, a few tokens hides no other."""
     begin = np.concatenate(([0], np.cumsum(counts)))
     table = torch.arange(3)[:, None]
-    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), table, Lessons(), 256)
+    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), table, Lessons(), 256)[0]
     assert (found and found.blocks.item()) == row
     if row is not None:
         assert (found.begin, found.end) == (begin[row], begin[row + 1])
@@ -66,7 +66,7 @@ def test_maps_are_learned_from_the_longest_row_that_has_queries_enough(counts, r
 def test_a_row_teaches_in_the_last_step_that_has_queries_enough_of_its_prompt(monkeypatch, prompts, row):
     monkeypatch.setattr(learning, "prompt_lengths", lambda rows: (np.array(prompts[:rows]), np.zeros(rows, int)))
     begin = np.array([0, 100, 200, 300])
-    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), torch.arange(3)[:, None], Lessons(), 256)
+    found = choose(begin, np.array([500, 400, 300]), np.ones(3, bool), torch.arange(3)[:, None], Lessons(), 256)[0]
     assert (found and found.blocks.item()) == row
 
 
@@ -85,8 +85,18 @@ def test_a_row_teaches_in_the_last_step_that_has_queries_enough_of_its_prompt(mo
 def test_a_prompt_teaches_once_and_if_most_of_it_is_new(monkeypatch, count, length, prompt, cached, texts, teaches):
     monkeypatch.setattr(learning, "prompt_lengths", lambda rows: (np.array([prompt]), np.array([cached])))
     lessons = Lessons(texts, 1000 * texts, 1000 * texts)
-    found = choose(np.array([0, count]), np.array([length]), np.ones(1, bool), torch.zeros(1, 1), lessons, 256)
-    assert (found is not None) == teaches
+    found, after = choose(np.array([0, count]), np.array([length]), np.ones(1, bool), torch.zeros(1, 1), lessons, 256)
+    assert (found is not None) == teaches and after == (lessons.after(length) if teaches else lessons)
+
+
+def test_of_many_texts_every_sixteenth_teaches():
+    """What comes between is counted, and teaches nothing; a step with nothing to learn from is none."""
+    lessons, taught, begin = Lessons(), [], np.array([0, 70])
+    for i in range(60):
+        found, lessons = choose(begin, np.array([300]), np.ones(1, bool), torch.zeros(1, 1), lessons, 256)
+        taught += [i] if found else []
+        assert choose(begin, np.array([255]), np.ones(1, bool), torch.zeros(1, 1), lessons, 256) == (None, lessons)
+    assert taught == [*range(16), 31, 47] and lessons.texts == 18 and lessons.passed == 12
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -95,10 +105,10 @@ def test_other_weights_are_learned_by_the_next_row(on_gpu):
     group.layers = [SimpleNamespace(index=index) for index in (None, object(), object())]
     group.decoder = SimpleNamespace() if on_gpu else None
     holder = group.decoder or group
-    holder.lessons = Lessons(MAKINGS[-1], 9000, 1000)
+    holder.lessons = Lessons(FEW, 9000, 1000)
     for layer in group.layers:
         group.learn_anew(layer)
-    assert holder.lessons.worth(500, 64) and holder.lessons.makes(500) and holder.lessons.tokens == 0
+    assert holder.lessons.worth(500) and holder.lessons.makes(500) and holder.lessons.tokens == 0
     assert holder.lessons.longest == 1000  # there are maps
 
 

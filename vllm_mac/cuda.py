@@ -271,9 +271,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self.group.index_begun(rings.begun, *host_lengths(common), common.block_table_tensor, write)
         if common.max_query_len < LEAST_QUERIES:
             return None
-        learning = of_batch(common, decodes, decoder.lessons, self.config.min_context)
-        if learning is not None:
-            decoder.lessons = learning.after
+        learning, decoder.lessons = of_batch(common, decodes, decoder.lessons, self.config.min_context)
         return learning
 
     def _worth(self, ring: np.ndarray, length: np.ndarray) -> np.ndarray:

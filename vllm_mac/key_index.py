@@ -12,14 +12,14 @@ The maps are the best of their rank for `q . k`. With the queries' second moment
 Moments are of several texts: maps of one are good for texts like it, and coarse for others.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 LEVELS, HALF_LEVEL = 16, 7.5  # of a code of 4 bits
 REACH = 2.8  # standard deviations of a direction that its codes reach to each side: the least error of a Gaussian
-LEAST_QUERIES, GROWTH, MAKINGS = 64, 1.25, (1, 4, 16)  # see `Lessons`
+LEAST_QUERIES, GROWTH, FEW, EVERY = 64, 1.25, 16, 16  # see `Lessons`
 SAMPLE, LAST = 16, 512  # every 16th key and query is sampled, and of the queries the last 512
 FP8 = torch.float8_e4m3fn
 
@@ -241,27 +241,38 @@ def best_maps(moments: Moments) -> tuple[Tensor, Tensor]:
 class Lessons:
     """What maps have been learned from: so many texts, their tokens, and of those in the maps the longest one's.
 
-    Every making of maps indexes all pages anew, so maps are made when the 1st, 4th and 16th text is learned. A text of `GROWTH` times the longest one's tokens makes them at once, since where keys lie
-    depends on how far positions reach: RoPE turns them.
+    The first `FEW` texts teach, and then every `EVERY`-th: so maps of what a server was warmed up with do not stay, and
+    learning delays few prompts. Every making of maps indexes all pages anew, so they are made after the 1st, 4th, 16th, 64th
+    text that teaches, and so on. A text of `GROWTH` times the longest one's tokens teaches and makes them at once, since
+    where keys lie depends on how far positions reach: RoPE turns them.
+
+    passed: texts that came since the last one that taught.
     """
 
     texts: int = 0
     tokens: int = 0
     longest: int = 0
+    passed: int = 0
 
-    def worth(self, length: int, count: int) -> bool:
-        """Whether a row of `length` tokens, `count` of them in this step, is to be learned from."""
-        return count >= LEAST_QUERIES and (self.texts < MAKINGS[-1] or length >= GROWTH * self.longest)
+    def worth(self, length: int) -> bool:
+        """Whether a row of `length` tokens is to be learned from."""
+        return self.texts < FEW or self.passed >= EVERY - 1 or length >= GROWTH * self.longest
 
     def makes(self, length: int) -> bool:
         """Whether maps are made after a row of `length` tokens."""
-        return self.texts + 1 in MAKINGS or length >= GROWTH * self.longest
+        texts = self.texts + 1
+        power_of_four = texts & (texts - 1) == 0 and texts.bit_length() % 2 == 1
+        return power_of_four or length >= GROWTH * self.longest
 
     def after(self, length: int) -> "Lessons":
         """These and that of a row of `length` tokens."""
         longest = self.longest if self.texts else 0  # else of other weights
         longest = max(longest, length) if self.makes(length) else longest
         return Lessons(self.texts + 1, self.tokens + length, longest)
+
+    def passing(self) -> "Lessons":
+        """These, and a text that is not learned from."""
+        return replace(self, passed=self.passed + 1)
 
 
 def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int, before: Lessons) -> bool | None:

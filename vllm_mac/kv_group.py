@@ -161,8 +161,8 @@ class Group:
         elif executing():
             self.index_begun(rings.begun, begin.numpy(), length.numpy(), block_table, _write)
             many = (count > 1).numpy() & ~rings.verifies
-            learning = choose(begin.numpy(), length.numpy(), many, block_table, self.lessons, index.config.min_context)
-            self.lessons = learning.after if learning is not None else self.lessons
+            least = index.config.min_context
+            learning, self.lessons = choose(begin.numpy(), length.numpy(), many, block_table, self.lessons, least)
         ring = torch.where(skips, -1, ring.long())
         row = decodes.nonzero()[:, 0]
         chunks = [

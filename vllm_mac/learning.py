@@ -14,8 +14,8 @@ logger = init_logger("vllm.mac")
 
 def choose(
     begin: np.ndarray, length: np.ndarray, prefilled: np.ndarray, block_table: Tensor, lessons: Lessons, least: int
-) -> Learning | None:
-    """The longest row that is worth it, or None.
+) -> tuple[Learning | None, Lessons]:
+    """The longest row that is worth it, or None; and what maps are learned from then.
 
     begin: `[B + 1]`, where each row's tokens begin. length: `[B]`, tokens of each row after this step. prefilled: `[B]`
     bool. lessons: what maps were learned from until now. least: tokens that a row must have.
@@ -28,18 +28,19 @@ def choose(
     place = prompt - LEAST_QUERIES  # that the step has to compute; of an unknown prompt any will do
     last = (length > place) & ((length - np.diff(begin) <= place) | (prompt == 0))
     new = (2 * cached <= prompt) | (lessons.texts == 0)
-    rows = [
-        row
-        for row in np.flatnonzero(prefilled & last & new & (length >= least)).tolist()
-        if lessons.worth(int(length[row]), int(begin[row + 1] - begin[row]))
-    ]
-    if not rows:
-        return None
-    row = max(rows, key=lambda row: length[row])
-    return Learning(int(begin[row]), int(begin[row + 1]), int(length[row]), block_table[row], lessons)
+    able = prefilled & last & new & (length >= least) & (np.diff(begin) >= LEAST_QUERIES)
+    if not able.any():
+        return None, lessons
+    row = int(np.where(able, length, 0).argmax())
+    if not lessons.worth(int(length[row])):
+        return None, lessons.passing()
+    learning = Learning(int(begin[row]), int(begin[row + 1]), int(length[row]), block_table[row], lessons)
+    return learning, learning.after
 
 
-def of_batch(common: CommonAttentionMetadata, decodes: int, lessons: Lessons, least: int) -> Learning | None:
+def of_batch(
+    common: CommonAttentionMetadata, decodes: int, lessons: Lessons, least: int
+) -> tuple[Learning | None, Lessons]:
     """`choose` among the rows behind the first `decodes`, of which the host knows the lengths."""
     begin, length = host_lengths(common)
     return choose(begin, length, np.arange(len(length)) >= decodes, common.block_table_tensor, lessons, least)

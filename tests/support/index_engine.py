@@ -6,7 +6,7 @@ import torch
 
 from support.engine import worker
 from vllm_mac.counters import Count
-from vllm_mac.key_index import MAKINGS, PageLayout, encode
+from vllm_mac.key_index import FEW, PageLayout, encode
 from vllm_mac.layers import MacLayer, mac_layers
 
 CONFIG = {"rule": "index", "min_context": 64, "band": 16}
@@ -33,7 +33,7 @@ def forget(llm) -> None:
 def rest(llm) -> None:
     """Have no text teach the maps from now on, but one much longer: they are as after many texts."""
     for layer in layers(llm):
-        layer.group.lessons = replace(layer.group.lessons, texts=MAKINGS[-1])
+        layer.group.lessons = replace(layer.group.lessons, texts=FEW)
 
 
 def set_tolerance(llm, tolerance: float) -> None:
