@@ -30,7 +30,8 @@ def engine(monkeypatch, tmp_path, noise: dict[str, float], dies="False") -> Path
     for name, size in noise.items():
         arrays = {f"{r.id}:{kind}": x for r in made() for kind, x in (("ids", ids), ("logprobs", logprobs(size)))}
         np.savez(tmp_path / f"{name}.npz", vocabulary=VOCABULARY, **arrays)
-    counters = [["vllm_mac_heads_total", {"layer": "a", "outcome": k}, v] for k, v in (("hit", 3), ("miss", 1))]
+    counters = [["vllm_mac_heads_total", {"layer": "a", "outcome": k}, v] for k, v in (("hit", 6), ("exact", 2))]
+    counters += [["vllm_mac_exact_total", {"reason": k}, v] for k, v in (("short_context", 0.5), ("small_step", 1.5))]
     counters += [["vllm_mac_kv_tokens_total", {"layer": "a", "kind": k}, v] for k, v in (("read", 2), ("skipped", 6))]
     fake_engine(
         monkeypatch, dies,
@@ -88,6 +89,7 @@ def test_figures_of_the_yardstick_are_those_of_the_formulas(monkeypatch, tmp_pat
     assert (yard["score"], yard["difference"], yard["same_answers"]) == (0.0, -1.0, 0.0)
     assert (yard["agreed_share"], yard["agreed_p50"]) == (0.5, 1.0) and found["divergence"]["yardstick"] == [1] * 5
     assert "hit_rate" not in yard and one["hit_rate"] == 0.75 and one["read_share"] == 0.25
+    assert one["exact_share"] == {"short_context": 0.0625, "small_step": 0.1875}
     for rows in (found["rows"], found["tasks"]):
         assert {row["configuration"] for row in rows} == {"exact", "yardstick", "one"}
         assert all(row["kl_times"] > 0 for row in rows if row["configuration"] != "exact")
@@ -97,6 +99,7 @@ def test_every_table_and_plot_has_the_yardstick(monkeypatch, tmp_path):
     found = done(monkeypatch, tmp_path)
     text = result_tables.markdown(found)
     assert "yardstick: FLASH_ATTN instead of FLASHINFER, on the same prompts and forced texts." in text
+    assert "one: 25.0% of the heads were decoded exactly: small_step 18.8%, short_context 6.2%." in text
     *tables, layers = text.split("\n## ")[1:]
     assert layers.startswith("By layer") and len(tables) == 6
     for table in tables:

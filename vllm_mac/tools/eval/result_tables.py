@@ -96,6 +96,20 @@ def yardstick(results: dict) -> str:
     return what
 
 
+def exact_heads(results: dict) -> list[str]:
+    """Of each configuration that decoded some heads exactly: how many, and why. Its figures are a mixture then."""
+    said = []
+    for row in results["totals"]:
+        if shares := row.get("exact_share"):
+            reasons = ", ".join(
+                f"{reason} {share:.1%}" for reason, share in sorted(shares.items(), key=lambda x: -x[1])
+            )
+            said.append(
+                f"{row['configuration']}: {sum(shares.values()):.1%} of the heads were decoded exactly: {reasons}."
+            )
+    return said
+
+
 def tables(results: dict) -> list[tuple[str, list[Column], list[dict]]]:
     """Title, columns and rows of each table."""
     layers = [
@@ -126,7 +140,7 @@ def show(results: dict, console: Console) -> None:
             console.print(_table(title, columns, rows))
     for name, error in results["errors"].items():
         console.print(f"{name}: {error.splitlines()[-1]}", style="red", markup=False, soft_wrap=True)
-    console.print(f"{NOTE}\n{yardstick(results)}", style="dim", markup=False)
+    console.print("\n".join((NOTE, yardstick(results), *exact_heads(results))), style="dim", markup=False)
 
 
 def _table(title: str, columns: list[Column], rows: list[dict]) -> Table:
@@ -144,6 +158,7 @@ def markdown(results: dict) -> str:
         f"`{results['environment']['command']}`",
         NOTE,
         yardstick(results),
+        *exact_heads(results),
     ]
     for title, columns, rows in tables(results):
         if rows:
