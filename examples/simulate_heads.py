@@ -9,7 +9,8 @@ given share of the KV for the least sum of such costs, found on this text (`own`
 (`other`). In place of the KL the cost may be the squared error after the output projection relative to the residual, or
 of the layer's outputs relative to them, which a server could measure by itself. `uniform` is one tolerance for all.
 
-Maps of the index are made of one other text of each kind and length, as a server has learned them.
+Maps of the index are made of one other text of each kind and length, as a server has learned them. With --maps these are
+compared with a text's own, and with those of a single text of another kind.
 """
 
 import argparse
@@ -160,6 +161,42 @@ def mixture(of: list[dict], cost: str, share: float) -> torch.Tensor:
     return torch.tensor(TOLERANCES)[(costs + most * reads).argmin(-1)]
 
 
+def kind(name: str) -> str:
+    """Of a text named by `vllm-mac eval`: its task."""
+    return name.split("/")[2]
+
+
+def learn(model: Decoder, ids: torch.Tensor) -> list[Moments]:
+    """Of each layer, of a text's tokens `[T]`."""
+    _, cache, queries = model.prefill(ids, CODES[model.device][0])
+    print(f"learned from {len(ids)} tokens", flush=True)
+    return [Moments.pooled([Moments.of(q, k) for q in of]) for of, (k, _) in zip(queries, cache, strict=True)]
+
+
+def pooled(texts: list[list[Moments]]) -> list[Moments]:
+    """Of each layer, of several texts, all alike."""
+    return [Moments.pooled([*of]) for of in zip(*texts, strict=True)]
+
+
+def by_maps(model: Decoder, prompts: dict, texts: list, moments: dict, how: dict, out: Path) -> None:
+    """KL and reads at uniform tolerances, with maps of the text itself, of each one of another kind, and of all others."""
+    rows, flat = [], torch.ones(len(model.layers), model.groups, device=model.device)
+    tolerance = torch.stack([t * flat for t in (0.0, *UNIFORM)])
+    for name in texts:
+        others = [other for other in moments if other not in texts]
+        maps = {"own": moments[name], "all": pooled([moments[other] for other in others])}
+        maps |= {other: moments[other] for other in others if kind(other) != kind(name)}
+        prefilled = model.prefill(prompts[name], CODES[model.device][0])
+        for of, some in maps.items():
+            got = decode(model, prefilled, some, tolerance, **how)
+            for t, kl, read in zip(UNIFORM, got.kl[1:], got.read[1:], strict=True):
+                rows.append({"text": name, "maps": of, "tolerance": t, "kl": float(kl), "read": float(read.mean())})
+            print(
+                name, of, " ".join(f"{r['tolerance']}: {1e3 * r['kl']:.3f}" for r in rows[-len(UNIFORM) :]), flush=True
+            )
+    out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Mean KL against the mean share read, a line for each kind of mixture."""
     import matplotlib
@@ -190,6 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("heads.json"))
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--maps", action="store_true", help="compare maps of different texts instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if not 2 < args.steps <= BAND:
@@ -209,19 +247,14 @@ def main() -> None:
     ] = -1e9
     how = {"steps": args.steps, "directions": model.size // 2, "barred": barred}
     texts = [name for name in prompts if name.endswith("/0")]  # the others are what maps are made of
-    moments = []
-    for name in (name for name in prompts if name not in texts):
-        _, cache, queries = model.prefill(prompts[name], CODES[args.device][0])
-        moments.append(
-            [Moments.pooled([Moments.of(q, k) for q in of]) for of, (k, _) in zip(queries, cache, strict=True)]
-        )
-        print(f"learned from {name}", flush=True)
-    moments = [Moments.pooled([text[i] for text in moments]) for i in range(len(model.layers))]
+    moments = {name: learn(model, prompts[name]) for name in prompts if args.maps or name not in texts}
+    if args.maps:
+        return by_maps(model, prompts, texts, moments, how, args.out)
+    moments = pooled([*moments.values()])
     single = {}
     for name in texts:
         single[name] = alone(model, model.prefill(prompts[name], CODES[args.device][0]), moments, args.rows, **how)
         print(f"heads alone: {name}", flush=True)
-    kind = lambda name: name.split("/")[2]
     rows = [{"mixture": "uniform", "of": t, "texts": {}} for t in UNIFORM]
     rows += [
         {"mixture": f"{whose} text, {cost}", "of": share, "texts": {}} for whose, cost in MIXTURES for share in READS
