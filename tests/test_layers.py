@@ -30,13 +30,13 @@ def load(monkeypatch):
 
     after: the layers of a model that has been loaded, which this one drafts for. backend: by name, the one that
     `speculative_config` chooses for the draft model. holders: the modules that hold them. media: whether
-    the model takes images. speculated: tokens that a step verifies. specs: the KV caches of some, or their kinds, by the layer's index.
+    the model takes images. sequences: `max_num_seqs`. speculated: tokens that a step verifies. specs: the KV caches of some, or their kinds, by the layer's index.
     """
     monkeypatch.setattr(layers, "find_rotary", lambda *_: Rotary(None))
 
     def load(
         count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None,
-        holders=None, media=False, specs={}, speculated=0, kv_cache_dtype="auto",
+        holders=None, media=False, specs={}, speculated=0, kv_cache_dtype="auto", sequences=2,
     ) -> list[MacLayer]:  # fmt: skip
         of_rule = {} if mac.get("rule") == "index" else {"rule": "match", "window": 8}
         drafting = SimpleNamespace(
@@ -46,7 +46,7 @@ def load(monkeypatch):
             compilation_config=SimpleNamespace(static_forward_context={}),
             model_config=SimpleNamespace(hf_text_config=SimpleNamespace(), max_model_len=64, supports_multimodal_inputs=media),
             parallel_config=SimpleNamespace(pipeline_parallel_size=stages, use_ubatching=False),
-            scheduler_config=SimpleNamespace(max_num_seqs=2),
+            scheduler_config=SimpleNamespace(max_num_seqs=sequences),
             speculative_config=drafting if backend or speculated else None,
             additional_config={"mac": of_rule | {"band": 4, "min_context": 16} | mac},
         )  # fmt: skip
@@ -264,6 +264,14 @@ def test_rings_are_sized_by_the_gpu(monkeypatch, load, warnings, memory, weights
     layer = gpu_of(monkeypatch, load, memory, weights, **cache)
     assert ring_room.ring_count([layer], torch.float32) == rings
     assert any("sequences beyond that decode exactly" in text for text in warnings) == (rings == 10)
+
+
+def test_all_layers_have_as_many_rings(monkeypatch, load):
+    """Though the rings of the first ones take of the memory by which they are counted."""
+    left = iter(range(9, 0, -1))
+    monkeypatch.setattr(ring_room, "_most_long_sequences", lambda *_: next(left))
+    made = load(3, {"min_context": 16}, sequences=64)
+    assert [layer.state.store.rings for layer in made] == [9, 9, 9]
 
 
 @pytest.mark.parametrize("capability, known", [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])

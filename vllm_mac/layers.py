@@ -46,6 +46,7 @@ class MacLayer:
         go (`error_budget`, `no_maps`, `small_step`), are counted, not kept.
     state: what the steps of the layer read and write with `rule: match`; None for a layer that is exact, and before it is
         loaded. index: the same with `rule: index`.
+    rings: how many rings it has with `rule: match`, as many as the others; 0 before it is settled.
     counts: `[len(Count)]` int64 on the layer's device, see `counters.Count`.
     audited: the histograms of audited steps (`audit.histograms`); None where no step is audited.
     totals: `[n]` int64, the memory that `counts` and `audited` of all layers of the worker are views of.
@@ -87,6 +88,7 @@ class MacLayer:
         self.name: str | None = None
         self.holder: nn.Module | None = None
         self.rotary: Rotary | None = None
+        self.rings = 0
         self.state: LayerState | None = None
         self.index: IndexState | None = None
         self.counts: Tensor | None = None
@@ -151,7 +153,7 @@ class MacLayer:
         kept = {"counts": self.counts, "audited": self.audited, "paused": paused}
         self.keep(**{name: tensor for name, tensor in kept.items() if tensor is not None})
         store = RingStore.allocate(
-            ring_count(layers, dtype),
+            self.rings,
             self.num_heads,
             self.config.window,
             self.head_size,
@@ -280,7 +282,10 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
             len(served), len(layers), exact, " and ".join(map(str, sizes)),
         )  # fmt: skip
         return
+    # Counted once: what a GPU has left grows less with every layer's rings.
     rings = ring_count(layers, dtype)
+    for layer in served:
+        layer.rings = rings
     size = rings * sum(bytes_of_ring(layer, dtype) for layer in served)
     logger.info(
         "MAC serves %d of %d attention layers%s; %d rings, %.1f MiB, for as many sequences of %d tokens or more",

@@ -80,9 +80,9 @@ def _most_long_sequences(layers: list[MacLayer], dtype: torch.dtype) -> int:
 
     What the cache will have is not known before it is profiled. It is less than what weights leave.
     """
-    cache = layers[0].vllm_config.cache_config if current_platform.is_cuda() else None
-    if cache is None:
+    if not current_platform.is_cuda():
         return 2**31
+    cache = layers[0].vllm_config.cache_config
     room = cache.kv_cache_memory_bytes or _memory(layers[0].vllm_config) - torch.cuda.memory_allocated()
     token = sum(2 * layer.num_kv_heads * layer.head_size * dtype.itemsize for layer in layers if layer.exact is None)
     return max(int(room // (token * layers[0].config.min_context)), 1)
