@@ -14,7 +14,7 @@ from vllm.forward_context import get_forward_context
 from support import engine as harness
 from support.engine import Add, Limits
 from support.index_engine import CONFIG, counts, layers, rest, set_tolerance
-from support.indexed import Batch, Case, made
+from support.indexed import Batch, Case
 from support.scenarios import text
 from vllm_mac import cpu
 from vllm_mac.counters import Count
@@ -75,10 +75,10 @@ def test_maps_are_not_made_of_such_numbers(part, number, ready):
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(80, 4, 32, generator=draw), torch.randn(2, 50, 32, generator=draw)
     maps = Maps.allocate(2, 32, 32, torch.float16, "cpu")
-    assert not ready or made(maps, Moments.of(query, key))
+    assert not ready or maps.set(Moments.of(query, key))
     before = {name: tensor.clone() for name, tensor in maps.own().items()}
     (query[3, 1] if part == "query" else key[1, 7])[5] = number
-    assert not made(maps, Moments.of(query, key))
+    assert not maps.set(Moments.of(query, key))
     for name, kept in before.items():
         assert torch.equal(maps.own()[name], kept), name
 
@@ -88,8 +88,8 @@ def test_maps_that_their_dtype_cannot_hold_are_not_made():
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(80, 4, 32, generator=draw), torch.randn(2, 50, 32, generator=draw)
     maps = Maps.allocate(2, 32, 32, torch.float16, "cpu")
-    assert not made(maps, Moments.of(query, key * 1e-8)) and not maps.ready.any() and not maps.to_key.any()
-    assert made(maps, Moments.of(query, key))
+    assert not maps.set(Moments.of(query, key * 1e-8)) and not maps.ready.any() and not maps.to_key.any()
+    assert maps.set(Moments.of(query, key))
 
 
 # Engines

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from support.indexed import made
 from vllm_mac import key_index, lookup
 from vllm_mac.key_index import (
     Lessons,
@@ -99,7 +98,7 @@ def test_an_fp8_cache_is_indexed_by_its_keys():
     scales = Scales(torch.tensor(0.25), torch.tensor(3.0))
     maps = Maps.allocate(2, 32, 16, FP32, "cpu", scales)
     plain = maps_of(moments(2, 32), 16)
-    made(maps, moments(2, 32))
+    maps.set(moments(2, 32))
     codes, mean = encode(held, held, maps)
     want, _ = encode(held.float() * 0.25, held, plain)
     assert torch.equal(codes, want) and torch.equal(mean, held.float().mean(1))
@@ -164,15 +163,15 @@ def test_maps_of_full_rank_lose_nothing():
 def maps_of(found: Moments, n: int, dtype=FP32) -> Maps:
     maps = Maps.allocate(*found.second.shape[:2], n, dtype, "cpu")
     assert not maps.ready.any()
-    made(maps, found)
+    maps.set(found)
     return maps
 
 
-def test_maps_are_made_in_place():
+def test_set_writes_in_place():
     """Captured graphs and vLLM's sleep know the tensors by their addresses."""
     maps = Maps.allocate(2, 32, 16, BF16, "cpu")
     before = [tensor.data_ptr() for tensor in maps.own().values()]
-    made(maps, moments(2, 32))
+    maps.set(moments(2, 32))
     assert [tensor.data_ptr() for tensor in maps.own().values()] == before
     assert maps.ready.tolist() == [1] and maps.ready.dtype == torch.int32
     assert maps.to_key.dtype == maps.to_query.dtype == BF16 and maps.shift.dtype == maps.mean.dtype == FP32
@@ -264,7 +263,8 @@ def test_learn_samples_the_row():
     maps, same = (Maps.allocate(2, 64, 48, FP32, "cpu") for _ in range(2))
     key_index.learn(maps, query, kv, blocks, length, Lessons())
     sampled = torch.cat((query, query[::16]))
-    made(same, Moments.of(sampled, key[:, ::16]))
+    same.moments.put(Moments.of(sampled, key[:, ::16]))
+    assert same.set(same.moments)
     assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
     assert len(key_index.sampled_queries(torch.zeros(1000, 1, 1))) == 512 + 63
 
@@ -297,12 +297,9 @@ def test_moments_of_two_texts_are_as_of_one_with_all_their_keys():
     draw = torch.Generator().manual_seed(6)
     query, key = torch.randn(10, 6, 32, generator=draw), torch.randn(2, 40, 32, generator=draw)
     key[:, 10:] = 2 * key[:, 10:] + 5
-    maps = Maps.allocate(2, 32, 16, FP32, "cpu")
-    assert maps.moments.add(Moments.of(query, key[:, :10]), 1) and maps.moments.add(
-        Moments.of(query, key[:, 10:]), 0.75
-    )
+    joined = Moments.of(query, key[:, :10]).joined(Moments.of(query, key[:, 10:]), 0.75)
     for name in Moments.__slots__:
-        found, want = (getattr(x, name) for x in (maps.moments, Moments.of(query, key)))
+        found, want = (getattr(x, name) for x in (joined, Moments.of(query, key)))
         assert torch.allclose(found, want, rtol=1e-4, atol=1e-4), name
 
 

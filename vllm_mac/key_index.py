@@ -101,12 +101,12 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class Maps:
-    """What turns keys into codes and queries into what codes are multiplied with. Written in place by `make`.
+    """What turns keys into codes and queries into what codes are multiplied with. Written in place by `set`.
 
     to_key, to_query: `[K, D, N]` in the model's dtype; the code is `floor(to_key^T k - shift)`, from 0 to 15.
     shift: `[K, N]` float32. mean: `[K, D]` float32, the mean key.
-    ready: `[1]` int32, 0 until the maps are made; nothing is estimated before.
-    moments: what they are made of. scales: those of the layer's cache if it is FP8, else None.
+    ready: `[1]` int32, 0 until the maps are set; nothing is estimated before.
+    moments: what was learned until now, of which maps are made when that is due. scales: those of the layer's cache if it is FP8, else None.
     """
 
     to_key: Tensor
@@ -133,7 +133,7 @@ class Maps:
         )  # fmt: skip
 
     def own(self) -> dict[str, Tensor]:
-        """By name, the tensors that `Moments.add` and `make` write."""
+        """By name, the tensors that `set` and `learn` write."""
         made = {name: getattr(self, name) for name in ("to_key", "to_query", "shift", "mean", "ready")}
         return made | {f"moments_{name}": getattr(self.moments, name) for name in Moments.__slots__}
 
@@ -145,9 +145,8 @@ class Maps:
         """Values, float32, of what a cache holds, or of their mean."""
         return held.float() if self.scales is None else held.float() * self.scales.value
 
-    def make(self) -> bool:
-        """Make the maps of the moments. Where not all their numbers are finite, leave them as they were: False."""
-        moments = self.moments
+    def set(self, moments: "Moments") -> bool:
+        """Make the maps of these moments. Where not all numbers are finite, leave them as they were: False."""
         if not moments.finite():
             return False
         n, size = self.shift.shape[1], self.mean.shape[1]
@@ -192,34 +191,20 @@ class Moments:
             second / second.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)[:, None, None], moment(centred), mean
         )
 
-    def add(self, other: "Moments", weight: float) -> bool:
-        """Have `other` be this share of the whole, in place, as if the keys and queries of both were one text's, but for the
-        size of queries.
-
-        Where not all of its numbers are finite, do nothing: False.
-        """
-        if not other.finite():
-            return False
+    def joined(self, other: "Moments", weight: float) -> "Moments":
+        """Those of both, `other` being this share of the whole: as if the keys and queries were one text's, but for the size
+        of queries."""
         between = other.mean - self.mean
-        self.second.lerp_(other.second, weight)
-        self.spread.lerp_(other.spread, weight).add_(weight * (1 - weight) * between.transpose(1, 2) @ between)
-        self.mean.lerp_(other.mean, weight)
-        return True
+        spread = self.spread.lerp(other.spread, weight) + weight * (1 - weight) * between.transpose(1, 2) @ between
+        return Moments(self.second.lerp(other.second, weight), spread, self.mean.lerp(other.mean, weight))
 
     def finite(self) -> bool:
         """Whether all numbers are."""
         return _finite(self.second, self.spread, self.mean)
 
-    def copy(self) -> "Moments":
-        """The like, which `add` leaves as it is."""
-        return Moments(self.second.clone(), self.spread.clone(), self.mean.clone())
-
     def put(self, other: "Moments") -> None:
-        """Be as `other`."""
-        for kept, one in zip(
-            (self.second, self.spread, self.mean), (other.second, other.spread, other.mean), strict=True
-        ):
-            kept.copy_(one)
+        """Be as `other`, in place."""
+        self.second.copy_(other.second), self.spread.copy_(other.spread), self.mean.copy_(other.mean)
 
 
 def _finite(*tensors: Tensor) -> bool:
@@ -286,14 +271,11 @@ def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int, be
     token = torch.arange(0, length, SAMPLE, device=kv.device)
     page = blocks[token // kv.shape[2]].long()
     key = kv[page, :, token % kv.shape[2], : kv.shape[3] // 2].transpose(0, 1)
-    moments = Moments.of(sampled_queries(query), maps.keys(key))
-    held = maps.moments.copy()
-    if not maps.moments.add(moments, length / (before.tokens + length)):
+    own = Moments.of(sampled_queries(query), maps.keys(key))
+    moments, made = maps.moments.joined(own, length / (before.tokens + length)), before.makes(length)
+    if not (maps.set(moments) if made else moments.finite()):
         return None
-    made = before.makes(length)
-    if made and not maps.make():
-        maps.moments.put(held)
-        return None
+    maps.moments.put(moments)
     return made
 
 

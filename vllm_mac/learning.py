@@ -24,18 +24,18 @@ def choose(
     keys lie. Once there are maps, most of its prompt must be new: one conversation, or many questions about one document,
     would be all the texts otherwise.
     """
-    prompt, cached = prompt_lengths(len(length))
+    count, (prompt, cached) = np.diff(begin), prompt_lengths(len(length))
     place = prompt - LEAST_QUERIES  # that the step has to compute; of an unknown prompt any will do
-    last = (length > place) & ((length - np.diff(begin) <= place) | (prompt == 0))
+    last = (length > place) & ((length - count <= place) | (prompt == 0))
     new = (2 * cached <= prompt) | (lessons.texts == 0)
-    able = prefilled & last & new & (length >= least) & (np.diff(begin) >= LEAST_QUERIES)
+    able = prefilled & last & new & (length >= least) & (count >= LEAST_QUERIES)
     if not able.any():
         return None, lessons
     row = int(np.where(able, length, 0).argmax())
-    if not lessons.worth(int(length[row])):
+    tokens = int(length[row])
+    if not lessons.worth(tokens):
         return None, lessons.passing()
-    learning = Learning(int(begin[row]), int(begin[row + 1]), int(length[row]), block_table[row], lessons)
-    return learning, learning.after
+    return Learning(int(begin[row]), int(begin[row + 1]), tokens, block_table[row], lessons), lessons.after(tokens)
 
 
 def of_batch(

@@ -183,11 +183,6 @@ class Learning:
     blocks: Tensor
     before: Lessons
 
-    @property
-    def after(self) -> Lessons:
-        """What is learned with it."""
-        return self.before.after(self.length)
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:

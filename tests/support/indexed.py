@@ -13,11 +13,6 @@ from vllm_mac.key_index import FP8, Maps, Moments, PageLayout, Scales, direction
 from vllm_mac.state import Geometry, IndexRule, Rows
 
 
-def made(maps: Maps, moments: Moments) -> bool:
-    """Make maps of these moments alone; False where that cannot be."""
-    return maps.moments.add(moments, 1) and maps.make()
-
-
 @dataclass
 class Case:
     """A batch: `lengths` tokens per row (0: a padded row). opted_out: rows whose request wants exact decoding.
@@ -79,7 +74,7 @@ class Batch:
         self.query = (torch.randn(sum(counts), heads, c.d, generator=draw) * c.sharp).to(c.dtype).to(DEVICE)
         self.maps = Maps.allocate(c.kv_heads, c.d, self.layout.directions, c.dtype, DEVICE, scales_of(c))
         if c.ready:
-            made(self.maps, Moments.of(self.query, torch.cat(keys, 1).to(DEVICE)))
+            self.maps.set(Moments.of(self.query, torch.cat(keys, 1).to(DEVICE)))
         self.table = table.to(DEVICE)
         self.position = torch.tensor(
             [n - max(count, 1) for n, count in zip(c.lengths, counts, strict=True)], dtype=torch.int32, device=DEVICE
