@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from simulate_reuse import BAND, CODES, Decoder, IndexRule, KeyIndex, Moments, Own, product
+from simulate_reuse import BAND, CODES, Decoder, IndexRule, KeyIndex, Moments, Own, learn, product, repeat
 from transformers import AutoTokenizer
 
 from vllm_mac.tools.eval.requests import Encoder, generated
@@ -116,15 +116,7 @@ def decode(model: Decoder, prefilled: tuple, moments: list, tolerance, steps: in
             kept.index_copy_(0, j, new[None])
         p.add_(1), j.add_(1)
 
-    token(), token()
-    one = token
-    if dev == "cuda":  # two tokens have warmed the libraries up, the third is captured and replayed
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            token()
-        one = graph.replay
-    for _ in range(2, steps):
-        one()
+    repeat(token, steps, dev)
     return Found(kl.mean(0).cpu(), same.mean(0).cpu(), *(t.cpu() / steps for t in (read, projected, outputs)))
 
 
@@ -164,13 +156,6 @@ def mixture(of: list[dict], cost: str, share: float) -> torch.Tensor:
 def kind(name: str) -> str:
     """Of a text named by `vllm-mac eval`: its task."""
     return name.split("/")[2]
-
-
-def learn(model: Decoder, ids: torch.Tensor) -> list[Moments]:
-    """Of each layer, of a text's tokens `[T]`."""
-    _, cache, queries = model.prefill(ids, CODES[model.device][0])
-    print(f"learned from {len(ids)} tokens", flush=True)
-    return [Moments.pooled([Moments.of(q, k) for q in of]) for of, (k, _) in zip(queries, cache, strict=True)]
 
 
 def pooled(texts: list[list[Moments]]) -> list[Moments]:
@@ -247,7 +232,10 @@ def main() -> None:
     ] = -1e9
     how = {"steps": args.steps, "directions": model.size // 2, "barred": barred}
     texts = [name for name in prompts if name.endswith("/0")]  # the others are what maps are made of
-    moments = {name: learn(model, prompts[name]) for name in prompts if args.maps or name not in texts}
+    moments = {}
+    for name in (name for name in prompts if args.maps or name not in texts):
+        moments[name] = learn(model, prompts[name])
+        print(f"learned from {name}", flush=True)
     if args.maps:
         return by_maps(model, prompts, texts, moments, how, args.out)
     moments = pooled([*moments.values()])

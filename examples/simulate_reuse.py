@@ -18,6 +18,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -409,6 +410,18 @@ class MatchLayer:
         return out, torch.where(hit, read, p + 1).float(), exact, hit
 
 
+def repeat(token: Callable[[], None], steps: int, device: str) -> None:
+    """Decode `steps` tokens, three at least; on a GPU two warm the libraries up, and the third is captured and replayed."""
+    token(), token()
+    if device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            token()
+        token = graph.replay
+    for _ in range(2, steps):
+        token()
+
+
 def compare(base: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     """Of log probabilities [S, vocabulary]: KL(base, other) and how often the best token agrees."""
     kl, same = (base.exp() * (base - other)).sum(-1), base.argmax(-1) == other.argmax(-1)
@@ -457,18 +470,11 @@ def simulate(model: Decoder, ids: list[int], index: list, match: list, steps: in
             kept.index_copy_(0, j, new[None])
         p.add_(1), j.add_(1)
 
-    started, one = time.perf_counter(), token
-    token(), token()
-    if dev == "cuda":  # two tokens have warmed the libraries up, the third is captured and replayed
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            token()
-        one = graph.replay
-    for _ in range(2, steps):
-        one()
+    started = time.perf_counter()
+    repeat(token, steps, dev)
     kl = kl.cpu()
     seconds, whole = time.perf_counter() - started, torch.cat((prompt, text))
-    del first, rings, cache, one
+    del first, rings, cache
     model.model.bfloat16()
     codes = [model.logits(model.prefill(whole, c)[0][-steps:]).log_softmax(-1) for c in CODES[dev]]
     return {
