@@ -18,7 +18,7 @@ import numpy as np
 from vllm import envs
 
 from vllm_mac.metrics import summarise
-from vllm_mac.series import HEADS, RINGS, Series
+from vllm_mac.series import RINGS, Series
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,8 +56,8 @@ def _write_lines(series: Series, values: np.ndarray, before: np.ndarray, stop: t
 
 def line(since: Sequence[Sample], now: Sequence[Sample]) -> str | None:
     """since: counters over the interval. now: gauges. None where nothing was decoded."""
-    heads, summary = sum(value for name, _, value in since if name == HEADS), summarise(since)
-    if not heads:
+    summary = summarise(since)
+    if summary.hit_rate is None:
         return None
     rings = {labels["state"]: value for name, labels, value in now if name == RINGS}
     parts = [f"KV read {summary.read_share:.1%}"]
@@ -65,7 +65,6 @@ def line(since: Sequence[Sample], now: Sequence[Sample]) -> str | None:
         parts = [f"hit rate {summary.hit_rate:.1%}", *parts, f"rings {rings['active']} of {sum(rings.values())} active"]
     elif summary.hit_rate:
         parts = [f"by index {summary.hit_rate:.1%}", *parts]
-    if summary.exact:
-        shares = sorted(summary.exact.items(), key=lambda entry: -entry[1])
-        parts.append("exact: " + ", ".join(f"{reason} {value / heads:.1%}" for reason, value in shares))
+    if summary.exact_share:
+        parts.append("exact: " + ", ".join(f"{reason} {share:.1%}" for reason, share in summary.exact_share.items()))
     return "MAC: " + ", ".join(parts)

@@ -160,12 +160,14 @@ class Summary(NamedTuple):
     """Counters of all layers and workers together.
 
     hit_rate: heads hit over heads decoded. read_share: KV tokens read over what full attention
-    reads. Both are None before the first decode step.
+    reads. Both are None before the first decode step. exact, exact_share: by reason, heads that were decoded exactly, and
+    their share of all, the largest first.
     """
 
     hit_rate: float | None
     read_share: float | None
     exact: dict[str, int]
+    exact_share: dict[str, float]
 
 
 def summarise(*workers: Iterable[tuple[str, dict[str, str], int]]) -> Summary:
@@ -184,4 +186,5 @@ def summarise(*workers: Iterable[tuple[str, dict[str, str], int]]) -> Summary:
         heads["hit"] / heads.total() if heads.total() else None,
         tokens["read"] / tokens.total() if tokens.total() else None,
         dict(exact),
+        {reason: value / heads.total() for reason, value in exact.most_common() if heads.total()},
     )

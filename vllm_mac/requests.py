@@ -48,9 +48,9 @@ class Followed:
 
     owners: None where no layer has rings. groups: the KV-cache groups with a layer that MAC runs. layer: one of its
     layers. settings: the configuration of one of those that MAC runs. asks: what running requests asked for, of those
-    that asked for something. prompts: of each running request the tokens of its prompt, and those there when it began. begun: where a KV connector
-    may have written pages, the requests that begin in this step, or begin again, with tokens that are computed already;
-    None where there is no connector.
+    that asked for something. prompts: of each running request the tokens of its prompt, and those there when it began.
+    begun: where a KV connector may have written pages, the requests that begin in this step, or begin again, with tokens
+    that are computed already; None where there is no connector.
     """
 
     owners: RingOwners | None

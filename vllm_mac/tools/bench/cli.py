@@ -76,9 +76,9 @@ def kernel(
     are compared with float32 PyTorch before anything is timed; a wrong result ends the run.
 
     With --rule index rows are decoded by the index of keys: looked up first, then read whole, which is what rows below
-    min_context and small steps cost. Keys spread out less from direction to direction, and an eighth of the tokens weigh more than
-    0.7 times the average one in some head of their KV group. "KV read" counts the index. The table also shows what each
-    of the kernels (weigh, look, merge) adds to those before it.
+    min_context and small steps cost. Keys spread out less from direction to direction, and an eighth of the tokens weigh
+    more than 0.7 times the average one in some head of their KV group. "KV read" counts the index. The table also shows
+    what each of the kernels (weigh, look, merge) adds to those before it.
 
     With --rule match there is a row for each hit rate. The data decide the hits: a head's ring has an entry near its
     query, at a random lag, or it has none. For contexts below MAC's min_context there is one row, without matches.

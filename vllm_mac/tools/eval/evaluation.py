@@ -260,9 +260,8 @@ def _engine(
         llm |= evaluation.yardstick.llm
         env |= evaluation.yardstick.environment
     files = {"requests": work / REQUESTS, "folder": folder, "exact": evaluation.out / EXACT}
-    timed = len(set(evaluation.gpus)) == len(
-        evaluation.gpus
-    )  # engines that share a GPU say nothing of each other's speed
+    # Engines that share a GPU say nothing of each other's speed.
+    timed = len(set(evaluation.gpus)) == len(evaluation.gpus)
     spec = {"llm": llm, "kl": evaluation.kl, "timed": timed} | {key: str(path) for key, path in files.items()}
     file, log = work / f"{name}.json", folder / "engine.log"
     file.write_text(json.dumps(spec), encoding="utf-8")

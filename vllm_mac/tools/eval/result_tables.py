@@ -101,12 +101,11 @@ def exact_heads(results: dict) -> list[str]:
     said = []
     for row in results["totals"]:
         if shares := row.get("exact_share"):
-            reasons = ", ".join(
-                f"{reason} {share:.1%}" for reason, share in sorted(shares.items(), key=lambda x: -x[1])
+            reasons, whole = (
+                ", ".join(f"{reason} {share:.1%}" for reason, share in shares.items()),
+                sum(shares.values()),
             )
-            said.append(
-                f"{row['configuration']}: {sum(shares.values()):.1%} of the heads were decoded exactly: {reasons}."
-            )
+            said.append(f"{row['configuration']}: {whole:.1%} of the heads were decoded exactly: {reasons}.")
     return said
 
 

@@ -22,7 +22,7 @@ A row has the keys below. A figure that does not exist is absent: a row without 
     same_answers                                share of requests whose tokens all equal exact's
     agreed_share, agreed_p50                    share of exact's tokens before the first difference; their median number
     hit_rate, read_share                        of decoding
-    exact_share                                 by reason, the share of heads that were decoded exactly
+    exact_share                                 by reason, the share of heads that were decoded exactly, the largest first
     tokens_per_s                                tokens generated per second, prefill included; absent where engines shared a GPU
     kl_mean, kl_p50, kl_p99, kl_max             in nats, over kl_tokens forced tokens of kl_texts requests
     kl_times                                    kl_mean over the yardstick's
@@ -170,10 +170,9 @@ def _speed(requests, samples: dict) -> dict:
 
 def _reads(counters: list) -> dict:
     from vllm_mac.metrics import summarise
-    from vllm_mac.series import HEADS
 
-    summary, heads = summarise(counters), sum(value for name, _, value in counters if name == HEADS)
-    exact = {"exact_share": {reason: value / heads for reason, value in summary.exact.items()}} if summary.exact else {}
+    summary = summarise(counters)
+    exact = {"exact_share": summary.exact_share} if summary.exact_share else {}
     return {"hit_rate": summary.hit_rate, "read_share": summary.read_share} | exact
 
 
