@@ -6,8 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from vllm_mac.kernels.launch import REGISTER_LIMITS, power_of_two
-from vllm_mac.lookup import SPAN
+from vllm_mac.kernels.launch import power_of_two
+from vllm_mac.lookup import SPAN, TILE
 from vllm_mac.state import Geometry
 
 DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -22,36 +22,37 @@ def narrow_width(directions: int) -> int:
 class Tuning:
     """How the work is split.
 
-    per_sm, weighers_per_sm: programs of `look_kernel` and of `weigh_kernel` for each SM. most: programs of one (row, KV
-    head) pair at most. block: tokens that are read at once. slots: tokens that are listed before they are read. words: of
-    32 tokens, that are listed at once. The others are launch options.
+    per_sm, weighers_per_sm: programs of one warp of `look_kernel` and of `weigh_kernel` for each SM. most, most_weighers:
+    programs of one (row, KV head) pair at most. block: tokens that are read at once. turn: spans that are marked before
+    what they list is read. registers: of a thread, at most. The others are stages of loops.
     """
 
-    per_sm: int = 4
-    weighers_per_sm: int = 2
-    most: int = 128
-    block: int = 32
-    slots: int = 4096
-    words: int = 8
-    warps: int = 4
-    weigh_stages: int = 4
-    list_stages: int = 2
-    read_stages: int = 3
-    registers: int | None = 128
+    per_sm: int = 12
+    weighers_per_sm: int = 6
+    most: int = 256
+    most_weighers: int = 32
+    block: int = 16
+    turn: int = 8
+    weigh_stages: int = 3
+    list_stages: int = 3
+    read_stages: int = 2
+    registers: int = 168
 
 
 @dataclass(slots=True)
 class LookupWork:
     """What one step leaves for its later kernels, for all layers of one geometry.
 
-    slots: int32 `[programs, slots]`, the list of each program. words: int32, `[pairs, spans, SPAN / 32]`. read: int32, of each program.
-    narrow: `[pairs, 2, BN, 2 BQ]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc:
-    float32, of each program. programs, weighers: how many share a step in `look_kernel` and in `weigh_kernel`.
-    at_once: `T` of steps in which rows decode several tokens. found: how `look_kernel` is launched, see `launch`.
+    slots: int32 `[programs, tokens]`, what each program of `look_kernel` lists in a turn. words: int32 `[programs, turn,
+    SPAN / 32]`. rest: float32 `[programs, turn, SPAN / page, BQ]`. read: int32, of each program. narrow: `[pairs, 2, 2 BQ,
+    BN]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc: float32, of each
+    program. programs, weighers: how many share a step in `look_kernel` and in `weigh_kernel`. at_once: `T` of steps in which
+    rows decode several tokens. found: how `look_kernel` is launched, see `launch`.
     """
 
     slots: Tensor
     words: Tensor
+    rest: Tensor
     read: Tensor
     narrow: Tensor
     scale: Tensor
@@ -71,19 +72,22 @@ class LookupWork:
         on, g, tuning = torch.device(device), geometry, tuning or Tuning()
         gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
         sms = gpu.multi_processor_count if gpu else 1
-        programs, weighers = tuning.per_sm * sms, tuning.weighers_per_sm * sms
         pairs, columns = g.max_rows * g.kv_heads, g.group * g.at_once
         width = cls.width(columns)
+        warps = cls.warps(width, g.head_size)
+        programs, weighers = (-(-per_sm // warps) * sms for per_sm in (tuning.per_sm, tuning.weighers_per_sm))
         parts = max(pairs, programs, weighers)
-        tokens = -(-g.max_blocks * g.page_size // SPAN) * SPAN
+        # A program lists near tokens too: at most those of the first tiles, and of the band, widened to whole tiles.
+        near = -(-max(g.sink, 1) // TILE) * TILE + g.band + TILE
 
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=on)
 
         return cls(
-            slots=empty(parts, tuning.slots, dtype=torch.int32),
-            words=empty(pairs, tokens // 32, dtype=torch.int32), read=empty(parts, dtype=torch.int32),
-            narrow=empty(pairs, 2, narrow_width(directions), 2 * width, dtype=torch.int8), scale=empty(pairs, 2, width),
+            slots=empty(parts, tuning.turn * SPAN + near, dtype=torch.int32),
+            words=empty(parts, tuning.turn, SPAN // 32, dtype=torch.int32),
+            rest=empty(parts, tuning.turn, SPAN // g.page_size, width), read=empty(parts, dtype=torch.int32),
+            narrow=empty(pairs, 2, 2 * width, narrow_width(directions), dtype=torch.int8), scale=empty(pairs, 2, width),
             lse2=empty(parts, columns), part=empty(parts, columns, 2),
             part_acc=empty(parts, columns, g.head_size),
             programs=programs, weighers=weighers, at_once=g.at_once, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
@@ -96,19 +100,16 @@ class LookupWork:
         return max(power_of_two(columns), 8)
 
     @staticmethod
-    def wider(width: int, size: int) -> int:
-        """How many times more warps programs with such blocks have; size: of a head."""
-        return 1 if width * power_of_two(size) <= 1024 else 2
+    def warps(width: int, size: int) -> int:
+        """Of a program, by the results that it holds: `BQ` heads of such a size."""
+        return max(width * power_of_two(size) // 1024, 1)
 
-    def options(self, width: int, size: int) -> list[dict]:
-        """How to launch `look_kernel`, for `launch.launch`. Before sm90 more warps are faster, and wide blocks without a limit."""
-        t = self.tuning
-        limited = size <= 128 and (width < 32 if self.pdl else width == 8)
-        fast = {
-            "num_warps": t.warps * self.wider(width, size) if self.pdl else 8,
-            "maxnreg": t.registers if limited else None,
-        }
-        return [fast, fast | {"maxnreg": REGISTER_LIMITS[1]}, fast | {"num_warps": 8, "maxnreg": None}]
+    def options(self, width: int, size: int, itemsize: int) -> list[dict]:
+        """How to launch `look_kernel`, for `launch.launch`. size: of a head. itemsize: bytes of the cache's elements."""
+        warps, registers = self.warps(width, size), self.tuning.registers
+        least = 255 if warps > 1 else 200 if itemsize == 1 else registers
+        ways = [(warps, most) for most in (registers, 200, 255) if most >= least]
+        return [{"num_warps": n, "maxnreg": most} for n, most in (*ways, (2 * warps, 255))]
 
     def splits(self, pairs: int) -> int:
         """Programs of `look_kernel` for each of so many (row, KV head) pairs."""
@@ -116,4 +117,4 @@ class LookupWork:
 
     def weigh_splits(self, pairs: int) -> int:
         """The same of `weigh_kernel`."""
-        return max(1, min(self.tuning.most, self.weighers // pairs))
+        return max(1, min(self.tuning.most_weighers, self.weighers // pairs))

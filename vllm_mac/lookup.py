@@ -6,7 +6,7 @@ For a query at position `m` of a row, with the `n = m + 1` tokens `[0, n)`:
    `TILE` tokens. Of the others the index estimates the logits `s`. The near tokens' exact logits and the estimates of a
    sample of the others give `Z`, about the sum of all `e^logit`. A token is chosen where `e^s / Z >= tolerance / n` in any
    head of the KV group: where its share of the attention is `tolerance` times an average token's. The sample, every
-   `SAMPLE`-th piece of `PIECE` tokens, costs little. Where it misses much of the attention `Z` is too small, and more is read.
+   `SAMPLE`-th span of `SPAN` tokens, costs little. Where it misses much of the attention `Z` is too small, and more is read.
 2. *Amend.* The near and the chosen tokens are attended to exactly.
 3. *Complete.* What is left of each page weighs the sum of its `e^s`, and has the page's mean value.
 
@@ -32,8 +32,8 @@ from vllm_mac.key_index import Maps, PageLayout, encode, estimate
 from vllm_mac.paged import gather
 from vllm_mac.state import IndexRule, Rows
 
-TILE, SPAN = 64, 256  # tokens; every page size that is served divides both. Spans are the kernels' units of work
-PIECE, SAMPLE = 256, 8
+TILE, SPAN = 64, 128  # tokens; every page size that is served divides both. Spans are the kernels' units of work
+SAMPLE = 8
 
 
 class Looked(NamedTuple):
@@ -101,7 +101,7 @@ def decode(rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps
             code = codes[pages].transpose(0, 1).flatten(1, 2)
             s = estimate(grouped, code, maps) * rule.scale
             token = torch.arange(begin, end, device=kv.device)
-            some = s[..., token // PIECE % SAMPLE == 0]
+            some = s[..., token // SPAN % SAMPLE == 0]
             if some.shape[-1]:
                 some = some + math.log((end - begin) / some.shape[-1])
             total = torch.logsumexp(torch.cat((logit[..., :begin], some, logit[..., end:]), -1), -1, keepdim=True)

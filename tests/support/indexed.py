@@ -170,7 +170,7 @@ class Row:
         """Each indexed token's share of the attention, by these estimated logits."""
         peak = self.logit.amax(-1, keepdim=True)
         near = torch.cat((self.logit[..., : self.begin], self.logit[..., self.end :]), -1)
-        sampled = [t - self.begin for t in range(self.begin, self.end) if t // 256 % 8 == 0]
+        sampled = [t - self.begin for t in range(self.begin, self.end) if t // 128 % 8 == 0]
         total = (near - peak).exp().sum(-1, keepdim=True)
         if sampled:
             total += (estimate[..., sampled] - peak).exp().mean(-1, keepdim=True) * (self.end - self.begin)
