@@ -40,10 +40,13 @@ def narrow(q, low, high, mean, log2_scale):
 
 @triton.jit
 def _two_bytes(x):
-    """Numbers of 16 bits, `[BN, BQ]` int32, as `[BN, 2 BQ]` int8: the upper bytes, then the lower ones."""
+    """Numbers of 16 bits, `[BN, BQ]` int32, as `[BN, 2 BQ]` int8: of eight queries the upper bytes, then the lower ones.
+
+    So both bytes of a query are in the rows of one warp's products, and in one thread's.
+    """
     upper = (x + 128) >> 8
-    both = tl.join(upper, x - upper * 256)  # [BN, BQ, 2]
-    return tl.reshape(tl.permute(both, (0, 2, 1)), (x.shape[0], 2 * x.shape[1])).to(tl.int8)
+    both = tl.reshape(tl.join(upper, x - upper * 256), (x.shape[0], x.shape[1] // 8, 8, 2))
+    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), (x.shape[0], 2 * x.shape[1])).to(tl.int8)
 
 
 @triton.jit
@@ -103,9 +106,9 @@ def scores_of(narrow_low, narrow_high, codes):
         )  # fmt: skip
     product = tl.dot(narrow_low, tl.trans(low), out_dtype=tl.int32)
     product = tl.dot(narrow_high, tl.trans(high), product, out_dtype=tl.int32)  # [2 BQ, SPAN]
-    both = tl.reshape(product, (2, product.shape[0] // 2, product.shape[1]))
-    upper, lower = tl.split(tl.permute(both, (1, 2, 0)))
-    return (upper * 256 + lower).to(tl.float32)
+    both = tl.reshape(product, (product.shape[0] // 16, 2, 8, product.shape[1]))  # see `_two_bytes`
+    upper, lower = tl.split(tl.permute(both, (0, 2, 3, 1)))
+    return tl.reshape(upper * 256 + lower, (product.shape[0] // 2, product.shape[1])).to(tl.float32)
 
 
 @triton.jit

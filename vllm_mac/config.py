@@ -136,7 +136,7 @@ class MacConfig(_Section):
         "48 at least. With null, layers with heads of less than 96 stay exact on GPUs: there it does not pay.",
     )
     min_step_mib: int = Field(
-        48,
+        40,
         ge=0,
         description="index: least MiB of keys and values that a step's long rows have together, in a layer of one GPU. "
         "Smaller steps are read whole, which is faster; 0 looks up in every step. CPUs do not read it.",
