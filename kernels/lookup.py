@@ -235,6 +235,16 @@ def look_up(
         pass
 
 
+def _check_places(kv: Tensor) -> None:
+    """Raises ValueError where tokens do not lie in whole units, or too many of these for 32 bits."""
+    most, strides = UNIT.value << 31, kv.stride()
+    if strides[0] % UNIT.value or strides[2] % UNIT.value or len(kv) * strides[0] > most:
+        raise ValueError(
+            f"kv: {len(kv)} pages with strides {strides}, choose multiples of {UNIT.value} for pages and tokens, and "
+            f"{most} elements at most"
+        )
+
+
 def launches(
     rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps, rule: IndexRule, work: LookupWork,
     result: tuple[Tensor, Tensor],
@@ -243,7 +253,8 @@ def launches(
 
     rows: position, ring (`OPTED_OUT` or less for a row that is read whole), block_table and begin are read; int32. query:
     `[N, H, D]` after RoPE, last dimension contiguous. kv: `[blocks, K, PAGE, 2 D]` with its index. result: out `[N, H, D]`,
-    written, and counts `[len(Count)]` int64, added to.
+    written, and counts `[len(Count)]` int64, added to. Raises ValueError where `kv` has other strides than pages with an
+    index have, or 2^35 elements and more.
     """
     out, counts = result
     count, (_, heads, d) = len(rows.position), query.shape
@@ -255,10 +266,7 @@ def launches(
     codes, means = layout.views(kv)
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
     begin = -(-rule.sink // TILE) * TILE
-    if count * kv_heads and (len(kv) * s_kv[0] >= UNIT.value << 31 or s_kv[0] % UNIT.value or s_kv[2] % UNIT.value):
-        raise ValueError(
-            f"kv: {tuple(kv.shape)} with strides {s_kv}, choose multiples of {UNIT.value}, and 64 GiB at most"
-        )
+    _check_places(kv)
     everywhere = dict(
         p_query=query, p_position=rows.position, p_begin=rows.begin, p_ring=rows.ring, p_ready=maps.ready,
         p_table=rows.block_table, p_key_scale=maps.scales and maps.scales.key,

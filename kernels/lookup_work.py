@@ -32,7 +32,7 @@ class Tuning:
     most: int = 256
     most_weighers: int = 32
     block: int = 16
-    turn: int = 8
+    turn: int = 16
     weigh_stages: int = 3
     list_stages: int = 3
     read_stages: int = 2

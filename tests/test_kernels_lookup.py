@@ -16,7 +16,7 @@ from support.indexed import Batch, Case, Row
 from vllm_mac import lookup
 from vllm_mac.counters import IN_SMALL_STEP, PREFILLED, Count
 from vllm_mac.kernels.encode import append, encode
-from vllm_mac.kernels.lookup import look_up
+from vllm_mac.kernels.lookup import _check_places, look_up
 from vllm_mac.kernels.lookup_work import LookupWork, Tuning
 from vllm_mac.key_index import FP8
 from vllm_mac.lookup import SPAN
@@ -265,6 +265,16 @@ def test_long_rows_are_read_in_turns(tokens, ns):
     again, counted = run(batch, turns)
     assert counts == counted and turns.read.equal(work.read)
     assert (again - out).abs().max() <= 1e-5 * batch.kv.nan_to_num().abs().max()
+
+
+def test_caches_whose_places_lists_cannot_hold_are_refused():
+    batch = Batch(Case(lengths=(300,))).write()
+    batch.kv = batch.kv.as_strided(batch.kv.shape, (batch.kv.stride(0) + 8, *batch.kv.stride()[1:]))[:-1]
+    with pytest.raises(ValueError, match="kv: .* strides .*choose multiples of 16"):
+        run(batch, work_of(batch))
+    far = torch.empty(1, dtype=torch.bfloat16, device="meta").expand(1 << 20, 1, 16, 128)
+    with pytest.raises(ValueError, match="34359738368 elements at most"):
+        _check_places(far.as_strided(far.shape, (1 << 16, 0, 128, 1)))
 
 
 @pytest.mark.parametrize("sharp", [0.0, 40.0, 400.0])
