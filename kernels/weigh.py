@@ -31,21 +31,22 @@ def weigh_kernel(
 
     The first one leaves what `narrow` gives to `look_kernel`: `p_narrow` `[pairs, 2, 2 BQ, BN]`, `p_scale` `[pairs, 2, BQ]`.
     """
-    # Maps are there before the kernel in front ends, which may have rotated the query.
+    # The row and the maps are there before the kernel in front ends, which may have rotated the query.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    m = tl.load(p_position + i_row).to(tl.int32)
+    end = indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
     HALF: tl.constexpr = N // 2
     o_q, o_d, o_n, o_r = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, BR)
     m_d, m_n = o_d < D, o_n < HALF
-    m_dn = m_d[:, None] & m_n[None, :]
+    m_map = o_d < tl.where(end > BEGIN, D, 0)  # a row read whole needs no maps
+    m_dn = m_map[:, None] & m_n[None, :]
     p_direction = p_to_query + i_k * D * N + o_d[:, None] * N + o_n[None, :]
     low = tl.load(p_direction, mask=m_dn, other=0.0)  # [BD, BN]
     high = tl.load(p_direction + HALF, mask=m_dn, other=0.0)  # [BD, BN]
-    mean = tl.load(p_mean + i_k * D + o_d, mask=m_d, other=0.0)  # [BD]
+    mean = tl.load(p_mean + i_k * D + o_d, mask=m_map, other=0.0)  # [BD]
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    m = tl.load(p_position + i_row).to(tl.int32)
-    end = indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
     if end <= BEGIN:
         return
     first, count = tokens_of(p_begin, i_row, T)
