@@ -28,13 +28,17 @@ def decoding(llm: LLM, asked: list[list[int]]) -> None:
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
     begun: set[str] = set()
     while len(begun) < len(asked):
-        begun |= {output.request_id for output in llm.llm_engine.step() if output.outputs[0].token_ids}
+        outputs = llm.llm_engine.step()
+        begun |= {output.request_id for output in outputs if output.outputs[0].token_ids}
+        if any(output.finished for output in outputs):
+            raise SystemExit("--shape: a request ended before all decoded; choose fewer requests or shorter ones")
     for _ in range(BEFORE):
         llm.llm_engine.step()
 
 
 def measure(llm: LLM) -> tuple[dict[str, tuple[float, float]], float, float]:
     """Of each kernel: launches and microseconds a step. Then the same of the GPU doing nothing, and of steps."""
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):
             llm.llm_engine.step()

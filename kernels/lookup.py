@@ -64,7 +64,7 @@ def look_kernel(
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr, TURN: tl.constexpr,
     ROOM: tl.constexpr, BT: tl.constexpr,
     BQ: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
-    LIST_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    MARK_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: the partial result over its tokens, see `partial`, and how many of them it read.
 
@@ -81,6 +81,7 @@ def look_kernel(
     m = tl.load(p_position + i_row).to(tl.int32)
     end = indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
     first_query, count = tokens_of(p_begin, i_row, T)
+    tl.static_assert(SPAN == 128, "a thread has 32 tokens of a span, the bits of a word")
     HALF: tl.constexpr = N // 2
     C: tl.constexpr = G * T
     NP: tl.constexpr = SPAN // PAGE
@@ -130,7 +131,7 @@ def look_kernel(
 
             # 2. Mark tokens to read, and add up what the others of each page weigh.
             next_page = pages_of(p_row_table, (turn * ns + i_s) * SPAN, end, PAGE, SPAN)
-            for i in tl.range(0, turn_spans, num_stages=LIST_STAGES):
+            for i in tl.range(0, turn_spans, num_stages=MARK_STAGES):
                 t, page = ((turn + i) * ns + i_s) * SPAN, next_page
                 next_page = pages_of(p_row_table, t + ns * SPAN, end, PAGE, SPAN)
                 codes = codes_of(page, p_head_codes, t, end, s_code_page, HALF, PAGE, SPAN, BN)
@@ -166,7 +167,8 @@ def look_kernel(
                     at += tl.sum(marked, 0)
                 listed_count += tl.sum(count_of, 0)
             read += listed_count
-            if (T == 1) & (turn + TURN >= spans):  # near ones too, where all queries see them
+            # Near ones too, in the last turn, where all queries see them and they have room.
+            if (T == 1) & (turn + TURN >= spans) & (listed_count + near_end - near_begin <= ROOM):
                 for i in tl.range(near_begin, near_end, 32, num_stages=1):
                     i_near = i + o_32
                     token = tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end)
@@ -178,8 +180,7 @@ def look_kernel(
             tl.debug_barrier()  # what threads listed, others read
 
             # 4. Add the others, page by page.
-            shrink = tl.exp2(least - peak)
-            rest_total = tl.zeros([16, BQ], tl.float32)
+            rest_total, rest_acc = tl.zeros([16, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
             for i in tl.range(0, turn_spans * NP, 16, num_stages=1):
                 i_page = i + o_16
                 at_page = ((turn + i_page // NP) * ns + i_s) * NP + i_page % NP
@@ -188,10 +189,11 @@ def look_kernel(
                 rest = tl.load(p_own_rest + i_page[:, None] * BQ + o_q[None, :], mask=m_page[:, None], other=0.0)
                 p_mean = p_means + (page * s_mean_page + i_k * D)[None, :] + o_d[:, None]
                 mean = tl.load(p_mean, mask=m_page[None, :] & m_d[:, None], other=0.0)  # [BD, 16]
-                rest = rest * shrink[None, :]  # [16, BQ]
-                rest_total += rest
-                acc = tl.dot(mean.to(DOT), rest.to(mean.dtype).to(DOT), acc, input_precision="ieee")
-            total += tl.where((o_j == 0)[None, :], tl.sum(rest_total, 0)[:, None], 0.0)
+                rest_total += rest  # [16, BQ]
+                rest_acc = tl.dot(mean.to(DOT), rest.to(mean.dtype).to(DOT), rest_acc, input_precision="ieee")
+            shrink = tl.exp2(least - peak)
+            acc += rest_acc * shrink[None, :]
+            total += tl.where((o_j == 0)[None, :], (tl.sum(rest_total, 0) * shrink)[:, None], 0.0)
 
             # 5. Read what is listed. Beyond its end the last one is read again, and counts for nothing.
             next_slot = tl.load(p_list + tl.maximum(tl.minimum(o_j, listed_count - 1), 0))
@@ -254,7 +256,7 @@ def launches(
     rows: position, ring (`OPTED_OUT` or less for a row that is read whole), block_table and begin are read; int32. query:
     `[N, H, D]` after RoPE, last dimension contiguous. kv: `[blocks, K, PAGE, 2 D]` with its index. result: out `[N, H, D]`,
     written, and counts `[len(Count)]` int64, added to. Raises ValueError where `kv` has other strides than pages with an
-    index have, or 2^35 elements and more.
+    index have, or more than 2^35 elements.
     """
     out, counts = result
     count, (_, heads, d) = len(rows.position), query.shape
@@ -280,18 +282,20 @@ def launches(
     )  # fmt: skip
     parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
     weigh_kernel[(nw, kv_heads, count)](
-        **everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages, num_warps=work.warps(width, d),
+        **everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages, num_warps=work.weigher_warps(width, d, layout.directions),
     )  # fmt: skip
     yield "weigh"
     arguments = dict(
         **everywhere, **parts, p_value_scale=maps.scales and maps.scales.value, p_means=means, p_slots=work.slots,
         p_words=work.words, p_rest=work.rest, s_mean_page=means.stride(0), ns=ns, TURN=tuning.turn, ROOM=work.slots.shape[1],
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
-        BNW=tuning.most_weighers, LIST_STAGES=tuning.list_stages, READ_STAGES=tuning.read_stages,
+        BNW=power_of_two(tuning.most_weighers), MARK_STAGES=tuning.mark_stages, READ_STAGES=tuning.read_stages,
         DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[means.dtype],
     )  # fmt: skip
     kinds = by_kind(arguments, ("ns", "nw", "log2_scale", "log2_tolerance", "s_table_row"))
-    launch(look_kernel, (ns, kv_heads, count), *kinds, work.options(width, d, kv.itemsize), work.found)
+    launch(
+        look_kernel, (ns, kv_heads, count), *kinds, work.options(width, d, kv.itemsize, layout.directions), work.found
+    )
     yield "look"
     shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT PDL launch_pdl".split()
     merge_kernel[(heads * at_once, count, triton.cdiv(d, MERGED))](

@@ -1,7 +1,7 @@
 """Merge what the programs of `lookup.look_kernel` found, and count it. `lookup.decode` is the oracle.
 
 Device code that the kernels of `lookup` share is here too: what a row's tokens are. A row decodes up to `T` tokens, each of
-which takes the columns of a group's heads: column `c` is head `c % G` of token `c // G`.
+which takes a group's heads: query `c` of a program is head `c % G` of token `c // G`.
 """
 
 import triton
@@ -51,7 +51,7 @@ def tokens_of(p_begin, i_row, T: tl.constexpr):
 
 @triton.jit
 def query_at(o_q, s_query_row, s_query_head, G: tl.constexpr, T: tl.constexpr):
-    """Offsets `[BQ]` of the columns' queries from that of the row's first token and the group's first head."""
+    """Offsets `[BQ]` of a program's queries from that of the row's first token and the group's first head."""
     if T == 1:
         offset = o_q * s_query_head
     else:
@@ -61,7 +61,7 @@ def query_at(o_q, s_query_row, s_query_head, G: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def seen(m_t, token, m, o_q, G: tl.constexpr, T: tl.constexpr):
-    """Which columns attend to which tokens, `[BT, BQ]`, or `[BT, 1]` where all do: those up to their own. m_t: `[BT]`."""
+    """Which queries attend to which tokens, `[BT, BQ]`, or `[BT, 1]` where all do: those up to their own. m_t: `[BT]`."""
     mask = m_t[:, None]
     if T > 1:
         mask &= token[:, None] <= m + (o_q // G)[None, :]

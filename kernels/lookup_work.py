@@ -10,6 +10,8 @@ from vllm_mac.kernels.launch import power_of_two
 from vllm_mac.lookup import SPAN, TILE
 from vllm_mac.state import Geometry
 
+REGISTERS = 65536  # of an SM
+MOST_NEAR = 1024  # tokens that a list has room for beside those of a turn's spans
 DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -22,21 +24,19 @@ def narrow_width(directions: int) -> int:
 class Tuning:
     """How the work is split.
 
-    per_sm, weighers_per_sm: programs of one warp of `look_kernel` and of `weigh_kernel` for each SM. most, most_weighers:
-    programs of one (row, KV head) pair at most. block: tokens that are read at once. turn: spans that are marked before
-    what they list is read. registers: of a thread, at most. The others are stages of loops.
+    weighers_per_sm: programs of one warp of `weigh_kernel` for each SM. most, most_weighers: programs of one (row, KV head)
+    pair at most, powers of two. block: tokens that are read at once. turn: spans that are marked before what they list is
+    read. The others are stages of loops.
     """
 
-    per_sm: int = 12
     weighers_per_sm: int = 6
     most: int = 256
     most_weighers: int = 32
     block: int = 16
     turn: int = 16
     weigh_stages: int = 3
-    list_stages: int = 3
+    mark_stages: int = 3
     read_stages: int = 2
-    registers: int = 168
 
 
 @dataclass(slots=True)
@@ -72,13 +72,13 @@ class LookupWork:
         on, g, tuning = torch.device(device), geometry, tuning or Tuning()
         gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
         sms = gpu.multi_processor_count if gpu else 1
-        pairs, columns = g.max_rows * g.kv_heads, g.group * g.at_once
-        width = cls.width(columns)
-        warps = cls.warps(width, g.head_size)
-        programs, weighers = (-(-per_sm // warps) * sms for per_sm in (tuning.per_sm, tuning.weighers_per_sm))
+        pairs, queries = g.max_rows * g.kv_heads, g.group * g.at_once
+        width = cls.width(queries)
+        programs = cls.resident(width, g.head_size, g.kv_dtype.itemsize, directions) * sms
+        weighers = -(-tuning.weighers_per_sm // cls.warps(width, g.head_size)) * sms
         parts = max(pairs, programs, weighers)
-        # A program lists near tokens too: at most those of the first tiles, and of the band, widened to whole tiles.
-        near = -(-max(g.sink, 1) // TILE) * TILE + g.band + TILE
+        # A program lists near tokens too, where they have room: those of the first tiles, and of the band, widened to tiles.
+        near = min(-(-max(g.sink, 1) // TILE) * TILE + g.band + TILE, MOST_NEAR)
 
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=on)
@@ -88,27 +88,45 @@ class LookupWork:
             words=empty(parts, tuning.turn, SPAN // 32, dtype=torch.int32),
             rest=empty(parts, tuning.turn, SPAN // g.page_size, width), read=empty(parts, dtype=torch.int32),
             narrow=empty(pairs, 2, 2 * width, narrow_width(directions), dtype=torch.int8), scale=empty(pairs, 2, width),
-            lse2=empty(parts, columns), part=empty(parts, columns, 2),
-            part_acc=empty(parts, columns, g.head_size),
+            lse2=empty(parts, queries), part=empty(parts, queries, 2),
+            part_acc=empty(parts, queries, g.head_size),
             programs=programs, weighers=weighers, at_once=g.at_once, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
             found={},
         )  # fmt: skip
 
     @staticmethod
-    def width(columns: int) -> int:
-        """`BQ` of kernels with so many columns."""
-        return max(power_of_two(columns), 8)
+    def width(queries: int) -> int:
+        """`BQ` of kernels for so many queries: heads of a group, of each token."""
+        return max(power_of_two(queries), 8)
 
     @staticmethod
     def warps(width: int, size: int) -> int:
-        """Of a program, by the results that it holds: `BQ` heads of such a size."""
+        """Of a program of `look_kernel`, by the results that it holds: `BQ` heads of such a size."""
         return max(width * power_of_two(size) // 1024, 1)
 
-    def options(self, width: int, size: int, itemsize: int) -> list[dict]:
-        """How to launch `look_kernel`, for `launch.launch`. size: of a head. itemsize: bytes of the cache's elements."""
-        warps, registers = self.warps(width, size), self.tuning.registers
-        least = 255 if warps > 1 else 200 if itemsize == 1 else registers
-        ways = [(warps, most) for most in (registers, 200, 255) if most >= least]
+    @classmethod
+    def weigher_warps(cls, width: int, size: int, directions: int) -> int:
+        """Of a program of `weigh_kernel`, which holds the maps too."""
+        return max(cls.warps(width, size), power_of_two(size) * narrow_width(directions) // 4096)
+
+    @classmethod
+    def registers(cls, width: int, size: int, itemsize: int, directions: int) -> int:
+        """Of a thread of `look_kernel`, at most. itemsize: bytes of the cache's elements."""
+        if cls.warps(width, size) > 1 or narrow_width(directions) > 32:
+            return 255
+        return 200 if itemsize == 1 else 168
+
+    @classmethod
+    def resident(cls, width: int, size: int, itemsize: int, directions: int) -> int:
+        """Programs of `look_kernel` that an SM's registers are enough for."""
+        a_warp = -(-cls.registers(width, size, itemsize, directions) // 8) * 8 * 32
+        return max(REGISTERS // (a_warp * cls.warps(width, size)), 1)
+
+    @classmethod
+    def options(cls, width: int, size: int, itemsize: int, directions: int) -> list[dict]:
+        """How to launch `look_kernel`, for `launch.launch`: with more registers, then with more warps, where some would spill."""
+        warps, least = cls.warps(width, size), cls.registers(width, size, itemsize, directions)
+        ways = [(warps, most) for most in (168, 200, 255) if most >= least]
         return [{"num_warps": n, "maxnreg": most} for n, most in (*ways, (2 * warps, 255))]
 
     def splits(self, pairs: int) -> int:

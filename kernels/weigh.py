@@ -31,7 +31,8 @@ def weigh_kernel(
 
     The first one leaves what `narrow` gives to `look_kernel`: `p_narrow` `[pairs, 2, 2 BQ, BN]`, `p_scale` `[pairs, 2, BQ]`.
     """
-    # The row and the maps are there before the kernel in front ends, which may have rotated the query.
+    # The row and the maps are there before the kernel in front ends, which may have rotated the query. What writes them
+    # has ended before: no kernel but those of a decode step lets the next one begin early.
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     m = tl.load(p_position + i_row).to(tl.int32)
     end = indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)

@@ -31,8 +31,8 @@ CASES = [
     Case(lengths=(400,), kv_heads=1, group=8, d=128, n=128, dtype=FP16),
     Case(lengths=(500, 900), group=2, opted_out=(1,), dtype=BF16),
     Case(lengths=(500, 0, 127), ready=False, d=32, n=32),
-    Case(lengths=(128, 129, 600), sink=300, band=100),  # the sample's first piece is near
-    Case(lengths=(2300, 2700), kv_heads=1, group=2),  # the sample has a second piece, whole or not
+    Case(lengths=(128, 129, 600), sink=300, band=100),  # the sample's first span is near
+    Case(lengths=(2200, 2700), kv_heads=1, group=2),  # the sample has a third span, half of it or whole
     Case(lengths=(400, 700), tolerance=0.0),
     Case(lengths=(400, 700), tolerance=1e6),
 ]
@@ -57,7 +57,7 @@ def work_of(batch: Batch, ns: int | None = None, **tuning) -> LookupWork:
     if ns:
         work.programs = work.weighers = pairs * ns
         assert work.splits(pairs) == ns and work.weigh_splits(pairs) == min(ns, work.tuning.most_weighers)
-    for name in ("lse2", "scale", "part", "part_acc"):
+    for name in ("lse2", "scale", "part", "part_acc", "rest"):
         getattr(work, name).fill_(math.nan)
     for name in ("slots", "words", "read"):
         getattr(work, name).fill_(1 << 30)
@@ -73,7 +73,7 @@ def run(batch: Batch, work: LookupWork) -> tuple[torch.Tensor, list[int]]:
 
 
 def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
-    """What the kernels read, `[K, n]` bool: the bits of `words`. Checks `read` and, where one list holds all, `slots`."""
+    """What the kernels read, `[K, n]` bool: the bits of `words`, of one turn. Checks `read` and `slots`."""
     c, want = batch.case, batch.row(row)
     found = torch.zeros(c.kv_heads, want.n, dtype=torch.bool)
     if want.begin == want.end:
@@ -196,7 +196,7 @@ SEVERAL = [
     Case(lengths=(500, 0, 130), ready=False, d=32, n=32, tokens=(4, 0, 4)),
     Case(lengths=(130, 131, 450, 451), tokens=(4, 4, 4, 4), page=64),  # across `min_context`, and the end of a tile
     Case(lengths=(450, 451), tokens=(4, 4), band=1),  # of the last tile, which only later tokens see
-    Case(lengths=(2303, 2703), kv_heads=1, group=2, tokens=(4, 4)),
+    Case(lengths=(2203, 2703), kv_heads=1, group=2, tokens=(4, 4)),
     Case(lengths=(400, 700), tolerance=0.0, tokens=(4, 2)),
     Case(lengths=(400, 700), tolerance=1e6, tokens=(4, 2)),
 ]

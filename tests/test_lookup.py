@@ -55,14 +55,14 @@ def test_head_sizes_and_directions(d, n):
 
 @pytest.mark.parametrize("sink, band", [(0, 1), (1, 64), (64, 65), (300, 100), (16, 5000)])
 def test_near_tokens(sink, band):
-    """Also a sink beyond the sample's first piece, and a band beyond the row."""
+    """Also a sink beyond the sample's first span, and a band beyond the row."""
     check(Batch(Case(sink=sink, band=band, lengths=(127, 128, 129, 600))).write())
 
 
 def test_long_rows_are_sampled():
-    """The sample has a second piece, whole or not, beyond 2048 tokens."""
-    (first, second) = check(Batch(Case(lengths=(2300, 2700), kv_heads=1, group=2)).write())
-    assert first.end == 2176 and second.end == 2624  # of [2048, 2304)
+    """The sample has a third span, whole or not, beyond 2048 tokens."""
+    (first, second) = check(Batch(Case(lengths=(2200, 2700), kv_heads=1, group=2)).write())
+    assert first.end == 2112 and second.end == 2624  # of [2048, 2176)
 
 
 def test_rows_that_are_read_whole():

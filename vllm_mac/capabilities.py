@@ -23,7 +23,7 @@ FP8_DTYPES = ("fp8", "fp8_e4m3")
 ATTENTION_TYPES = ("decoder",)
 # What --block-size has to be a multiple of: the smallest page that the platform's kernels read.
 BLOCK_SIZES = {"cpu": 32, "cuda": 16}
-# The same with `rule: index`: pages that it pads are read whole, and divide its spans of tokens.
+# The same with `rule: index`: pages that it pads are read whole. On GPUs they divide its tiles and spans of tokens.
 INDEX_BLOCK_SIZES = {"cpu": (32, 64, 128, 256), "cuda": (16, 32, 64)}
 # What VLLM_KV_CACHE_LAYOUT may be with `rule: index`: pages in one part, and those of other layers not between them.
 INDEX_LAYOUTS = ("LBNHC", "LBHNC", "NHD", "HND")

@@ -36,7 +36,7 @@ from vllm_mac.mixins import MacImpl, MacSupport
 from vllm_mac.requests import RowRings, executing, row_rings
 from vllm_mac.seeding import Seeding, SeedPlanner
 from vllm_mac.state import Geometry, Learning, Rows
-from vllm_mac.warmup import warm_up
+from vllm_mac.warmup import warm_up, warm_up_index
 
 PREFERRED_PAGE = 64  # tokens, with an index
 
@@ -143,7 +143,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             with torch.inference_mode(), explained():
                 self.decoder.ring.fill_(-1)
                 if warm:
-                    self.decoder.warm_up(self.served[0].index)
+                    warm_up_index(self.decoder, self.served[0].index)
             self._written = {"ring": self.decoder.ring.to("cpu", copy=True).numpy()}
             self._least = least_tokens(self.config.min_step_mib, self.decoder.geometry)
             return

@@ -32,7 +32,8 @@ from vllm_mac.key_index import Maps, PageLayout, encode, estimate
 from vllm_mac.paged import gather
 from vllm_mac.state import IndexRule, Rows
 
-TILE, SPAN = 64, 128  # tokens; every page size of GPUs divides both. Spans are the kernels' units of work
+TILE, SPAN = 64, 128  # tokens; every page size of GPUs divides both. Spans are the kernels' units of work, of
+# which a thread has 32 tokens
 SAMPLE = 8  # every how manieth span is sampled
 
 

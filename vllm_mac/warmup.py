@@ -18,13 +18,15 @@ from functools import partial
 import torch
 import triton
 
+from vllm_mac import lookup_decoder
 from vllm_mac.decoder import Decoder
 from vllm_mac.kernels import assign as assign_kernels
 from vllm_mac.kernels import audit, complete, exact, hit, plan, record
 from vllm_mac.kernels.assign import assign
 from vllm_mac.kernels.record import record_prefill
+from vllm_mac.lookup_decoder import LookupDecoder
 from vllm_mac.ring import RingTable
-from vllm_mac.state import LayerState, Seeds
+from vllm_mac.state import Geometry, IndexState, LayerState, Seeds
 
 logger = logging.getLogger("vllm.mac")
 KERNELS = (
@@ -55,8 +57,7 @@ def warm_up(decoder: Decoder, layers: Sequence[LayerState], table: RingTable) ->
         if not decoder.plans_on_host:
             _decode(decoder, kinds)
 
-    # Triton's interpreter, for one, compiles nothing.
-    kernels = [kernel for module, name in KERNELS if isinstance(kernel := getattr(module, name), triton.JITFunction)]
+    kernels = _compiled(KERNELS)
     with compilations() as compiled:
         if kernels and decoder.all_triton:  # without its plan FlashInfer's kernels must not run
             with compiling(kernels):
@@ -68,6 +69,22 @@ def warm_up(decoder: Decoder, layers: Sequence[LayerState], table: RingTable) ->
         "MAC compiled %d kernel variants for up to %d sequences at once in %.1f s; %d were in Triton's cache",
         len(compiled), geometry.max_rows, time.perf_counter() - begin, sum(compiled),
     )  # fmt: skip
+    _warn(spilled, geometry)
+
+
+def warm_up_index(decoder: LookupDecoder, layer: IndexState) -> None:
+    """`LookupDecoder.warm_up`, and a warning where registers spill."""
+    with watching(_compiled(lookup_decoder.KERNELS)) as spilled:
+        decoder.warm_up(layer)
+    _warn(spilled, decoder.geometry)
+
+
+def _compiled(kernels) -> list[triton.JITFunction]:
+    """Those of the kernels `(module, name)` that are compiled: by Triton's interpreter, for one, none is."""
+    return [kernel for module, name in kernels if isinstance(kernel := getattr(module, name), triton.JITFunction)]
+
+
+def _warn(spilled: dict[str, int], geometry: Geometry) -> None:
     if spilled:
         logger.warning(
             "MAC's kernels for %d/%d heads of size %d spill registers, up to %s. ptxas 12.8 and 12.9 can lose a spilled "

@@ -45,6 +45,11 @@ SHAPES = [
 ]
 # Of 40 rows: with 5 a ring is read by one program and the band by four, with 40 the band by one too.
 SIZES = (5, 40)
+# Few heads with wide maps, and the widest index there is.
+WIDE = [
+    ({"rows": 1, "heads": 16, "kv_heads": 8, "d": 256, "dtype": torch.bfloat16}, None),
+    ({"rows": 1, "heads": 32, "kv_heads": 8, "d": 128, "dtype": torch.bfloat16}, 128),
+]
 # The longest window, whose page numbers a program holds all at once, where there is least shared memory.
 LONG = SHAPES[0] | {"rows": 1, "heads": 16, "kv_heads": 1, "window": 65536, "rings": 1}
 
@@ -140,6 +145,9 @@ def main(arch: int, sass: bool) -> None:
             if (arch, shape["d"]) not in ((80, 256), (89, 128)):  # sm89 has least shared memory, else they are alike
                 for fp8 in (False, True)[: 1 + (arch >= 89)]:  # see `capabilities.FLOAT8_FROM`
                     look_up(arch, shape, page, fp8)
+        if arch == 90:
+            for shape, size in WIDE:
+                look_up(arch, shape, 64, False, size)
     # All shapes where the kernels were measured; elsewhere the one whose threads need most registers.
     for shape in SHAPES if arch == 90 else [LONG if arch == 89 else SHAPES[0]]:
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch == 89 or shape["dtype"] == torch.float16 else {}
@@ -154,15 +162,15 @@ def main(arch: int, sass: bool) -> None:
         complete.complete_misses(layers[0], rows, query, query, decoder._work.part_lse, decoder._work, query)
 
 
-def look_up(arch: int, shape: dict, page: int, fp8: bool) -> None:
+def look_up(arch: int, shape: dict, page: int, fp8: bool, size: int | None = None) -> None:
     """Launch the kernels of steps that decode by the index of keys, with pages of so many tokens: one token a row, and as
-    many as a step of speculation may have, 4 at most. fp8: whether the cache is."""
+    many as a step of speculation may have, 4 at most. fp8: whether the cache is. size: of the index."""
     rows, heads, kv_heads, d, dtype = (shape[name] for name in ("rows", "heads", "kv_heads", "d", "dtype"))
     at_once = max(min(most_columns(d) // (heads // kv_heads), 4), 1)
     geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5, at_once, fp8)
-    decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), None, torch.device("cpu"))
+    decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), size, torch.device("cpu"))
     work, sms = decoder._work, GPUS[arch][1]
-    work.programs, work.weighers, work.pdl = work.tuning.per_sm * sms, work.tuning.weighers_per_sm * sms, arch >= 90
+    work.programs, work.weighers, work.pdl = work.programs * sms, work.weighers * sms, arch >= 90  # of one SM here
     scales = Scales(torch.ones(()), torch.ones(())) if fp8 else None
     maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu", scales)
     decoder.warm_up(IndexState(maps, torch.zeros(len(Count), dtype=torch.int64)))
