@@ -26,10 +26,11 @@ Dimensions, in docstrings and as constexprs:
 Constexprs are upper case. A name with `B` before a dimension is a block of it, mostly a power of two:
 
     BB, BK, BBK  all rows; all KV heads; all (row, KV head) pairs
-    BG, BQ       heads of a group; the same, at least the 16 rows that `tl.dot` takes
+    BG, BQ       heads of a group; the same, at least the 16 rows that `tl.dot` takes, in `lookup` at least 8
+    BR           there BQ, at least 16
     BD, BC       head size; part of it that a scan loads at once
     BW           ring entries loaded at once
-    BN, BT       tokens loaded at once; in the amendment of `hit`
+    BN, BT       tokens loaded at once; in the amendment of `hit`. In `lookup` BN is half the directions of the index
     BP           columns of the block table loaded at once
     BNS, BE      programs that scan a ring; edges of a histogram
 
