@@ -20,7 +20,7 @@ from vllm_mac.capabilities import TO_MATCH
 from vllm_mac.tools import cli
 from vllm_mac.tools.doctor import checks, show, versions
 from vllm_mac.tools.doctor.checks import OK, PROBLEM, UNCHECKED, WARNING, Finding
-from vllm_mac.tools.doctor.estimate import LAG, READ, estimate, measured_bandwidth
+from vllm_mac.tools.doctor.estimate import LAG, RATE, READ, estimate, measured_bandwidth
 from vllm_mac.tools.doctor.model import Examined, IndexRoom, Layer, examine, groups
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -325,7 +325,9 @@ def test_the_estimate_with_an_index_adds_up():
     assert row.exact_kv_bytes == 8 * 1000 * (2 * 100_000 + 128)
     assert row.mac_kv_bytes == pytest.approx(8 * 1000 * (2 * READ * 100_000 + 128))
     assert row.index_bytes == pytest.approx(8 * 2 * 60 * 100_000)
-    assert row.mac_ms == pytest.approx((row.weight_bytes + row.mac_kv_bytes + row.index_bytes) / 1e9)
+    others = 8 * 1000 * 128  # of the layer with a window
+    looked_up = row.mac_kv_bytes - others + row.index_bytes
+    assert row.mac_ms == pytest.approx((row.weight_bytes + others + looked_up / RATE) / 1e9)
     near = estimate(indexed(band=512), 2048, 1, 0.0, 1e12)
     assert near.mac_kv_bytes == pytest.approx(1000 * (2 * 512 + 128))  # the band alone is more than READ of them
     short = estimate(indexed(), 2047, 8, 0.0, 1e12)
@@ -405,7 +407,7 @@ def test_the_command_with_an_index(models, tmp_path):
     )
     assert [(row["context"], row["hit_rate"]) for row in told["estimates"]] == [(4096, None), (8192, None)]
     assert told["model"]["index"]["directions"] == [32] and "ring_bytes" not in told["model"]
-    assert "an assumption measured on one model" in done.output and "index GB" in done.output
+    assert "at 50% of the bandwidth, as measured on one model" in done.output and "index GB" in done.output
     done = CliRunner().invoke(cli.app, [*command, "--hit-rate", "0.5"], env={"COLUMNS": "200"})
     assert done.exit_code == 2 and "--hit-rate: received '0.5', which only rule: match has" in done.output
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from vllm_mac.capabilities import FP8_DTYPES
 from vllm_mac.tools.doctor.checks import OK, PROBLEM, UNCHECKED, WARNING, Finding
-from vllm_mac.tools.doctor.estimate import LAG, PAYS, READ, Estimate
+from vllm_mac.tools.doctor.estimate import LAG, PAYS, RATE, READ, Estimate
 from vllm_mac.tools.doctor.model import Examined, groups
 
 COLOURS = {OK: "green", WARNING: "yellow", PROBLEM: "red", UNCHECKED: "dim"}
@@ -172,7 +172,7 @@ def _show_estimates(rows: list[dict], bandwidth: dict, console: Console) -> None
         )  # fmt: skip
     console.print(table)
     if index:
-        what = f"The index is read, and {READ:.0%} of the KV tokens, which is an assumption measured on one model"
+        what = f"The index is read, and {READ:.0%} of the KV tokens, at {RATE:.0%} of the bandwidth, as measured on one model"
         yours = "share of KV tokens read: kind=read of vllm_mac_kv_tokens_total over its sum, which includes the index."
     else:
         what, yours = f"A hit reads band + {LAG} tokens", "hit rate: outcome=hit of vllm_mac_heads_total over its sum."
