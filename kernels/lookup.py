@@ -180,7 +180,10 @@ def look_kernel(
             tl.debug_barrier()  # what threads listed, others read
 
             # 4. Add the others, page by page.
-            rest_total, rest_acc = tl.zeros([16, BQ], tl.float32), tl.zeros([BD, BQ], tl.float32)
+            # What they weigh is relative to `least`, so the result is too meanwhile. Far below the peak they count for nothing.
+            ahead = tl.minimum(peak - least, 60.0)
+            acc *= tl.exp2(ahead)[None, :]
+            rest_total = tl.zeros([16, BQ], tl.float32)
             for i in tl.range(0, turn_spans * NP, 16, num_stages=1):
                 i_page = i + o_16
                 at_page = ((turn + i_page // NP) * ns + i_s) * NP + i_page % NP
@@ -190,9 +193,9 @@ def look_kernel(
                 p_mean = p_means + (page * s_mean_page + i_k * D)[None, :] + o_d[:, None]
                 mean = tl.load(p_mean, mask=m_page[None, :] & m_d[:, None], other=0.0)  # [BD, 16]
                 rest_total += rest  # [16, BQ]
-                rest_acc = tl.dot(mean.to(DOT), rest.to(mean.dtype).to(DOT), rest_acc, input_precision="ieee")
-            shrink = tl.exp2(least - peak)
-            acc += rest_acc * shrink[None, :]
+                acc = tl.dot(mean.to(DOT), rest.to(mean.dtype).to(DOT), acc, input_precision="ieee")
+            shrink = tl.exp2(-ahead)
+            acc *= shrink[None, :]
             total += tl.where((o_j == 0)[None, :], (tl.sum(rest_total, 0) * shrink)[:, None], 0.0)
 
             # 5. Read what is listed. Beyond its end the last one is read again, and counts for nothing.
