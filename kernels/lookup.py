@@ -54,6 +54,23 @@ def _attend(q, key, value, mask, log2_scale, peak, total, acc, BQ: tl.constexpr,
     return new_peak, total, acc
 
 
+@triton.jit
+def _near(p_row_table, i, end, page_unit, token_unit, BEGIN: tl.constexpr, PAGE: tl.constexpr):
+    """The `i`-th near tokens of a row whose indexed ones end at `end`, and where they lie."""
+    token = tl.where(i < BEGIN, i, i - BEGIN + end)
+    page = tl.load(p_row_table + token.to(tl.uint32) // PAGE)
+    return token, page * page_unit + (token.to(tl.uint32) % PAGE).to(tl.int32) * token_unit
+
+
+@triton.jit
+def _read(p_head_kv, slot, D: tl.constexpr, BD: tl.constexpr):
+    """Keys `[BT, BD]` and values `[BD, BT]` that lie at `slot` `[BT]`."""
+    o_d = tl.arange(0, BD)
+    p_token = p_head_kv + slot.to(tl.int64) * UNIT
+    key = tl.load(p_token[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+    return key, tl.load(p_token[None, :] + (D + o_d[:, None]), mask=(o_d < D)[:, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=("s_table_row", "ns", "nw"))
 def look_kernel(
     p_query, p_position, p_begin, p_ring, p_ready, p_table, p_kv, p_codes, p_means, p_lse2, p_narrow, p_scale,
@@ -170,11 +187,9 @@ def look_kernel(
             # Near ones too, in the last turn, where all queries see them and they have room.
             if (T == 1) & (turn + TURN >= spans) & (listed_count + near_end - near_begin <= ROOM):
                 for i in tl.range(near_begin, near_end, 32, num_stages=1):
-                    i_near = i + o_32
-                    token = tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end)
-                    page = tl.load(p_row_table + token // PAGE, mask=i_near < near_end, other=0)
-                    slot = page * page_unit + token % PAGE * token_unit
-                    tl.store(p_list + listed_count + i_near - near_begin, slot, mask=i_near < near_end)
+                    i_near = tl.minimum(i + o_32, near_end - 1)
+                    token, slot = _near(p_row_table, i_near, end, page_unit, token_unit, BEGIN, PAGE)
+                    tl.store(p_list + listed_count + i + o_32 - near_begin, slot, mask=i + o_32 < near_end)
                 listed_count += near_end - near_begin
                 near_begin = near_end
             tl.debug_barrier()  # what threads listed, others read
@@ -203,9 +218,7 @@ def look_kernel(
             for j in tl.range(0, listed_count, BT, num_stages=READ_STAGES):
                 m_t, slot = j + o_j < listed_count, next_slot  # [BT]
                 next_slot = tl.load(p_list + tl.minimum(j + BT + o_j, listed_count - 1))
-                p_token = p_head_kv + slot.to(tl.int64) * UNIT
-                key = tl.load(p_token[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)  # [BT, BD]
-                value = tl.load(p_token[None, :] + (D + o_d[:, None]), mask=m_d[:, None], other=0.0)  # [BD, BT]
+                key, value = _read(p_head_kv, slot, D, BD)
                 peak, total, acc = _attend(q, key, value, m_t[None, :], key_scale, peak, total, acc, BQ, DOT)
             tl.debug_barrier()  # before they mark and list others
 
@@ -213,12 +226,8 @@ def look_kernel(
     if near_begin < near_end:
         for j in tl.range(near_begin, near_end, BT, num_stages=READ_STAGES):
             m_t, i_near = j + o_j < near_end, tl.minimum(j + o_j, near_end - 1)
-            token = tl.where(i_near < BEGIN, i_near, i_near - BEGIN + end)
-            page = tl.load(p_row_table + token.to(tl.uint32) // PAGE)  # [BT]
-            slot = page * page_unit + (token.to(tl.uint32) % PAGE).to(tl.int32) * token_unit
-            p_token = p_head_kv + slot.to(tl.int64) * UNIT
-            key = tl.load(p_token[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)  # [BT, BD]
-            value = tl.load(p_token[None, :] + (D + o_d[:, None]), mask=m_d[:, None], other=0.0)  # [BD, BT]
+            token, slot = _near(p_row_table, i_near, end, page_unit, token_unit, BEGIN, PAGE)
+            key, value = _read(p_head_kv, slot, D, BD)
             m_seen = tl.trans(seen(m_t, token, m, o_q, G, T))
             peak, total, acc = _attend(q, key, value, m_seen, key_scale, peak, total, acc, BQ, DOT)
 
