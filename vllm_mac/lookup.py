@@ -34,7 +34,7 @@ from vllm_mac.state import IndexRule, Rows
 
 TILE, SPAN = 64, 128  # tokens; every page size of GPUs divides both. Spans are the kernels' units of work, of
 # which a thread has 32 tokens
-SAMPLE = 8  # every how manieth span is sampled
+SAMPLE = 8  # one span of so many is in the sample
 
 
 class Looked(NamedTuple):
