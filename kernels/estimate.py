@@ -50,10 +50,10 @@ def _two_bytes(x):
 
 
 @triton.jit
-def load_narrow(p_narrow, i_bk, BQ: tl.constexpr, BN: tl.constexpr):
-    """What `narrow` gave of a pair's queries: see `weigh_kernel`."""
-    p_pair = p_narrow + i_bk * (4 * BN * BQ) + tl.arange(0, 2 * BQ)[:, None] * BN + tl.arange(0, BN)[None, :]
-    return tl.load(p_pair), tl.load(p_pair + 2 * BN * BQ)
+def narrow_at(p_narrow, i_bk, BQ: tl.constexpr, BN: tl.constexpr):
+    """Where `weigh_kernel` leaves what `narrow` gave of a pair's queries: pointers `[2 BQ, BN]` for each half."""
+    p_low = p_narrow + i_bk * (4 * BN * BQ) + tl.arange(0, 2 * BQ)[:, None] * BN + tl.arange(0, BN)[None, :]
+    return p_low, p_low + 2 * BN * BQ
 
 
 @triton.jit

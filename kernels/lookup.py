@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac.kernels.estimate import codes_of, first_rows, load_narrow, pages_of, scores_of, shares_of
+from vllm_mac.kernels.estimate import codes_of, first_rows, narrow_at, pages_of, scores_of, shares_of
 from vllm_mac.kernels.launch import by_kind, launch, power_of_two
 from vllm_mac.kernels.lookup_merge import indexed_end, merge_kernel, programs_of, query_at, seen, tokens_of
 from vllm_mac.kernels.lookup_work import DOT_TYPES, LookupWork, narrow_width
@@ -139,7 +139,8 @@ def look_kernel(
         p_head_codes = p_codes + i_k * PAGE * HALF
         # Shares are relative to those from which tokens are listed; no query that there is not lists any.
         least = least_score(p_lse2 + i_bk * nw * C, nw, m, log2_tolerance, o_q, m_q, G, T, BNW)
-        narrow_low, narrow_high = load_narrow(p_narrow, i_bk, BQ, BN)
+        p_low, p_high = narrow_at(p_narrow, i_bk, BQ, BN)
+        narrow_low, narrow_high = tl.load(p_low), tl.load(p_high)
         factor, constant = tl.load(p_scale + i_bk * (2 * BQ) + o_q), tl.load(p_scale + i_bk * (2 * BQ) + BQ + o_q)
         constant = tl.where(m_q, constant - least, float("-inf"))
         peak = least

@@ -75,7 +75,7 @@ class LookupWork:
         pairs, queries = g.max_rows * g.kv_heads, g.group * g.at_once
         width = cls.width(queries)
         programs = cls.resident(width, g.head_size, g.kv_dtype.itemsize, directions) * sms
-        weighers = -(-tuning.weighers_per_sm // cls.warps(width, g.head_size)) * sms
+        weighers = -(-tuning.weighers_per_sm // cls.weigher_warps(width, g.head_size, directions)) * sms
         parts = max(pairs, programs, weighers)
         # A program lists near tokens too, where they have room: those of the first tiles, and of the band, widened to tiles.
         near = min(-(-max(g.sink, 1) // TILE) * TILE + g.band + TILE, MOST_NEAR)

@@ -6,7 +6,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_mac import lookup
 from vllm_mac.kernels.entry import INTERPRETED
-from vllm_mac.kernels.estimate import codes_of, first_rows, narrow, pages_of, scores_of, shares_of
+from vllm_mac.kernels.estimate import codes_of, first_rows, narrow, narrow_at, pages_of, scores_of, shares_of
 from vllm_mac.kernels.lookup_merge import indexed_end, query_at, seen, tokens_of
 from vllm_mac.kernels.scales import scaled
 
@@ -71,9 +71,9 @@ def weigh_kernel(
     narrow_low, narrow_high, factor, constant, base = narrow(q, low, high, mean, log2_scale)
     narrow_low, narrow_high = tl.trans(narrow_low), tl.trans(narrow_high)
     if i_s == 0:
-        p_pair = p_narrow + (i_row * K + i_k) * (4 * BN * BQ) + tl.arange(0, 2 * BQ)[:, None] * BN + o_n[None, :]
-        tl.store(p_pair, narrow_low)
-        tl.store(p_pair + 2 * BN * BQ, narrow_high)
+        p_low, p_high = narrow_at(p_narrow, i_row * K + i_k, BQ, BN)
+        tl.store(p_low, narrow_low)
+        tl.store(p_high, narrow_high)
         p_pair_scale = p_scale + (i_row * K + i_k) * (2 * BQ) + o_q
         tl.store(p_pair_scale, factor)
         tl.store(p_pair_scale + BQ, constant)
