@@ -21,7 +21,7 @@ from vllm_mac.tools.engine_process import follow
 COMMAND = (sys.executable, "-P", "-m", "vllm_mac.tools.bench.decode_engine")
 OWN = "default"  # the platform's own choice of backend
 SHAPE = "shape:"
-# Shapes of models that need no download. Their weights are dummies, and they have no tokenizer.
+# Shapes of models that need no download. Their weights are random, see `dummy_weights`, and they have no tokenizer.
 SHAPES = {
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
@@ -84,12 +84,13 @@ def compare(rows: list[dict]) -> None:
 
 def _spec(bench: DecodeBench, folder: Path) -> dict:
     """The specification that the processes of all backends share."""
-    model, load_format = bench.model, bench.load_format
+    model, load_format, sharpen = bench.model, bench.load_format, False
     if model.startswith(SHAPE):
         name = model.removeprefix(SHAPE)
         if name not in SHAPES:
             raise BenchError(f"--model: no shape {name!r}, choose from {', '.join(SHAPE + known for known in SHAPES)}")
         model, load_format = str(folder / name), load_format or "dummy"
+        sharpen = load_format == "dummy"
         Path(model).mkdir()
         (Path(model) / "config.json").write_text(json.dumps(SHAPES[name]), encoding="utf-8")
     if bench.prompt not in ("words", "ids") and not Path(bench.prompt).is_file():
@@ -108,6 +109,7 @@ def _spec(bench: DecodeBench, folder: Path) -> dict:
         llm["load_format"] = load_format
     return {
         "llm": llm | bench.engine,
+        "sharpen": sharpen,
         **{k: v for k, v in asdict(bench).items() if k not in ("mac", "engine", "backends")},
     }
 

@@ -59,6 +59,11 @@ class BenchWorker(WorkerExtension):
             if "build" in vars(cls):
                 cls.build = timed(cls.build)
 
+    def bench_sharpen(self, context: int, seed: int) -> int:
+        from vllm_mac.tools.bench.dummy_weights import sharpen
+
+        return sharpen(self.model_runner.model, context, seed)
+
     def bench_take_builds(self) -> list[float]:
         """Milliseconds of each build since the last call."""
         taken = self.bench_builds[:]
@@ -95,6 +100,8 @@ def main(spec: dict, send) -> None:
 
         sent: list[str] = []
         try:
+            if spec["sharpen"]:
+                facts["sharpened_layers"] = min(llm.collective_rpc("bench_sharpen", args=(context, spec["seed"])))
             result = facts | _shape(spec, llm, tokenizer, batch, context, facts["max_model_len"], sent, stage)
         except EngineDeadError:
             raise  # the log has the reason

@@ -1,0 +1,42 @@
+"""Weights of models that need no download: random ones by which a few tokens of each context matter, as in real models.
+
+vLLM's own dummy weights are so small that every token weighs alike. `rule: index` would then read all of them or none.
+"""
+
+from statistics import fmean
+
+import torch
+from torch import nn
+
+from vllm_mac.tools.bench.synthetic_index import LAST_SPREAD, sharpness
+
+
+def sharpen(model: nn.Module, context: int, seed: int) -> int:
+    """Draw a Llama's embedding, norms, and projections to queries and keys anew. Returns how many layers it found.
+
+    Logits and keys are spread as `synthetic_index` has them: in each head logits are normal, with the deviation of
+    `sharpness` at `context` tokens. The two dimensions that RoPE rotates together are alike. Other weights stay as they
+    are: they are small, so each layer sees the embedding of its token.
+    """
+    found = 0
+    for i, (name, module) in enumerate(model.named_modules()):
+        kind, weight = name.rpartition(".")[2], getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            continue
+        draw = torch.Generator(weight.device).manual_seed(
+            (seed << 20) + i
+        )  # one of its own, or modules would correlate
+        if kind == "embed_tokens":
+            weight.normal_(generator=draw)
+        elif "norm" in kind:
+            weight.fill_(1.0)
+        elif kind == "qkv_proj" and weight.dim() == 2:
+            found += 1
+            size, queries, keys = module.head_size, module.num_heads, module.num_kv_heads  # of this rank
+            half = torch.linspace(1, LAST_SPREAD, size // 2, device=weight.device)
+            spread = torch.cat((half, half)) * weight.shape[1] ** -0.5  # of a row, to spread its products so
+            to_query, to_key, _ = weight.split([queries * size, keys * size, keys * size])
+            deviation = sharpness(queries // keys, context) / fmean(half.square().tolist()) ** 0.5
+            to_query.normal_(std=deviation * weight.shape[1] ** -0.5, generator=draw)
+            to_key.normal_(generator=draw).unflatten(0, (keys, size)).mul_(spread[:, None].to(weight.dtype))
+    return found
