@@ -27,7 +27,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer() for _ in range(2))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_logits_reach_as_far_as_those_of_the_synthetic_step():
     model = Model()
     for weight in model.parameters():
@@ -47,7 +47,7 @@ def test_logits_reach_as_far_as_those_of_the_synthetic_step():
     assert not torch.equal(*(layer.qkv_proj.weight for layer in model.layers))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_packed_projections_stay():
     model = Model()
     for layer in model.layers:

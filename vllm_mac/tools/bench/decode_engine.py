@@ -62,7 +62,7 @@ class BenchWorker(WorkerExtension):
     def bench_sharpen(self, context: int, seed: int) -> int:
         from vllm_mac.tools.bench.dummy_weights import sharpen
 
-        return sharpen(self.model_runner.model, context, seed)
+        return sharpen(self.get_model(), context, seed)
 
     def bench_take_builds(self) -> list[float]:
         """Milliseconds of each build since the last call."""

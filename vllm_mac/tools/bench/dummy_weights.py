@@ -11,6 +11,7 @@ from torch import nn
 from vllm_mac.tools.bench.synthetic_index import LAST_SPREAD, sharpness
 
 
+@torch.inference_mode()
 def sharpen(model: nn.Module, context: int, seed: int) -> int:
     """Draw a Llama's embedding, norms, and projections to queries and keys anew. Returns how many layers it found.
 
