@@ -20,6 +20,11 @@ def narrow_width(directions: int) -> int:
     return max(32, power_of_two(directions // 2))
 
 
+def _fitting(warps: int, registers: int) -> int:
+    """Programs of so many warps that an SM's registers are enough for, each thread with so many."""
+    return max(REGISTERS // (-(-registers // 8) * 8 * 32 * warps), 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """How the work is split.
@@ -46,8 +51,8 @@ class LookupWork:
     slots: int32 `[programs, tokens]`, what each program of `look_kernel` lists in a turn. words: int32 `[programs, turn,
     SPAN / 32]`. rest: float32 `[programs, turn, SPAN / page, BQ]`. read: int32, of each program. narrow: `[pairs, 2, 2 BQ,
     BN]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc: float32, of each
-    program. programs, weighers: how many share a step in `look_kernel` and in `weigh_kernel`. at_once: `T` of steps in which
-    rows decode several tokens. found: how `look_kernel` is launched, see `launch`.
+    program. programs, weighers: how many share a step in `look_kernel`, at most, and in `weigh_kernel`. at_once: `T` of steps
+    in which rows decode several tokens. found: how `look_kernel` is launched, see `launch`.
     """
 
     slots: Tensor
@@ -59,6 +64,7 @@ class LookupWork:
     lse2: Tensor
     part: Tensor
     part_acc: Tensor
+    sms: int
     programs: int
     weighers: int
     at_once: int
@@ -90,7 +96,7 @@ class LookupWork:
             narrow=empty(pairs, 2, 2 * width, narrow_width(directions), dtype=torch.int8), scale=empty(pairs, 2, width),
             lse2=empty(parts, queries), part=empty(parts, queries, 2),
             part_acc=empty(parts, queries, g.head_size),
-            programs=programs, weighers=weighers, at_once=g.at_once, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
+            sms=sms, programs=programs, weighers=weighers, at_once=g.at_once, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
             found={},
         )  # fmt: skip
 
@@ -119,8 +125,7 @@ class LookupWork:
     @classmethod
     def resident(cls, width: int, size: int, itemsize: int, directions: int) -> int:
         """Programs of `look_kernel` that an SM's registers are enough for."""
-        a_warp = -(-cls.registers(width, size, itemsize, directions) // 8) * 8 * 32
-        return max(REGISTERS // (a_warp * cls.warps(width, size)), 1)
+        return _fitting(cls.warps(width, size), cls.registers(width, size, itemsize, directions))
 
     @classmethod
     def options(cls, width: int, size: int, itemsize: int, directions: int) -> list[dict]:
@@ -130,8 +135,9 @@ class LookupWork:
         return [{"num_warps": n, "maxnreg": most} for n, most in (*ways, (2 * warps, 255))]
 
     def splits(self, pairs: int) -> int:
-        """Programs of `look_kernel` for each of so many (row, KV head) pairs."""
-        return max(1, min(self.tuning.most, self.programs // pairs))
+        """Programs of `look_kernel` for each of so many (row, KV head) pairs: all run at once, as it was compiled."""
+        fitting = [self.sms * _fitting(way["num_warps"], way["maxnreg"]) for way in self.found.values()]
+        return max(1, min(self.tuning.most, min([self.programs, *fitting]) // pairs))
 
     def weigh_splits(self, pairs: int) -> int:
         """The same of `weigh_kernel`."""

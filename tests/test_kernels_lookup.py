@@ -403,3 +403,15 @@ def test_the_kernels_and_pytorch_agree():
     looked = batch.decode()
     assert counts[Count.READ] == int(looked.read.sum())
     assert (out - looked.out.cpu()).abs().max() <= 1e-3
+
+
+def test_programs_are_as_many_as_run_at_once():
+    """Where the kernel has to be compiled with more registers than it was asked for first, fewer."""
+    work = replace(work_of(Batch(CASES[0])), sms=10, programs=120, found={})
+    assert work.splits(4) == 30
+    work.found["a"] = {"num_warps": 1, "maxnreg": 168}
+    assert work.splits(4) == 30  # 12 of an SM
+    work.found["b"] = {"num_warps": 1, "maxnreg": 200}
+    assert work.splits(4) == 25
+    work.found["c"] = {"num_warps": 2, "maxnreg": 255}
+    assert work.splits(4) == 10 and work.splits(1000) == 1

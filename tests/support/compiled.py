@@ -171,6 +171,7 @@ def look_up(arch: int, shape: dict, page: int, fp8: bool, size: int | None = Non
     decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), size, torch.device("cpu"))
     work, sms = decoder._work, GPUS[arch][1]
     work.programs, work.weighers, work.pdl = work.programs * sms, work.weighers * sms, arch >= 90  # of one SM here
+    work.sms = sms
     scales = Scales(torch.ones(()), torch.ones(())) if fp8 else None
     maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu", scales)
     decoder.warm_up(IndexState(maps, torch.zeros(len(Count), dtype=torch.int64)))
