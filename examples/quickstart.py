@@ -59,8 +59,8 @@ def on_gpu() -> bool:
     )
 
 
-# Contexts as short and heads as small as the test bed's stay exact by default: there it does not pay.
-SHOWN = {"min_context": 1024, "index_size": 48, "min_step_mib": 0}
+# Contexts as short and steps as small as the test bed's stay exact by default: there it does not pay.
+SHOWN = {"min_context": 1024, "min_step_mib": 0}
 
 
 def free_port() -> int:

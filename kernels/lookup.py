@@ -144,9 +144,8 @@ def look_kernel(
         factor, constant = tl.load(p_scale + i_bk * (2 * BQ) + o_q), tl.load(p_scale + i_bk * (2 * BQ) + BQ + o_q)
         constant = tl.where(m_q, constant - least, float("-inf"))
         peak = least
-        size = tl.cdiv(spans, tl.cdiv(spans, TURN))  # turns of one size
-        for turn in range(0, spans, size):
-            turn_spans = tl.minimum(spans - turn, size)
+        for turn in range(0, spans, TURN):
+            turn_spans = tl.minimum(spans - turn, TURN)
 
             # 2. Mark tokens to read, and add up what the others of each page weigh.
             next_page = pages_of(p_row_table, (turn * ns + i_s) * SPAN, end, PAGE, SPAN)
@@ -187,7 +186,7 @@ def look_kernel(
                 listed_count += tl.sum(count_of, 0)
             read += listed_count
             # Near ones too, in the last turn, where all queries see them and they have room.
-            if (T == 1) & (turn + size >= spans) & (listed_count + near_end - near_begin <= ROOM):
+            if (T == 1) & (turn + TURN >= spans) & (listed_count + near_end - near_begin <= ROOM):
                 for i in tl.range(near_begin, near_end, 32, num_stages=1):
                     i_near = tl.minimum(i + o_32, near_end - 1)
                     token, slot = _near(p_row_table, i_near, end, page_unit, token_unit, BEGIN, PAGE)

@@ -103,7 +103,7 @@ BOUNDS = [
     ("rule", ["match", "index"], ["Index", "both", 1], "one of index, match"),
     ("tolerance", [0, 1.5, 40], [-0.1], "a finite number of at least 0"),
     ("index_size", [None, 32, 64, 256], [0, 16, 40], "an integer of at least 32 in steps of 16 or null"),
-    ("min_step_mib", [0, 40, 4096], [-1], "an integer of at least 0"),
+    ("min_step_mib", [0, 48, 4096], [-1], "an integer of at least 0"),
     ("window", [1, 65536], [0, -1, 65537], "an integer from 1 to 65536"),
     ("band", [1, 2046], [0, -256], "an integer of at least 1"),
     ("sink", [0, 1790], [-1], "an integer of at least 0"),
@@ -485,7 +485,7 @@ def test_describe_is_one_line_with_every_key_that_the_rule_reads():
     assert line.endswith('layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}')
     assert all((f" {key}=" in line) == (key not in OF_INDEX) for key in DEFAULTS if key not in ("enabled", "layers"))
     assert resolve({}, {}).describe() == (
-        "enabled=true rule=index tolerance=0.7 index_size=null min_step_mib=40 band=256 sink=0 min_context=8192 layers.include=null "
+        "enabled=true rule=index tolerance=0.7 index_size=null min_step_mib=48 band=256 sink=0 min_context=8192 layers.include=null "
         "layers.exclude=[]"
     )
 

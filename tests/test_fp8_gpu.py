@@ -21,7 +21,7 @@ from vllm_mac.layers import index_rule
 pytestmark = pytest.mark.gpu
 NEW = 24
 PROMPTS = {name: text(name, length) for name, length in {"a": 2100, "b": 1500, "c": 900}.items()}
-CONFIG = {"rule": "index", "min_step_mib": 0, "index_size": 48, "min_context": 256, "band": 64, "tolerance": 0.0}
+CONFIG = {"rule": "index", "min_step_mib": 0, "min_context": 256, "band": 64, "tolerance": 0.0}
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 3]}
 KEY_SCALE, VALUE_SCALE = 0.11, 0.07
 

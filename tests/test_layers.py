@@ -167,8 +167,7 @@ def test_a_draft_model_cannot_choose_mac(load):
 def test_how_many_tokens_of_a_row_decode_at_once(load, warnings, monkeypatch, rule, speculated, gpu, most):
     """Two heads of a group take two columns a token on GPUs, which have 32 of them."""
     monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: gpu))
-    mac = {"rule": rule} | ({"index_size": 32} if rule == "index" else {})
-    (layer,) = load(1, mac, speculated=speculated)
+    (layer,) = load(1, {"rule": rule}, speculated=speculated)
     assert layer.served and layers.at_once(layer) == most
     said = ["MAC leaves steps that verify speculated tokens exact"] if speculated and most == 1 else []
     assert [line.partition(":")[0] for line in warnings] == said
@@ -297,7 +296,7 @@ def test_a_gpu_without_float8_is_refused(load, monkeypatch, capability, known):
 @pytest.mark.parametrize("kv_cache_dtype, fp8", [("auto", False), ("fp8", True), ("fp8_e4m3", True)])
 def test_an_index_has_the_scales_of_its_layer(load, kv_cache_dtype, fp8):
     """The tensors themselves: vLLM may write them after a layer is loaded."""
-    (layer,) = load(1, {"rule": "index", "index_size": 32}, kv_cache_dtype=kv_cache_dtype)
+    (layer,) = load(1, {"rule": "index"}, kv_cache_dtype=kv_cache_dtype)
     attention, scales = layer.attention, layer.index.maps.scales
     assert layer.fp8 == fp8 == (scales is not None)
     if scales is not None:
@@ -335,27 +334,6 @@ def test_layers_of_chunked_local_attention_are_exact(load):
     assert [layer.served for layer in made] == [True, False, False]
 
 
-@pytest.mark.parametrize(
-    "gpu, size, keys, exact",
-    [
-        (True, 64, {}, "small_heads"),
-        (True, 96, {}, None),
-        (True, 64, {"index_size": 32}, None),
-        (True, 64, {"rule": "match"}, None),
-        (False, 64, {}, None),
-    ],
-)
-def test_small_heads_stay_exact_on_gpus(monkeypatch, gpu, size, keys, exact):
-    """Neither are they served nor have their pages room for an index; unless the user gives the index a size."""
-    monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: gpu))
-    rule = keys.get("rule", "index")
-    assert layers.too_small_to_index(size, keys.get("index_size")) == (exact is not None or keys == {"rule": "match"})
-    config = resolve(keys, {})
-    monkeypatch.setattr(index_pages, "indexing", lambda: config if rule == "index" else None)
-    spec = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=size, dtype=torch.bfloat16)
-    assert (index_pages.with_index(spec).page_size_padded is None) == (exact is not None or rule == "match")
-
-
 def test_pages_of_an_fp8_cache_have_room_for_means_in_float16(monkeypatch):
     """vLLM has such a cache as bytes."""
     monkeypatch.setattr(index_pages, "indexing", lambda: resolve({}, {}))
@@ -366,12 +344,6 @@ def test_pages_of_an_fp8_cache_have_room_for_means_in_float16(monkeypatch):
     plain, codes, means = 2 * 64 * 2 * 128, 2 * 64 * 64 // 2, 2 * 128 * 2
     assert found.real_page_size_bytes == plain and found.page_size_bytes == plain + codes + means
     assert (plain + codes + means) % 128 == 0
-
-
-def test_layers_with_small_heads_are_counted_as_such(load, monkeypatch):
-    monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: True))
-    assert [layer.exact for layer in load(2, {"rule": "index"}, exact=(1,))] == ["small_heads", "sliding_window"]
-    assert [layer.exact for layer in load(1, {"rule": "index", "index_size": 32})] == [None]
 
 
 def test_an_index_of_more_directions_than_keys_have_numbers_is_refused(load):

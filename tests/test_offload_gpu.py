@@ -16,7 +16,7 @@ from vllm_mac.key_index import PageLayout
 pytestmark = pytest.mark.gpu
 NEW = 24
 PROMPTS = {name: text(name, length) for name, length in {"a": 2100, "b": 1500, "c": 900}.items()}
-CONFIG = {"rule": "index", "min_step_mib": 0, "index_size": 48, "min_context": 256, "band": 64, "tolerance": 1.0}
+CONFIG = {"rule": "index", "min_step_mib": 0, "min_context": 256, "band": 64, "tolerance": 1.0}
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 
 

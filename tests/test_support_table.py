@@ -25,9 +25,6 @@ SHOWN = {
         ["test_kernels_lookup::test_agrees_with_the_rule", "test_engine_index::test_every_step_is_the_rule_s"],
         ["test_kernels_hit::test_groups", "test_engine_exact::test_tokens_equal_exact_attention"],
     ),
-    "head size 64 on GPUs": (
-        ["test_layers::test_small_heads_stay_exact_on_gpus"], ["test_engine_gpu::test_threshold_one_gives_flashinfers_tokens"],
-    ),
     "RoPE with llama3": (
         ["test_engine_index::test_every_step_is_the_rule_s", "test_index_models::test_models_whose_rotation_is_unknown_are_served"],
         ["test_rope::test_undo_inverts_the_module_that_the_model_runs", "test_engine_exact::test_tokens_equal_exact_attention"],

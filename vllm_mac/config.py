@@ -133,10 +133,10 @@ class MacConfig(_Section):
         ge=32,
         multiple_of=16,
         description="index: directions that keys are indexed in, at most the head size; null for half the head size, "
-        "48 at least. With null, layers with heads of less than 96 stay exact on GPUs: there it does not pay.",
+        "48 at least.",
     )
     min_step_mib: int = Field(
-        40,
+        48,
         ge=0,
         description="index: least MiB of keys and values that a step's long rows have together, in a layer of one GPU. "
         "Smaller steps are read whole, which is faster; 0 looks up in every step. CPUs do not read it.",

@@ -7,7 +7,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_mac.config import MacConfig
 from vllm_mac.key_index import PageLayout, directions
-from vllm_mac.layers import HEAD_SIZES, configuration, too_small_to_index
+from vllm_mac.layers import HEAD_SIZES, configuration
 
 _last: MacConfig | None = None  # of the engine that this process runs
 
@@ -30,8 +30,6 @@ def with_index(spec):
     config = indexing()
     plain = type(spec) is FullAttentionSpec and spec.page_size_padded is None and spec.head_size == spec.head_size_v
     if config is None or not plain or spec.head_size not in HEAD_SIZES:
-        return spec
-    if too_small_to_index(spec.head_size, config.index_size):
         return spec
     size = config.index_size or directions(spec.head_size)
     layout = PageLayout(spec.num_kv_heads, spec.head_size, spec.block_size, size, spec.dtype.itemsize)

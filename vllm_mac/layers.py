@@ -33,7 +33,7 @@ from vllm_mac.totals import allocate
 
 logger = init_logger("vllm.mac")
 
-HEAD_SIZES, LEAST_INDEXED = range(32, 257), 96
+HEAD_SIZES = range(32, 257)
 
 
 class MacLayer:
@@ -197,12 +197,6 @@ def at_once(layer: MacLayer) -> int:
     return tokens if not current_platform.is_cuda() or columns <= most_columns(layer.head_size) else 1
 
 
-def too_small_to_index(head_size: int, index_size: int | None) -> bool:
-    """Whether layers with such heads stay exact with `rule: index`. On GPUs the index of small keys takes as long to read as
-    the keys; `examples/results/lookup.md` has the times. A size that the user gives is the user's choice."""
-    return index_size is None and head_size < LEAST_INDEXED and current_platform.is_cuda()
-
-
 def configuration(vllm_config: VllmConfig) -> MacConfig:
     """MAC's configuration. Reads its file, so a process resolves it once for a model: `MacLayer.settings`."""
     return resolve((vllm_config.additional_config or {}).get("mac"))
@@ -243,8 +237,6 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
             layer.exact = "local_attention"
         if layer.exact is None and not config.covers(layer.name, extract_layer_index(layer.name)):
             layer.exact = "excluded"
-        if layer.exact is None and config.rule == "index" and too_small_to_index(layer.head_size, config.index_size):
-            layer.exact = "small_heads"
         if layer.exact is None and config.rule == "match":
             try:
                 layer.rotary = find_rotary(

@@ -9,7 +9,7 @@ DEFAULTS = {
     "rule": "index",
     "tolerance": 0.7,
     "index_size": None,
-    "min_step_mib": 40,
+    "min_step_mib": 48,
     "window": 512,
     "band": 256,
     "sink": 0,
