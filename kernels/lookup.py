@@ -30,7 +30,10 @@ from vllm_mac.key_index import Maps, PageLayout
 from vllm_mac.lookup import SPAN, TILE
 from vllm_mac.state import IndexRule, Rows
 
-MERGED = 32  # numbers of an output that one program merges
+LEAST_MERGED, MERGED = (
+    32,
+    2048,
+)  # numbers of an output that a program of one warp merges, at least, and of all its results
 UNIT = tl.constexpr(16)  # elements; slots are listed as places in the cache in such units
 
 
@@ -250,6 +253,16 @@ def look_up(
         pass
 
 
+def merged_at_once(ns: int, d: int) -> tuple[int, int]:
+    """What a program of `merge_kernel` loads: so many of the `ns` results of a head, and numbers of each.
+
+    Results are rounded up to powers of four, so that few variants are compiled.
+    """
+    bits = max(ns - 1, 3).bit_length()
+    results = 1 << (bits + bits % 2)
+    return results, min(max(MERGED // results, LEAST_MERGED), power_of_two(d))
+
+
 def _check_places(kv: Tensor) -> None:
     """Raises ValueError where tokens do not lie in whole units, or too many of these for 32 bits."""
     most, strides = UNIT.value << 31, kv.stride()
@@ -311,9 +324,10 @@ def launches(
     )
     yield "look"
     shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT PDL launch_pdl".split()
-    merge_kernel[(heads * at_once, count, triton.cdiv(d, MERGED))](
+    results, numbers = merged_at_once(ns, d)
+    merge_kernel[(heads * at_once, count, triton.cdiv(d, numbers))](
         **{name: everywhere[name] for name in shared if name in everywhere}, **parts, ns=ns, p_out=out, p_counters=counts,
         s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,
-        SPAN=SPAN, BD=MERGED, BNS=power_of_two(tuning.most), num_warps=4,
+        SPAN=SPAN, BD=numbers, BNS=results, num_warps=max(results * numbers // MERGED, 1),
     )  # fmt: skip
     yield "merge"

@@ -16,7 +16,7 @@ from support.indexed import Batch, Case, Row
 from vllm_mac import lookup
 from vllm_mac.counters import IN_SMALL_STEP, PREFILLED, Count
 from vllm_mac.kernels.encode import append, encode
-from vllm_mac.kernels.lookup import _check_places, look_up
+from vllm_mac.kernels.lookup import _check_places, look_up, merged_at_once
 from vllm_mac.kernels.lookup_work import LookupWork, Tuning
 from vllm_mac.key_index import FP8
 from vllm_mac.lookup import SPAN
@@ -415,3 +415,11 @@ def test_programs_are_as_many_as_run_at_once():
     assert work.splits(4) == 25
     work.found["c"] = {"num_warps": 2, "maxnreg": 255}
     assert work.splits(4) == 10 and work.splits(1000) == 1
+
+
+@pytest.mark.parametrize(
+    "ns, d, most",
+    [(1, 128, (4, 128)), (4, 64, (4, 64)), (5, 80, (16, 128)), (17, 128, (64, 32)), (64, 256, (64, 32)), (198, 128, (256, 32))],
+)  # fmt: skip
+def test_a_head_s_results_are_merged_in_one_read(ns, d, most):
+    assert merged_at_once(ns, d) == most

@@ -62,7 +62,8 @@ class BenchWorker(WorkerExtension):
     def bench_sharpen(self, context: int, seed: int) -> int:
         from vllm_mac.tools.bench.dummy_weights import sharpen
 
-        return sharpen(self.get_model(), context, seed)
+        worker: Any = self  # vLLM makes this a base of its worker
+        return sharpen(worker.get_model(), context, seed)
 
     def bench_take_builds(self) -> list[float]:
         """Milliseconds of each build since the last call."""
