@@ -17,6 +17,7 @@ import pytest
 import typer
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.cli.benchmark.serve import BenchmarkServingSubcommand
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -76,8 +77,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def check_vllm(words: list[str]) -> None:
-    assert words[0] == "serve", words
     whole = FlexibleArgumentParser(prog="vllm")
+    if words[:2] == ["bench", "serve"]:
+        BenchmarkServingSubcommand.add_cli_args(whole)
+        whole.parse_args(words[2:])
+        return
+    assert words[0] == "serve", words
     command = ServeSubcommand()
     command.subparser_init(whole.add_subparsers(dest="subparser"))
     parsed = whole.parse_args(words)
