@@ -128,7 +128,8 @@ def look_kernel(
     q = tl.load(p_own_query, mask=(o_r < G * count)[:, None] & m_d[None, :], other=0.0).to(DOT)  # [BR, BD]
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
     near = tl.where(looked, BEGIN + last - end, last)  # of a row read whole all tokens are near
-    near_begin, near_end = near * i_s // ns, near * (i_s + 1) // ns
+    each, over = near // ns, near % ns  # near times `i_s` may be more than 32 bits hold
+    near_begin, near_end = each * i_s + over * i_s // ns, each * (i_s + 1) + over * (i_s + 1) // ns
     read = near_end - near_begin
     key_scale = scaled(log2_scale, p_key_scale)
     page_unit, token_unit = s_kv_page // UNIT, s_kv_token // UNIT
@@ -288,9 +289,9 @@ def launches(
     count, (_, heads, d) = len(rows.position), query.shape
     at_once = 1 if rows.begin is None else work.at_once
     kv_heads, page, tuning = layout.kv_heads, layout.page, work.tuning
-    group, ns = heads // kv_heads, work.splits(count * kv_heads)
-    nw = work.weigh_splits(count * kv_heads)
+    group = heads // kv_heads
     width = work.width(group * at_once)
+    ns, nw = work.splits(count * kv_heads, width), work.weigh_splits(count * kv_heads)
     codes, means = layout.views(kv)
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
     begin = -(-rule.sink // TILE) * TILE
@@ -308,7 +309,8 @@ def launches(
     )  # fmt: skip
     parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
     weigh_kernel[(nw, kv_heads, count)](
-        **everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages, num_warps=work.weigher_warps(width, d, layout.directions),
+        **everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages,
+        **work.weigher_options(width, d, layout.directions),
     )  # fmt: skip
     yield "weigh"
     arguments = dict(
@@ -320,8 +322,9 @@ def launches(
     )  # fmt: skip
     kinds = by_kind(arguments, ("ns", "nw", "log2_scale", "log2_tolerance", "s_table_row"))
     launch(
-        look_kernel, (ns, kv_heads, count), *kinds, work.options(width, d, kv.itemsize, layout.directions), work.found
-    )
+        look_kernel, (ns, kv_heads, count), *kinds, work.options(width, d, kv.itemsize, layout.directions),
+        work.found[width],
+    )  # fmt: skip
     yield "look"
     shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT PDL launch_pdl".split()
     results, numbers = merged_at_once(ns, d)

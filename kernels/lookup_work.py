@@ -25,6 +25,11 @@ def _fitting(warps: int, registers: int) -> int:
     return max(REGISTERS // (-(-registers // 8) * 8 * 32 * warps), 1)
 
 
+def _most_registers(warps: int) -> int:
+    """Of a thread, with which one program of so many warps fits."""
+    return min(REGISTERS // (32 * warps) // 8 * 8, 255)
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """How the work is split.
@@ -51,8 +56,8 @@ class LookupWork:
     slots: int32 `[programs, tokens]`, what each program of `look_kernel` lists in a turn. words: int32 `[programs, turn,
     SPAN / 32]`. rest: float32 `[programs, turn, SPAN / page, BQ]`. read: int32, of each program. narrow: `[pairs, 2, 2 BQ,
     BN]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc: float32, of each
-    program. programs, weighers: how many share a step in `look_kernel`, at most, and in `weigh_kernel`. at_once: `T` of steps
-    in which rows decode several tokens. found: how `look_kernel` is launched, see `launch`.
+    program. programs: how many share a step in `look_kernel`, by `BQ`, at most. weighers: the same in `weigh_kernel`. at_once:
+    `T` of steps in which rows decode several tokens. found: how `look_kernel` is launched, by `BQ`, see `launch`.
     """
 
     slots: Tensor
@@ -65,12 +70,12 @@ class LookupWork:
     part: Tensor
     part_acc: Tensor
     sms: int
-    programs: int
+    programs: dict[int, int]
     weighers: int
     at_once: int
     pdl: bool
     tuning: Tuning
-    found: dict
+    found: dict[int, dict]
 
     @classmethod
     def allocate(cls, geometry: Geometry, directions: int, device, tuning: Tuning | None = None) -> "LookupWork":
@@ -80,9 +85,10 @@ class LookupWork:
         sms = gpu.multi_processor_count if gpu else 1
         pairs, queries = g.max_rows * g.kv_heads, g.group * g.at_once
         width = cls.width(queries)
-        programs = cls.resident(width, g.head_size, g.kv_dtype.itemsize, directions) * sms
+        widths = {cls.width(g.group), width}
+        programs = {one: cls.resident(one, g.head_size, g.kv_dtype.itemsize, directions) * sms for one in widths}
         weighers = -(-tuning.weighers_per_sm // cls.weigher_warps(width, g.head_size, directions)) * sms
-        parts = max(pairs, programs, weighers)
+        parts = max(pairs, weighers, *programs.values())
         # A program lists near tokens too, where they have room: those of the first tiles, and of the band, widened to tiles.
         near = min(-(-max(g.sink, 1) // TILE) * TILE + g.band + TILE, MOST_NEAR)
 
@@ -97,7 +103,7 @@ class LookupWork:
             lse2=empty(parts, queries), part=empty(parts, queries, 2),
             part_acc=empty(parts, queries, g.head_size),
             sms=sms, programs=programs, weighers=weighers, at_once=g.at_once, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
-            found={},
+            found={one: {} for one in widths},
         )  # fmt: skip
 
     @staticmethod
@@ -107,8 +113,8 @@ class LookupWork:
 
     @staticmethod
     def warps(width: int, size: int) -> int:
-        """Of a program of `look_kernel`, by the results that it holds: `BQ` heads of such a size."""
-        return max(width * power_of_two(size) // 1024, 1)
+        """Of a program of `look_kernel`, by the results that it holds: `BQ` heads of such a size, 128 at least."""
+        return max(width * max(power_of_two(size), 128) // 1024, 1)
 
     @classmethod
     def weigher_warps(cls, width: int, size: int, directions: int) -> int:
@@ -116,10 +122,17 @@ class LookupWork:
         return max(cls.warps(width, size), power_of_two(size) * narrow_width(directions) // 4096)
 
     @classmethod
+    def weigher_options(cls, width: int, size: int, directions: int) -> dict:
+        """How to launch `weigh_kernel`. Without a limit ptxas takes fewer registers than there are, and spills."""
+        warps = cls.weigher_warps(width, size, directions)
+        return {"num_warps": warps, "maxnreg": _most_registers(warps)}
+
+    @classmethod
     def registers(cls, width: int, size: int, itemsize: int, directions: int) -> int:
         """Of a thread of `look_kernel`, at most. itemsize: bytes of the cache's elements."""
-        if cls.warps(width, size) > 1 or narrow_width(directions) > 32:
-            return 255
+        warps = cls.warps(width, size)
+        if warps > 1 or narrow_width(directions) > 32:
+            return _most_registers(warps)
         return 200 if itemsize == 1 else 168
 
     @classmethod
@@ -131,13 +144,13 @@ class LookupWork:
     def options(cls, width: int, size: int, itemsize: int, directions: int) -> list[dict]:
         """How to launch `look_kernel`, for `launch.launch`: with more registers, then with more warps, where some would spill."""
         warps, least = cls.warps(width, size), cls.registers(width, size, itemsize, directions)
-        ways = [(warps, most) for most in (168, 200, 255) if most >= least]
-        return [{"num_warps": n, "maxnreg": most} for n, most in (*ways, (2 * warps, 255))]
+        ways = [(warps, most) for most in (168, 200, 255) if most >= least] or [(warps, least)]
+        return [{"num_warps": n, "maxnreg": most} for n, most in (*ways, (2 * warps, _most_registers(2 * warps)))]
 
-    def splits(self, pairs: int) -> int:
+    def splits(self, pairs: int, width: int) -> int:
         """Programs of `look_kernel` for each of so many (row, KV head) pairs: all run at once, as it was compiled."""
-        fitting = [self.sms * _fitting(way["num_warps"], way["maxnreg"]) for way in self.found.values()]
-        return max(1, min(self.tuning.most, min([self.programs, *fitting]) // pairs))
+        fitting = [self.sms * _fitting(way["num_warps"], way["maxnreg"]) for way in self.found[width].values()]
+        return max(1, min(self.tuning.most, min([self.programs[width], *fitting]) // pairs))
 
     def weigh_splits(self, pairs: int) -> int:
         """The same of `weigh_kernel`."""

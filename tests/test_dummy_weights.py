@@ -1,5 +1,6 @@
 """Dummy weights of `bench decode`: logits reach as far as the synthetic step's do."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -48,8 +49,11 @@ def test_logits_reach_as_far_as_those_of_the_synthetic_step():
 
 
 @torch.inference_mode()
-def test_packed_projections_stay():
+@pytest.mark.parametrize(
+    "packed", [torch.empty(0), torch.empty(768, 512, dtype=torch.float8_e4m3fn), torch.empty(512, 768)]
+)
+def test_packed_and_quantised_projections_stay(packed):
     model = Model()
     for layer in model.layers:
-        layer.qkv_proj.weight = nn.Parameter(torch.empty(0))
+        layer.qkv_proj.weight = nn.Parameter(packed, requires_grad=False)
     assert sharpen(model, CONTEXT, 0) == 0

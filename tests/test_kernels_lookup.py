@@ -55,13 +55,19 @@ def work_of(batch: Batch, ns: int | None = None, **tuning) -> LookupWork:
         batch.geometry(max_rows=rows, at_once=most), batch.layout.directions, DEVICE, Tuning(**tuning)
     )
     if ns:
-        work.programs = work.weighers = pairs * ns
-        assert work.splits(pairs) == ns and work.weigh_splits(pairs) == min(ns, work.tuning.most_weighers)
+        work.weighers = work.sms = pairs * ns  # so many fit, however they are compiled
+        work.programs = dict.fromkeys(work.programs, pairs * ns)
+        assert work.weigh_splits(pairs) == min(ns, work.tuning.most_weighers)
     for name in ("lse2", "scale", "part", "part_acc", "rest"):
         getattr(work, name).fill_(math.nan)
     for name in ("slots", "words", "read"):
         getattr(work, name).fill_(1 << 30)
     return work
+
+
+def width_of(case: Case, work: LookupWork) -> int:
+    """`BQ` of the kernels that decode a case's batch."""
+    return work.width(case.group * (work.at_once if case.tokens else 1))
 
 
 def run(batch: Batch, work: LookupWork) -> tuple[torch.Tensor, list[int]]:
@@ -78,7 +84,7 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
     found = torch.zeros(c.kv_heads, want.n, dtype=torch.bool)
     if want.begin == want.end:
         return ~found
-    ns = work.splits(len(c.lengths) * c.kv_heads)
+    ns = work.splits(len(c.lengths) * c.kv_heads, width_of(c, work))
     some = min(ns, -(-want.end // SPAN))  # others have nothing to do
     token = torch.arange(want.n)
     far = (token >= want.begin) & (token < want.end)
@@ -243,14 +249,16 @@ def test_a_row_of_a_prompt_is_read_whole_and_not_counted():
 def test_any_number_of_programs_shares_a_row(ns):
     """Also more of them than the row has spans."""
     batch = Batch(Case(lengths=(1100, 300), kv_heads=1, group=2, dtype=BF16)).write()
-    check(batch, work_of(batch, ns))
+    work = work_of(batch, ns)
+    check(batch, work)
+    assert work.splits(2, width_of(batch.case, work)) == ns  # once it is compiled, too
 
 
 def test_most_limits_the_programs():
     batch = Batch(Case(lengths=(600,), kv_heads=1))
     work = work_of(batch, 4)
     work.tuning = Tuning(most=3)
-    assert work.splits(1) == 3
+    assert work.splits(1, width_of(batch.case, work)) == 3
     check(batch.write(), work)
 
 
@@ -407,14 +415,15 @@ def test_the_kernels_and_pytorch_agree():
 
 def test_programs_are_as_many_as_run_at_once():
     """Where the kernel has to be compiled with more registers than it was asked for first, fewer."""
-    work = replace(work_of(Batch(CASES[0])), sms=10, programs=120, found={})
-    assert work.splits(4) == 30
-    work.found["a"] = {"num_warps": 1, "maxnreg": 168}
-    assert work.splits(4) == 30  # 12 of an SM
-    work.found["b"] = {"num_warps": 1, "maxnreg": 200}
-    assert work.splits(4) == 25
-    work.found["c"] = {"num_warps": 2, "maxnreg": 255}
-    assert work.splits(4) == 10 and work.splits(1000) == 1
+    work = replace(work_of(Batch(CASES[0])), sms=10, programs={8: 120, 16: 80}, found={8: {}, 16: {}})
+    assert work.splits(4, 8) == 30 and work.splits(4, 16) == 20
+    work.found[8]["a"] = {"num_warps": 1, "maxnreg": 168}
+    assert work.splits(4, 8) == 30  # 12 of an SM
+    work.found[8]["b"] = {"num_warps": 1, "maxnreg": 200}
+    assert work.splits(4, 8) == 25
+    work.found[8]["c"] = {"num_warps": 2, "maxnreg": 255}
+    assert work.splits(4, 8) == 10 and work.splits(1000, 8) == 1
+    assert work.splits(4, 16) == 20  # whatever other widths need
 
 
 @pytest.mark.parametrize(

@@ -412,3 +412,17 @@ def test_what_mac_does_not_compute_is_exact(models, monkeypatch, rule, changes, 
     with set_current_vllm_config(vllm_config):
         impl = cpu.MacCPUImpl(8, 32, 32**-0.5, 2, kv_cache_dtype="auto", **given)
     assert impl.mac.exact == reason
+
+
+@pytest.mark.parametrize(
+    "layers_served, padded", [([True], True), ([False], False), ([False, True], True), ([True, False], True)]
+)
+def test_pages_have_room_where_a_layer_may_use_it(monkeypatch, layers_served, padded):
+    """Models all of whose layers are exact, as those with attention sinks, keep their whole cache."""
+    config = resolve({}, {})
+    monkeypatch.setattr(index_pages, "_served", None), monkeypatch.setattr(index_pages, "_last", None)
+    index_pages.note(config, True, True)  # of an engine before
+    for i, served in enumerate(layers_served):
+        index_pages.note(config, served, i == 0)
+    spec = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    assert (index_pages.with_index(spec).page_size_padded is not None) == padded

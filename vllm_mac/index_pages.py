@@ -10,12 +10,16 @@ from vllm_mac.key_index import PageLayout, directions
 from vllm_mac.layers import HEAD_SIZES, configuration
 
 _last: MacConfig | None = None  # of the engine that this process runs
+_served: bool | None = None  # whether any of its layers may be MAC's; None before one is built
 
 
-def note(config: MacConfig) -> None:
-    """Remember a worker's configuration: vLLM asks for specs where it has none at hand."""
-    global _last
-    _last = config
+def note(config: MacConfig, served: bool, first: bool) -> None:
+    """Remember a worker's configuration: vLLM asks for specs where it has none at hand.
+
+    served: whether MAC may run the layer. first: whether it is the first one of its model.
+    """
+    global _last, _served
+    _last, _served = config, served if first else bool(_served) or served
 
 
 def indexing() -> MacConfig | None:
@@ -26,10 +30,13 @@ def indexing() -> MacConfig | None:
 
 
 def with_index(spec):
-    """The spec of a layer's KV cache, with room for the index where the configuration asks for one."""
+    """The spec of a layer's KV cache, with room for the index where the configuration asks for one and a layer may use it.
+
+    Pages of all layers are of one size, also of those that are exact.
+    """
     config = indexing()
     plain = type(spec) is FullAttentionSpec and spec.page_size_padded is None and spec.head_size == spec.head_size_v
-    if config is None or not plain or spec.head_size not in HEAD_SIZES:
+    if config is None or _served is False or not plain or spec.head_size not in HEAD_SIZES:
         return spec
     size = config.index_size or directions(spec.head_size)
     layout = PageLayout(spec.num_kv_heads, spec.head_size, spec.block_size, size, spec.dtype.itemsize)

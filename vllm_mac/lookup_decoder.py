@@ -104,7 +104,8 @@ class LookupDecoder:
         query = torch.zeros(g.max_rows, g.heads, g.head_size, dtype=g.dtype, device=device)
         table = torch.zeros(g.max_rows, 1, dtype=torch.int32, device=device)
         counts = {1 << i for i in range(g.max_rows.bit_length())}  # each has another number of programs
-        for n, several in product(sorted(counts | {g.max_rows}), {False, g.at_once > 1}):
+        # The first launch of each kind settles how many programs the others have.
+        for n, several in product((1, *sorted(counts | {g.max_rows})), {False, g.at_once > 1}):
             self.decode(layer, self.rows(table[:n], several), query[:n], kv, torch.empty_like(query[:n]))
         key_index.best_maps(
             key_index.Moments.of(query[:1], page[:, : g.kv_heads * g.head_size].view(g.kv_heads, 1, -1))

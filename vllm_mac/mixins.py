@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm_mac import capabilities
 from vllm_mac.capabilities import ATTENTION_TYPES, BACKEND, IMPL, KV_CACHE_DTYPES, pinning, refusals
 from vllm_mac.index_pages import indexing, note, with_index
-from vllm_mac.layers import MacLayer, configuration
+from vllm_mac.layers import MacLayer, configuration, mac_layers
 from vllm_mac.requests import follow
 
 
@@ -101,6 +101,7 @@ class MacImpl:
         self.supports_quant_query_input = False
         vllm_config = get_current_vllm_config()
         follow(vllm_config)
+        first = not mac_layers(vllm_config)
         self.mac = MacLayer(
             vllm_config,
             num_heads,
@@ -116,7 +117,7 @@ class MacImpl:
             },
         )
 
-        note(self.mac.settings)
+        note(self.mac.settings, self.mac.exact is None, first)
 
     def _unprepared(self) -> RuntimeError:
         """What `forward` raises for a layer that MAC runs, in a batch whose metadata has no step for it: otherwise

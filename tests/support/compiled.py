@@ -45,10 +45,11 @@ SHAPES = [
 ]
 # Of 40 rows: with 5 a ring is read by one program and the band by four, with 40 the band by one too.
 SIZES = (5, 40)
-# Few heads with wide maps, and the widest index there is.
-WIDE = [
+# Few heads with wide maps, the widest index there is, and small heads.
+MORE = [
     ({"rows": 1, "heads": 16, "kv_heads": 8, "d": 256, "dtype": torch.bfloat16}, None),
     ({"rows": 1, "heads": 32, "kv_heads": 8, "d": 128, "dtype": torch.bfloat16}, 128),
+    ({"rows": 64, "heads": 14, "kv_heads": 2, "d": 64, "dtype": torch.bfloat16}, None),
 ]
 # The longest window, whose page numbers a program holds all at once, where there is least shared memory.
 LONG = SHAPES[0] | {"rows": 1, "heads": 16, "kv_heads": 1, "window": 65536, "rings": 1}
@@ -146,7 +147,7 @@ def main(arch: int, sass: bool) -> None:
                 for fp8 in (False, True)[: 1 + (arch >= 89)]:  # see `capabilities.FLOAT8_FROM`
                     look_up(arch, shape, page, fp8)
         if arch == 90:
-            for shape, size in WIDE:
+            for shape, size in MORE:
                 look_up(arch, shape, 64, False, size)
     # All shapes where the kernels were measured; elsewhere the one whose threads need most registers.
     for shape in SHAPES if arch == 90 else [LONG if arch == 89 else SHAPES[0]]:
@@ -170,8 +171,8 @@ def look_up(arch: int, shape: dict, page: int, fp8: bool, size: int | None = Non
     geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5, at_once, fp8)
     decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), size, torch.device("cpu"))
     work, sms = decoder._work, GPUS[arch][1]
-    work.programs, work.weighers, work.pdl = work.programs * sms, work.weighers * sms, arch >= 90  # of one SM here
-    work.sms = sms
+    work.sms, work.weighers, work.pdl = sms, work.weighers * sms, arch >= 90  # of one SM here
+    work.programs = {width: programs * sms for width, programs in work.programs.items()}
     scales = Scales(torch.ones(()), torch.ones(())) if fp8 else None
     maps = Maps.allocate(kv_heads, d, decoder.layout.directions, dtype, "cpu", scales)
     decoder.warm_up(IndexState(maps, torch.zeros(len(Count), dtype=torch.int64)))

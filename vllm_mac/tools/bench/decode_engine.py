@@ -103,6 +103,11 @@ def main(spec: dict, send) -> None:
         try:
             if spec["sharpen"]:
                 facts["sharpened_layers"] = min(llm.collective_rpc("bench_sharpen", args=(context, spec["seed"])))
+                if not facts["sharpened_layers"]:
+                    logging.getLogger(__name__).warning(
+                        "The weights are vLLM's own dummies: their projections are packed or quantised. All tokens weigh "
+                        "alike, so MAC reads all of them or none"
+                    )
             result = facts | _shape(spec, llm, tokenizer, batch, context, facts["max_model_len"], sent, stage)
         except EngineDeadError:
             raise  # the log has the reason

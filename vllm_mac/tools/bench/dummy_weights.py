@@ -10,6 +10,8 @@ from torch import nn
 
 from vllm_mac.tools.bench.synthetic_index import LAST_SPREAD, sharpness
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @torch.inference_mode()
 def sharpen(model: nn.Module, context: int, seed: int) -> int:
@@ -17,23 +19,25 @@ def sharpen(model: nn.Module, context: int, seed: int) -> int:
 
     Logits and keys are spread as `synthetic_index` has them: in each head logits are normal, with the deviation of
     `sharpness` at `context` tokens. The two dimensions that RoPE rotates together are alike. Other weights stay as they
-    are: they are small, so each layer sees the embedding of its token.
+    are: they are small, so each layer sees the embedding of its token. Projections that vLLM has packed, as it does on CPUs, or
+    quantised stay too.
     """
     found = 0
     for i, (name, module) in enumerate(model.named_modules()):
         kind, weight = name.rpartition(".")[2], getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor):
             continue
-        draw = torch.Generator(weight.device).manual_seed(
-            (seed << 20) + i
-        )  # one of its own, or modules would correlate
+        # Each module has numbers of its own, or they would correlate.
+        draw = torch.Generator(weight.device).manual_seed((seed << 20) + i)
         if kind == "embed_tokens":
             weight.normal_(generator=draw)
         elif "norm" in kind:
             weight.fill_(1.0)
-        elif kind == "qkv_proj" and weight.dim() == 2:
-            found += 1
+        elif kind == "qkv_proj":
             size, queries, keys = module.head_size, module.num_heads, module.num_kv_heads  # of this rank
+            if weight.dim() < 2 or weight.dtype not in DTYPES or len(weight) != (queries + 2 * keys) * size:
+                continue
+            found += 1
             half = torch.linspace(1, LAST_SPREAD, size // 2, device=weight.device)
             spread = torch.cat((half, half)) * weight.shape[1] ** -0.5  # of a row, to spread its products so
             to_query, to_key, _ = weight.split([queries * size, keys * size, keys * size])
