@@ -30,10 +30,8 @@ from vllm_mac.key_index import Maps, PageLayout
 from vllm_mac.lookup import SPAN, TILE
 from vllm_mac.state import IndexRule, Rows
 
-LEAST_MERGED, MERGED = (
-    32,
-    2048,
-)  # numbers of an output that a program of one warp merges, at least, and of all its results
+# Numbers of an output that a program merges, at least, and those of all results that a warp holds.
+LEAST_MERGED, MERGED = 32, 2048
 UNIT = tl.constexpr(16)  # elements; slots are listed as places in the cache in such units
 
 
