@@ -131,7 +131,7 @@ def kernel(
 @app.command()
 def decode(
     model: Annotated[
-        str, typer.Option(help="A model's folder or name, or shape:llama-3.1-8b for that shape with dummy weights.")
+        str, typer.Option(help="A model's folder or name, or shape:llama-3.1-8b for that shape with random weights.")
     ],
     context: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each request.")] = None,
     batch: Annotated[
