@@ -144,11 +144,9 @@ class LookupWork:
     def options(cls, width: int, size: int, itemsize: int, directions: int) -> list[dict]:
         """How to launch `look_kernel`, for `launch.launch`: with more registers, then with more warps, where some would spill."""
         warps, least = cls.warps(width, size), cls.registers(width, size, itemsize, directions)
-        ways = [(warps, most) for most in (168, 200, 255) if least <= most <= _most_registers(warps)] or [
-            (warps, least)
-        ]
+        ways = [(warps, some) for some in sorted({least, 200, 255}) if least <= some <= _most_registers(warps)]
         more = min(2 * warps, 32)  # no program has more
-        return [{"num_warps": n, "maxnreg": most} for n, most in (*ways, (more, _most_registers(more)))]
+        return [{"num_warps": n, "maxnreg": some} for n, some in (*ways, (more, _most_registers(more)))]
 
     def splits(self, pairs: int, width: int) -> int:
         """Programs of `look_kernel` for each of so many (row, KV head) pairs: all run at once, as it was compiled."""

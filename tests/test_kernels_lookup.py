@@ -441,6 +441,4 @@ def test_every_way_to_launch_fits_an_sm(width, size, itemsize):
     """Whatever the group, as that of one KV head for all queries."""
     ways = LookupWork.options(width, size, itemsize, 64)
     ways.append(LookupWork.weigher_options(width, size, 64))
-    assert all(
-        32 * way["num_warps"] * way["maxnreg"] <= 65536 and way["num_warps"] <= 32 for way in ways[:1] + ways[-1:]
-    )
+    assert all(32 * way["num_warps"] * way["maxnreg"] <= 65536 and way["num_warps"] <= 32 for way in ways)

@@ -385,6 +385,14 @@ def test_no_index_lies_where_other_layers_have_their_keys(load, other, refused):
     assert made("match")[0].served and not any(layer.served for layer in made("index", (0, 1)))
 
 
+def config_of(model, rule: str):
+    """vLLM's configuration of an engine with MAC."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"attention_backend": "MAC", "additional_config": {"mac": {"rule": rule}}, "skip_tokenizer_init": True}
+    return EngineArgs(model=str(model), max_model_len=512, **options).create_engine_config()
+
+
 @pytest.mark.parametrize("rule", ["index", "match"])
 @pytest.mark.parametrize(
     "changes, reason",
@@ -400,12 +408,10 @@ def test_no_index_lies_where_other_layers_have_their_keys(load, other, refused):
 )
 def test_what_mac_does_not_compute_is_exact(models, monkeypatch, rule, changes, reason):
     from vllm.config import ParallelConfig, set_current_vllm_config
-    from vllm.engine.arg_utils import EngineArgs
 
     from vllm_mac import cpu
 
-    options = {"attention_backend": "MAC", "additional_config": {"mac": {"rule": rule}}, "skip_tokenizer_init": True}
-    vllm_config = EngineArgs(model=str(models("llama")), max_model_len=512, **options).create_engine_config()
+    vllm_config = config_of(models("llama"), rule)
     if changes.get("dbo"):  # whose kernels are not there
         monkeypatch.setattr(ParallelConfig, "use_ubatching", True)
     given = {"alibi_slopes": None, "sliding_window": None} | {key: x for key, x in changes.items() if key != "dbo"}
@@ -415,14 +421,21 @@ def test_what_mac_does_not_compute_is_exact(models, monkeypatch, rule, changes, 
 
 
 @pytest.mark.parametrize(
-    "layers_served, padded", [([True], True), ([False], False), ([False, True], True), ([True, False], True)]
+    "exact, padded", [([False], True), ([True], False), ([True, False], True), ([False, True], True)]
 )
-def test_pages_have_room_where_a_layer_may_use_it(monkeypatch, layers_served, padded):
+def test_pages_have_room_where_a_layer_may_use_it(models, monkeypatch, exact, padded):
     """Models all of whose layers are exact, as those with attention sinks, keep their whole cache."""
-    config = resolve({}, {})
-    monkeypatch.setattr(index_pages, "_served", None), monkeypatch.setattr(index_pages, "_last", None)
-    index_pages.note(config, True, True)  # of an engine before
-    for i, served in enumerate(layers_served):
-        index_pages.note(config, served, i == 0)
-    spec = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-    assert (index_pages.with_index(spec).page_size_padded is not None) == padded
+    from vllm.config import set_current_vllm_config
+
+    from vllm_mac import cpu
+
+    monkeypatch.setattr(index_pages, "_served", not padded), monkeypatch.setattr(index_pages, "_last", None)
+    vllm_config = config_of(models("llama"), "index")
+    context = vllm_config.compilation_config.static_forward_context
+    with set_current_vllm_config(vllm_config):
+        for i, soft in enumerate(exact):
+            impl = cpu.MacCPUImpl(8, 32, 32**-0.5, 2, None, None, "auto", logits_soft_cap=30.0 if soft else None)
+            assert (impl.mac.exact is not None) == soft
+            context[f"layer {i}"] = SimpleNamespace(impl=impl)
+        spec = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+        assert (index_pages.with_index(spec).page_size_padded is not None) == padded

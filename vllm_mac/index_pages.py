@@ -10,16 +10,14 @@ from vllm_mac.key_index import PageLayout, directions
 from vllm_mac.layers import HEAD_SIZES, configuration
 
 _last: MacConfig | None = None  # of the engine that this process runs
-_served: bool | None = None  # whether any of its layers may be MAC's; None before one is built
+_served = True  # whether MAC may run any of its layers, as far as they are built
 
 
-def note(config: MacConfig, served: bool, first: bool) -> None:
-    """Remember a worker's configuration: vLLM asks for specs where it has none at hand.
-
-    served: whether MAC may run the layer. first: whether it is the first one of its model.
-    """
+def note(config: MacConfig, served: bool) -> None:
+    """Remember a worker's configuration: vLLM asks for specs where it has none at hand. served: whether MAC may run any of the
+    layers that are built."""
     global _last, _served
-    _last, _served = config, served if first else bool(_served) or served
+    _last, _served = config, served
 
 
 def indexing() -> MacConfig | None:
@@ -36,7 +34,7 @@ def with_index(spec):
     """
     config = indexing()
     plain = type(spec) is FullAttentionSpec and spec.page_size_padded is None and spec.head_size == spec.head_size_v
-    if config is None or _served is False or not plain or spec.head_size not in HEAD_SIZES:
+    if config is None or not _served or not plain or spec.head_size not in HEAD_SIZES:
         return spec
     size = config.index_size or directions(spec.head_size)
     layout = PageLayout(spec.num_kv_heads, spec.head_size, spec.block_size, size, spec.dtype.itemsize)

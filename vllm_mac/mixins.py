@@ -101,7 +101,6 @@ class MacImpl:
         self.supports_quant_query_input = False
         vllm_config = get_current_vllm_config()
         follow(vllm_config)
-        first = not mac_layers(vllm_config)
         self.mac = MacLayer(
             vllm_config,
             num_heads,
@@ -117,7 +116,8 @@ class MacImpl:
             },
         )
 
-        note(self.mac.settings, self.mac.exact is None, first)
+        layers = (*mac_layers(vllm_config), self.mac)
+        note(self.mac.settings, any(layer.exact is None for layer in layers))
 
     def _unprepared(self) -> RuntimeError:
         """What `forward` raises for a layer that MAC runs, in a batch whose metadata has no step for it: otherwise

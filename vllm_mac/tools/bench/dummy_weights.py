@@ -3,8 +3,6 @@
 vLLM's own dummy weights are so small that every token weighs alike. `rule: index` would then read all of them or none.
 """
 
-from statistics import fmean
-
 import torch
 from torch import nn
 
@@ -38,10 +36,10 @@ def sharpen(model: nn.Module, context: int, seed: int) -> int:
             if weight.dim() < 2 or weight.dtype not in DTYPES or len(weight) != (queries + 2 * keys) * size:
                 continue
             found += 1
-            half = torch.linspace(1, LAST_SPREAD, size // 2, device=weight.device)
-            spread = torch.cat((half, half)) * weight.shape[1] ** -0.5  # of a row, to spread its products so
+            spread = torch.linspace(1, LAST_SPREAD, size // 2, device=weight.device).repeat(2)
             to_query, to_key, _ = weight.split([queries * size, keys * size, keys * size])
-            deviation = sharpness(queries // keys, context) / fmean(half.square().tolist()) ** 0.5
-            to_query.normal_(std=deviation * weight.shape[1] ** -0.5, generator=draw)
-            to_key.normal_(generator=draw).unflatten(0, (keys, size)).mul_(spread[:, None].to(weight.dtype))
+            unit = weight.shape[1] ** -0.5  # of a row, by which its products have a deviation of 1
+            deviation = sharpness(queries // keys, context) / float(spread.square().mean().sqrt())
+            to_query.normal_(std=deviation * unit, generator=draw)
+            to_key.normal_(std=unit, generator=draw).unflatten(0, (keys, size)).mul_(spread[:, None].to(weight.dtype))
     return found

@@ -86,8 +86,8 @@ def _by_index(model: Examined, context: int, batch: int, bandwidth: float) -> Es
         read = min(context, max(READ * context, config.band + config.sink))
         least = config.min_step_mib * 2**20 / (batch * context)
         with_mac = [layer for layer in model.layers if layer.state == "MAC" and layer.kv_bytes >= least]
-        one_row = exact - sum(layer.kv_bytes * (context - read) for layer in with_mac)
-        chosen = read * sum(layer.kv_bytes for layer in with_mac)
+        looked_up = sum(layer.kv_bytes for layer in with_mac)
+        one_row, chosen = exact - looked_up * (context - read), looked_up * read
         index = context * sum(layer.index_bytes for layer in with_mac)
     weights = model.weight_bytes(batch)
     exact_kv, mac_kv, indexed = batch * exact, batch * one_row, batch * index
