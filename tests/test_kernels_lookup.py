@@ -57,6 +57,7 @@ def work_of(batch: Batch, ns: int | None = None, **tuning) -> LookupWork:
     if ns:
         work.weighers = work.sms = pairs * ns  # so many fit, however they are compiled
         work.programs = dict.fromkeys(work.programs, pairs * ns)
+        assert all(work.splits(pairs, width) == ns for width in work.programs)
         assert work.weigh_splits(pairs) == min(ns, work.tuning.most_weighers)
     for name in ("lse2", "scale", "part", "part_acc", "rest"):
         getattr(work, name).fill_(math.nan)
