@@ -72,12 +72,15 @@ def case(monkeypatch, request):
             is_prefilling=torch.tensor([False, False, True])[:rows],
         )  # fmt: skip
 
+    group = kv_group.Group([], SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={})), "cpu")
+    layer.cache, layer.config, layer.group = numbers(kv), MacConfig(min_context=128, band=64), group
+    group.layers, group.decoder = [layer], decoder
     builder = object.__new__(cuda.MacCUDAMetadataBuilder)
     vars(builder).update(
-        decoder=decoder, config=MacConfig(min_context=128, band=64), all_served=True, most=1, served=[layer],
+        decoder=decoder, config=layer.config, all_served=True, most=1, served=[layer],
         _planned=MagicMock(), _least=0, _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
         cache_config=MagicMock(), q_data_type_prefill=torch.float32, q_data_type_decode=torch.float32,
-        group=MagicMock(decoder=decoder),
+        group=group,
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(
             static_forward_context={"layer": SimpleNamespace(kv_cache=kv)},
         )),
@@ -127,10 +130,18 @@ def test_maps_are_learned_from_a_prefilled_row_and_rows_are_looked_up(case):
     assert (step.learning.begin, step.learning.end, step.learning.length) == (2, CHUNK + 2, 400)
     out = torch.full_like(case.query[: CHUNK + 2], torch.nan)
     case.impl.forward(None, case.query[: CHUNK + 2], None, None, case.kv, metadata, out)
-    assert (out[2:] == 7).all() and case.index.maps.ready.item() == 1 and case.decoder.lessons == Lessons(1, 400, 400)
+    assert (out[2:] == 7).all() and case.decoder.lessons == Lessons(1, 400, 400)
     # With FP8 weights are float16, so off by 2^-11 of themselves at most; values reach 12.
     off = 12 * 2**-11 if case.index.maps.scales else 1e-4
+    # Until the next step everything is read.
+    assert not case.index.maps.ready and case.index.counts[Count.NO_MAPS] == HEADS
     torch.testing.assert_close(out[:2], decoded(case), rtol=1e-4, atol=off)
+    metadata = case.builder._build(case.common(False), False, capture=False)
+    assert case.index.maps.ready.item() == 1
+    case.index.counts.zero_()
+    out = out[:2].fill_(torch.nan)
+    case.impl.forward(None, case.query[:2], None, None, case.kv, metadata, out)
+    torch.testing.assert_close(out, decoded(case), rtol=1e-4, atol=off)
     whole = case.index.counts[Count.REQUEST].item()
     assert whole == HEADS and case.index.counts[Count.HIT] == HEADS and case.index.counts[Count.SKIPPED] > 0
     kv = numbers(case.kv)
@@ -139,10 +150,10 @@ def test_maps_are_learned_from_a_prefilled_row_and_rows_are_looked_up(case):
     want, _ = encode(*kv[page].chunk(2, -1), case.index.maps)
     torch.testing.assert_close(codes[page], want, rtol=0, atol=0)
     # As the second text it is learned from, and makes no maps. After many texts it teaches nothing new.
-    made = case.index.maps.to_key.clone()
-    metadata = case.builder._build(case.common(True), False, capture=False)
-    case.impl.forward(None, case.query[: CHUNK + 2], None, None, case.kv, metadata, out)
+    made, moments = case.index.maps.to_key.clone(), case.index.maps.moments.mean.clone()
+    teach(case)
     assert case.decoder.lessons == Lessons(2, 800, 400) and torch.equal(case.index.maps.to_key, made)
+    torch.testing.assert_close(case.index.maps.moments.mean, moments)  # the text is the same
     case.decoder.lessons = Lessons(FEW, 800, 400)
     assert case.builder._build(case.common(True), False, capture=False).step.learning is None
 
@@ -158,9 +169,6 @@ def test_rows_are_read_whole_before_maps_are_learned(case):
 
 def test_rows_that_began_are_indexed_before_the_next_step(case):
     """A KV connector may have written their pages; one may be captured, or a dummy batch run, between the two steps."""
-    group = kv_group.Group([], case.builder.vllm_config, "cpu")
-    case.impl.mac.cache, case.impl.mac.config = case.kv, case.builder.config
-    group.layers, group.decoder, case.builder.group = [case.impl.mac], case.decoder, group
     case.decoder.lessons = Lessons(FEW, 500, 500)  # so that this batch teaches nothing, which would index all pages
     case.index.maps.to_key.normal_(), case.index.maps.shift.normal_()
     codes, means = case.decoder.layout.views(case.kv)
@@ -194,6 +202,7 @@ def teach(case) -> None:
     metadata = case.builder._build(case.common(True), False, capture=False)
     tokens = case.query[: CHUNK + 2]
     case.impl.forward(None, tokens, None, None, case.kv, metadata, torch.empty_like(tokens))
+    case.builder._build(case.common(False), False, capture=False)  # the next step
     case.index.counts.zero_()
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu
 NEW, HEADS, LAYERS = 24, 8, 2
 EXACT = {"mac": CONFIG | {"tolerance": 0.0}}
 OPTIONS = {"prefix_caching": True, "chunk": 1024}
-TEACHER = Add(0, "teacher", text("teacher", 700), 1)
+TEACHER = Add(0, "teacher", text("teacher", 700), 2)
 SHARED = text("shared", 200)
 PROMPTS = {
     "a": SHARED + text("a", 150), "b": SHARED + text("b", 61), "c": text("c", 333), "d": text("d", 190),

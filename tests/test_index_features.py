@@ -142,7 +142,7 @@ def test_features_are_exact_at_tolerance_nought(model, adapter, exact, runner):
         # Other weights have other keys, so the next long prompt teaches the maps anew.
         rest(llm)
         group, maps = layers(llm)[0].group, layers(llm)[0].index.maps
-        before, same = maps.to_key.clone(), [Add(0, "same", text("same", group.lessons.longest), 1)]
+        before, same = maps.to_key.clone(), [Add(0, "same", text("same", group.lessons.longest), 2)]
         harness.run_schedule(llm, same)
         assert torch.equal(maps.to_key, before)
         llm.collective_rpc("reload_weights")

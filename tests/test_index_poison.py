@@ -21,7 +21,7 @@ from vllm_mac.counters import Count
 from vllm_mac.kernels.encode import encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork
-from vllm_mac.key_index import Lessons, Maps, Moments
+from vllm_mac.key_index import Lessons, Maps, Moments, learn
 
 pytestmark = pytest.mark.cpu
 NEW, BAD = 24, 1
@@ -75,10 +75,11 @@ def test_maps_are_not_made_of_such_numbers(part, number, ready):
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(80, 4, 32, generator=draw), torch.randn(2, 50, 32, generator=draw)
     maps = Maps.allocate(2, 32, 32, torch.float16, "cpu")
-    assert not ready or maps.set(Moments.of(query, key))
+    assert not ready or learn([maps], [Moments.of(query, key)], making=True) == [True]
     before = {name: tensor.clone() for name, tensor in maps.own().items()}
     (query[3, 1] if part == "query" else key[1, 7])[5] = number
-    assert not maps.set(Moments.of(query, key))
+    for making in (False, True):
+        assert learn([maps], [Moments.of(query, key)], making) == [False]
     for name, kept in before.items():
         assert torch.equal(maps.own()[name], kept), name
 
@@ -88,8 +89,9 @@ def test_maps_that_their_dtype_cannot_hold_are_not_made():
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(80, 4, 32, generator=draw), torch.randn(2, 50, 32, generator=draw)
     maps = Maps.allocate(2, 32, 32, torch.float16, "cpu")
-    assert not maps.set(Moments.of(query, key * 1e-8)) and not maps.ready.any() and not maps.to_key.any()
-    assert maps.set(Moments.of(query, key))
+    assert learn([maps], [Moments.of(query, key * 1e-8)], making=True) == [False]
+    assert not any(tensor.any() for tensor in maps.own().values())
+    assert learn([maps], [Moments.of(query, key)], making=True) == [True]
 
 
 # Engines
@@ -150,7 +152,7 @@ def llm(model):
 @pytest.fixture(scope="module")
 def alone(llm):
     """By tolerance, what the other requests say where no broken one is among them."""
-    harness.run_schedule(llm, [Add(0, "teacher", text("teacher", 700), 1)])
+    harness.run_schedule(llm, [Add(0, "teacher", text("teacher", 700), 2)])
     rest(llm)
     said = {}
     for tolerance in (1.0, 0.0):
@@ -197,7 +199,7 @@ def test_a_broken_prompt_teaches_no_maps(model, monkeypatch, part):
             harness.run_schedule(llm, events("bad"))
         assert all(torch.equal(last.index.maps.own()[name], kept) for name, kept in before.items())
         assert group.lessons.longest == len(PROMPTS["a"]) and len(PROMPTS["bad"]) > 1.25 * len(PROMPTS["a"])
-        harness.run_schedule(llm, [Add(0, "next", text("next", len(PROMPTS["bad"])), 1)])
+        harness.run_schedule(llm, [Add(0, "next", text("next", len(PROMPTS["bad"])), 2)])
         assert group.lessons.longest == len(PROMPTS["bad"]) and not torch.equal(
             last.index.maps.to_key, before["to_key"]
         )

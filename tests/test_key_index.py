@@ -16,6 +16,7 @@ from vllm_mac.key_index import (
     directions,
     encode,
     estimate,
+    learn,
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -98,7 +99,7 @@ def test_an_fp8_cache_is_indexed_by_its_keys():
     scales = Scales(torch.tensor(0.25), torch.tensor(3.0))
     maps = Maps.allocate(2, 32, 16, FP32, "cpu", scales)
     plain = maps_of(moments(2, 32), 16)
-    maps.set(moments(2, 32))
+    assert learn([maps], [moments(2, 32)], making=True) == [True]
     codes, mean = encode(held, held, maps)
     want, _ = encode(held.float() * 0.25, held, plain)
     assert torch.equal(codes, want) and torch.equal(mean, held.float().mean(1))
@@ -163,15 +164,15 @@ def test_maps_of_full_rank_lose_nothing():
 def maps_of(found: Moments, n: int, dtype=FP32) -> Maps:
     maps = Maps.allocate(*found.second.shape[:2], n, dtype, "cpu")
     assert not maps.ready.any()
-    maps.set(found)
+    assert learn([maps], [found], making=True) == [True]
     return maps
 
 
-def test_set_writes_in_place():
+def test_learn_writes_in_place():
     """Captured graphs and vLLM's sleep know the tensors by their addresses."""
     maps = Maps.allocate(2, 32, 16, BF16, "cpu")
     before = [tensor.data_ptr() for tensor in maps.own().values()]
-    maps.set(moments(2, 32))
+    learn([maps], [moments(2, 32)], making=True)
     assert [tensor.data_ptr() for tensor in maps.own().values()] == before
     assert maps.ready.tolist() == [1] and maps.ready.dtype == torch.int32
     assert maps.to_key.dtype == maps.to_query.dtype == BF16 and maps.shift.dtype == maps.mean.dtype == FP32
@@ -250,22 +251,47 @@ def test_estimates_of_all_directions_are_off_by_half_steps_at_most():
 # Learning
 
 
-def test_learn_samples_the_row():
-    """Of the row's keys every 16th; of the queries the last 512 and every 16th: as if moments were given."""
+def test_layers_that_learn_together_learn_as_each_alone(monkeypatch):
+    """Also where their maps are made a few at a time, and one of them cannot have any."""
+    found = [moments(2, 32, seed) for seed in range(5)]
+    found[3].spread[1, 0, 0] = math.inf
+    alone = [Maps.allocate(2, 32, 16, BF16, "cpu") for _ in found]
+    together = [Maps.allocate(2, 32, 16, BF16, "cpu") for _ in found]
+    monkeypatch.setattr(key_index, "AT_ONCE", 2 * 2 * 32 * 32 + 1)
+    for making in (False, True):
+        said = learn(together, found, making)
+        assert said == [learn([maps], [one], making)[0] for maps, one in zip(alone, found, strict=True)]
+        assert said == [True, True, True, False, True]
+        assert [int(maps.ready) for maps in together] == [making and one for one in said]
+        for maps, same in zip(together, alone, strict=True):
+            assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
+    assert not any(tensor.any() for tensor in together[3].own().values())
+
+
+@pytest.mark.gpu
+def test_maps_made_on_a_gpu_lose_as_much_as_those_made_on_a_cpu():
+    """Their eigenvectors are found by several threads."""
+    found, threads = moments(19, 64), torch.get_num_threads()
+    there = Moments(*(tensor.cuda() for tensor in found.tensors()))
+    lost = [captured(found, *(x.cpu()[..., :48] for x in best_maps(one))) for one in (found, there)]
+    torch.testing.assert_close(lost[1], lost[0], rtol=1e-3, atol=0)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("length, every", [(133, 1), (512, 1), (2048, 4), (9000, 16)])
+def test_a_row_is_sampled(length, every):
+    """Of its keys every 16th, of a short one 512; of the queries the last 512 and every 16th: as if moments were given."""
     draw = torch.Generator().manual_seed(4)
-    kv = torch.full((9, 2, 32, 128), math.nan)
-    blocks = torch.tensor([7, 2, 4, 1, 0], dtype=torch.int32)
-    length = 4 * 32 + 5
+    blocks = torch.randperm(length // 32 + 3, generator=draw)[: length // 32 + 1].int()
+    kv = torch.full((length // 32 + 3, 2, 32, 128), math.nan)
     key = torch.randn(2, length, 64, generator=draw)
     for t in range(length):
         kv[blocks[t // 32], :, t % 32, :64] = key[:, t]
     query = torch.randn(100, 6, 64, generator=draw)
-    maps, same = (Maps.allocate(2, 64, 48, FP32, "cpu") for _ in range(2))
-    key_index.learn(maps, query, kv, blocks, length, Lessons())
-    sampled = torch.cat((query, query[::16]))
-    same.moments.put(Moments.of(sampled, key[:, ::16]))
-    assert same.set(same.moments)
-    assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
+    maps = Maps.allocate(2, 64, 48, FP32, "cpu")
+    found = key_index.joined(maps, query, kv, blocks, length, Lessons())
+    want = Moments.of(torch.cat((query, query[::16])), key[:, ::every])
+    assert all(torch.equal(one, same) for one, same in zip(found.tensors(), want.tensors(), strict=True))
     assert len(key_index.sampled_queries(torch.zeros(1000, 1, 1))) == 512 + 63
 
 
@@ -276,9 +302,9 @@ def test_maps_of_an_fp8_cache_are_learned_from_its_keys():
     query, blocks = torch.randn(80, 4, 32, generator=draw), torch.tensor([3, 1, 0])
     maps = Maps.allocate(2, 32, 32, FP32, "cpu", Scales(torch.tensor(0.125), torch.tensor(9.0)))
     same = Maps.allocate(2, 32, 32, FP32, "cpu")
-    assert key_index.learn(maps, query, kv, blocks, 48, Lessons())
-    assert key_index.learn(same, query, torch.cat([kv.float()[..., :32] * 0.125] * 2, -1), blocks, 48, Lessons())
-    assert all(torch.equal(tensor, same.own()[name]) for name, tensor in maps.own().items())
+    found = key_index.joined(maps, query, kv, blocks, 48, Lessons())
+    want = key_index.joined(same, query, torch.cat([kv.float()[..., :32] * 0.125] * 2, -1), blocks, 48, Lessons())
+    assert all(torch.equal(one, same) for one, same in zip(found.tensors(), want.tensors(), strict=True))
 
 
 def test_moments_are_of_each_kv_head():
@@ -331,11 +357,14 @@ def test_texts_that_teach(lessons, length, worth, makes, after):
 
 
 def taught(texts: list[tuple], kv: torch.Tensor, table: torch.Tensor) -> tuple[Maps, list]:
-    """Maps learned from `texts`, each its queries and its length, whose pages are rows of `table`; what `learn` said."""
+    """Maps learned from `texts`, each its queries and its length, whose pages are rows of `table`. Of each whether it made
+    maps, None where nothing was learned."""
     maps, lessons, said = Maps.allocate(2, 32, 32, torch.float16, "cpu"), Lessons(), []
     for (query, length), blocks in zip(texts, table, strict=True):
-        said.append(key_index.learn(maps, query, kv, blocks, length, lessons))
-        lessons = lessons.after(length) if said[-1] is not None else lessons
+        making, found = lessons.makes(length), key_index.joined(maps, query, kv, blocks, length, lessons)
+        (learned,) = learn([maps], [found], making)
+        said.append(making if learned else None)
+        lessons = lessons.after(length) if learned else lessons
     return maps, said
 
 
@@ -347,7 +376,7 @@ def test_texts_count_by_their_tokens_and_maps_are_made_when_they_are_due():
     assert said == [True, False, False]
     one, _ = taught([(query[0], 48)], kv, table[:1])
     assert torch.equal(maps.to_key, one.to_key)
-    key = torch.cat([kv[row].transpose(0, 1).flatten(1, 2)[:, :48:16, :32] for row in table[:3]], 1)
+    key = torch.cat([kv[row].transpose(0, 1).flatten(1, 2)[:, :48, :32] for row in table[:3]], 1)
     assert torch.allclose(maps.moments.mean[:, 0], key.mean(1), atol=1e-5)
     maps, said = taught([(x, 48) for x in query[:4]], kv, table[:4])
     assert said[-1] is True and not torch.equal(maps.to_key, one.to_key)

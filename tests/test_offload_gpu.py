@@ -59,7 +59,7 @@ def test_what_native_offload_loads_is_indexed(byte_model, monkeypatch, unpinned,
         harness.run_schedule(llm, events())
         settle(llm)
         # The GPU's prefix cache is empty now, and its pages get the index of other keys.
-        harness.run_schedule(llm, [Add(0, "teacher", text("teacher", 3000), 1)])
+        harness.run_schedule(llm, [Add(0, "teacher", text("teacher", 3000), 2)])
         settle(llm)
         before = counts(llm)
         run = harness.run_schedule(llm, events())

@@ -118,9 +118,8 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
         for row in step.chunks:
             tokens = slice(row.begin, row.end)
             output[tokens] = cpu_lookup.prefill(row.chunk, query[tokens], kv_cache, self.scale)
-        learning = step.learning
-        if learning is not None and not cpu_lookup.learn(index, learning, query, kv_cache, layout):
-            self.mac.group.learned_nothing(learning)
+        if step.learning is not None:
+            step.learning.add(self.mac.name, index.maps, query, kv_cache)
         if len(step.token):
             rule = index_rule(self.mac)
             output[step.token] = cpu_lookup.decode(index, step.rows, query[step.token], kv_cache, layout, rule)

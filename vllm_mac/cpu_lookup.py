@@ -6,28 +6,18 @@ Knows `lookup` and plain values, not vLLM. `lookup_decoder` is the same on GPUs.
 import torch
 from torch import Tensor
 
-from vllm_mac import key_index, lookup, paged
+from vllm_mac import lookup, paged
 from vllm_mac.counters import OPTED_OUT, Count
 from vllm_mac.key_index import PageLayout
-from vllm_mac.state import Chunk, IndexRule, IndexState, Learning, Rows
+from vllm_mac.state import Chunk, IndexRule, IndexState, Rows
 
 
-def write(layer: IndexState, slots: Tensor, kv: Tensor, layout: PageLayout) -> None:
-    """Index the pages of which `slots` `[n]` holds the last slot, after keys and values were written."""
+def write(layer: IndexState, slots: Tensor | None, kv: Tensor, layout: PageLayout) -> None:
+    """Index the pages of which `slots` `[n]` holds the last slot, after keys and values were written; without slots all."""
+    if slots is None:
+        return lookup.write_pages(kv, torch.arange(len(kv)), layout, layer.maps)
     last = slots[(slots >= 0) & (slots % layout.page == layout.page - 1)]
     lookup.write_pages(kv, last // layout.page, layout, layer.maps)
-
-
-def learn(layer: IndexState, learning: Learning, query: Tensor, kv: Tensor, layout: PageLayout) -> bool:
-    """Learn from a row; where that makes maps, index all pages anew. False where its numbers are not finite.
-
-    query: `[N, H, D]` of the whole batch.
-    """
-    own = query[learning.begin : learning.end]
-    made = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length, learning.before)
-    if made:
-        lookup.write_pages(kv, torch.arange(len(kv)), layout, layer.maps)
-    return made is not None
 
 
 def prefill(chunk: Chunk, query: Tensor, kv: Tensor, scale: float) -> Tensor:

@@ -266,12 +266,15 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         if self._least and common.seq_lens_cpu_upper_bound is not None:
             ring = self._worth(ring, common.seq_lens_cpu_upper_bound.numpy()[:decodes])
         self._write("ring", ring)
+        write = lambda layer, slots, cache: decoder.write(layer.index, slots, cache)
+        if self.group.learning is not None:
+            self.group.make_maps(write)
         if self.group.begun is not None or rings.begun.any():
-            write = lambda layer, slots, cache: decoder.write(layer.index, slots, cache)
             self.group.index_begun(rings.begun, *host_lengths(common), common.block_table_tensor, write)
         if common.max_query_len < LEAST_QUERIES:
             return None
         learning, decoder.lessons = of_batch(common, decodes, decoder.lessons, self.config.min_context)
+        self.group.learning = learning
         return learning
 
     def _worth(self, ring: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -390,9 +393,9 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         if attn_metadata.num_prefills:
             super().forward(layer, query[tokens:], key, value, kv_cache, step.rest, output[tokens:])
         if isinstance(step, LookupStep):
-            learning, kv = step.learning, numbers(kv_cache)
-            if learning is not None and not step.decoder.learn(self.mac.index, learning, query, kv):
-                self.mac.group.learned_nothing(learning)
+            kv = numbers(kv_cache)
+            if step.learning is not None:
+                step.learning.add(self.mac.name, self.mac.index.maps, query, kv)
             if decodes:
                 step.decoder.decode(self.mac.index, step.rows, query, kv, output)
             return output

@@ -12,6 +12,9 @@ The maps are the best of their rank for `q . k`. With the queries' second moment
 Moments are of several texts: maps of one are good for texts like it, and coarse for others.
 """
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +23,8 @@ from torch import Tensor
 LEVELS, HALF_LEVEL = 16, 7.5  # of a code of 4 bits
 REACH = 2.8  # standard deviations of a direction that its codes reach to each side: the least error of a Gaussian
 LEAST_QUERIES, GROWTH, FEW, EVERY = 64, 1.25, 16, 16  # see `Lessons`
-SAMPLE, LAST = 16, 512  # every 16th key and query is sampled, and of the queries the last 512
+SAMPLE, LAST = 16, 512  # every 16th key and query is sampled, of short texts 512 keys, and of queries the last 512
+AT_ONCE, CORES = 1 << 20, 8  # numbers of one moment that maps are made of at once; threads that solve for them
 FP8 = torch.float8_e4m3fn
 
 
@@ -101,7 +105,7 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class Maps:
-    """What turns keys into codes and queries into what codes are multiplied with. Written in place by `set`.
+    """What turns keys into codes and queries into what codes are multiplied with. Written in place by `learn`.
 
     to_key, to_query: `[K, D, N]` in the model's dtype; the code is `floor(to_key^T k - shift)`, from 0 to 15.
     shift: `[K, N]` float32. mean: `[K, D]` float32, the mean key.
@@ -133,7 +137,7 @@ class Maps:
         )  # fmt: skip
 
     def own(self) -> dict[str, Tensor]:
-        """By name, the tensors that `set` and `learn` write."""
+        """By name, the tensors that `learn` writes."""
         made = {name: getattr(self, name) for name in ("to_key", "to_query", "shift", "mean", "ready")}
         return made | {f"moments_{name}": getattr(self.moments, name) for name in Moments.__slots__}
 
@@ -144,26 +148,6 @@ class Maps:
     def values(self, held: Tensor) -> Tensor:
         """Values, float32, of what a cache holds, or of their mean."""
         return held.float() if self.scales is None else held.float() * self.scales.value
-
-    def set(self, moments: "Moments") -> bool:
-        """Make the maps of these moments. Where not all numbers are finite, leave them as they were: False."""
-        if not moments.finite():
-            return False
-        n, size = self.shift.shape[1], self.mean.shape[1]
-        key, query = best_maps(moments)
-        key, query = key[..., :n], query[..., :n]
-        deviation = (key * (moments.spread @ key)).sum(1, keepdim=True).clamp(min=0).sqrt()
-        # The floor keeps what half-precision dtypes hold; directions below it change no logit.
-        step = deviation.clamp(min=1e-4 * deviation.amax(-1, keepdim=True).clamp(min=1e-6)) * (REACH / HALF_LEVEL)
-        dtype, mean = self.to_key.dtype, moments.mean.view(-1, size)
-        to_key, to_query = (key / step).to(dtype), (query * step).to(dtype)
-        shift = (mean[:, None] @ to_key.float())[:, 0] - HALF_LEVEL - 0.5  # of the map as it is rounded
-        if not _finite(to_key, to_query, shift):
-            return False
-        for kept, made in ((self.to_key, to_key), (self.to_query, to_query), (self.shift, shift), (self.mean, mean)):
-            kept.copy_(made)
-        self.ready.fill_(1)
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,28 +182,48 @@ class Moments:
         spread = self.spread.lerp(other.spread, weight) + weight * (1 - weight) * between.transpose(1, 2) @ between
         return Moments(self.second.lerp(other.second, weight), spread, self.mean.lerp(other.mean, weight))
 
-    def finite(self) -> bool:
-        """Whether all numbers are."""
-        return _finite(self.second, self.spread, self.mean)
-
-    def put(self, other: "Moments") -> None:
-        """Be as `other`, in place."""
-        self.second.copy_(other.second), self.spread.copy_(other.spread), self.mean.copy_(other.mean)
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All of them."""
+        return self.second, self.spread, self.mean
 
 
-def _finite(*tensors: Tensor) -> bool:
-    return bool(torch.stack([x.isfinite().all() for x in tensors]).all())
+def _finite(*tensors: Tensor) -> Tensor:
+    """`[K]` bool, whether all numbers of each head are finite; tensors `[K, ...]`."""
+    return torch.stack([x.isfinite().flatten(1).all(1) for x in tensors]).all(0)
 
 
 def best_maps(moments: Moments) -> tuple[Tensor, Tensor]:
-    """Maps `[K, D, D]` of keys and of queries, leading directions first: see the module's docstring."""
+    """Maps `[K, D, D]` of keys and of queries, leading directions first: see the module's docstring.
+
+    NaN for heads of which there are none, as their numbers are not finite or too large.
+    """
     size = moments.second.shape[1]
     eye = torch.eye(size, device=moments.second.device)
     scale = moments.second.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None].clamp(min=1e-12)
-    lower = torch.linalg.cholesky(moments.second + 1e-4 * scale * eye)
+    lower, failed = torch.linalg.cholesky_ex(moments.second + 1e-4 * scale * eye)
     form = lower.transpose(1, 2) @ moments.spread @ lower
-    basis = torch.linalg.eigh(form)[1].flip(2)
+    found = (_finite(form) & (failed == 0))[:, None, None]
+    basis = torch.where(found, _eigenvectors(torch.where(found, form, eye)), torch.nan).flip(2)
     return lower @ basis, torch.linalg.solve_triangular(lower.transpose(1, 2), basis, upper=True)
+
+
+def _eigenvectors(form: Tensor) -> Tensor:
+    """Eigenvectors `[n, D, D]` of symmetric matrices, by rising eigenvalues.
+
+    A GPU solves one after the other, and the host waits: 1.4 ms each on an H200, of 128 rows. A core takes 1.1 ms, and
+    there are several.
+    """
+    if not form.is_cuda:
+        return torch.linalg.eigh(form)[1]
+    threads, before = min(len(form), CORES, os.cpu_count() or 1), torch.get_num_threads()
+    parts = form.cpu().tensor_split(threads)
+    torch.set_num_threads(1)  # of each of the threads that begin now
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            solved = list(pool.map(lambda part: torch.linalg.eigh(part)[1], parts))
+    finally:
+        torch.set_num_threads(before)
+    return torch.cat(solved).to(form.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,23 +264,56 @@ class Lessons:
         return replace(self, passed=self.passed + 1)
 
 
-def learn(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int, before: Lessons) -> bool | None:
-    """Learn from a row of `length` tokens. Returns whether maps were made, and None where that cannot be: its numbers are not
-    finite, or the model's dtype cannot hold its maps. Then nothing is learned.
+def joined(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int, before: Lessons) -> Moments:
+    """The moments of what a layer has learned and of a row of `length` tokens. Does not wait for the device.
 
     query: `[n, H, D]`, of the row's last tokens, after RoPE. before: what was learned until now.
 
     kv: `[blocks, K, P, 2 D]`. blocks: the row's block table.
     """
-    token = torch.arange(0, length, SAMPLE, device=kv.device)
+    token = torch.arange(0, length, min(max(length // LAST, 1), SAMPLE), device=kv.device)
     page = blocks[token // kv.shape[2]].long()
     key = kv[page, :, token % kv.shape[2], : kv.shape[3] // 2].transpose(0, 1)
     own = Moments.of(sampled_queries(query), maps.keys(key))
-    moments, made = maps.moments.joined(own, length / (before.tokens + length)), before.makes(length)
-    if not (maps.set(moments) if made else moments.finite()):
-        return None
-    maps.moments.put(moments)
-    return made
+    return maps.moments.joined(own, length / (before.tokens + length))
+
+
+def learn(layers: Sequence[Maps], moments: Sequence[Moments], making: bool) -> list[bool]:
+    """Have layers of one shape learn, and make their maps where `making`. Waits for the device.
+
+    moments: of each layer, `joined` with those of a row. Returns False for layers that learn nothing, and whose maps stay
+    as they were: the numbers are not finite, or the model's dtype cannot hold the maps.
+    """
+    if not layers:
+        return []
+    heads, size, n = layers[0].to_key.shape
+    at_once, learned = max(AT_ONCE // (heads * size * size), 1), []
+    for i in range(0, len(layers), at_once):
+        some, theirs = layers[i : i + at_once], moments[i : i + at_once]
+        together = Moments(*(torch.cat(parts) for parts in zip(*(one.tensors() for one in theirs), strict=True)))
+        made = _made(together, n, some[0].to_key.dtype) if making else ()
+        good = _finite(*together.tensors(), *made).view(-1, heads).all(1).tolist()
+        for j, maps in enumerate(some):
+            if good[j]:
+                own = slice(j * heads, (j + 1) * heads)
+                kept = (maps.to_key, maps.to_query, maps.shift, maps.mean) if making else ()
+                for mine, new in zip((*maps.moments.tensors(), *kept), (*together.tensors(), *made), strict=True):
+                    mine.copy_(new[own])
+                if making:
+                    maps.ready.fill_(1)
+        learned += good
+    return learned
+
+
+def _made(moments: Moments, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`to_key`, `to_query`, `shift` and `mean` of `Maps` with `n` directions."""
+    key, query = (x[..., :n] for x in best_maps(moments))
+    deviation = (key * (moments.spread @ key)).sum(1, keepdim=True).clamp(min=0).sqrt()
+    # The floor keeps what half-precision dtypes hold; directions below it change no logit.
+    step = deviation.clamp(min=1e-4 * deviation.amax(-1, keepdim=True).clamp(min=1e-6)) * (REACH / HALF_LEVEL)
+    to_key, to_query, mean = (key / step).to(dtype), (query * step).to(dtype), moments.mean[:, 0]
+    shift = (mean[:, None] @ to_key.float())[:, 0] - HALF_LEVEL - 0.5  # of the map as it is rounded
+    return to_key, to_query, shift, mean
 
 
 def sampled_queries(query: Tensor) -> Tensor:

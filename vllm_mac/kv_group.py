@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_mac import cpu_lookup
 from vllm_mac.audit import Audit
-from vllm_mac.key_index import Lessons, PageLayout
+from vllm_mac.key_index import Lessons, PageLayout, learn
 from vllm_mac.layers import MacLayer, mac_layers
 from vllm_mac.learning import choose, warn_of_none
 from vllm_mac.publisher import publish
@@ -23,6 +23,9 @@ from vllm_mac.ring import RingTable
 from vllm_mac.state import Chunk, Learning, Rows
 
 logger = init_logger("vllm.mac")
+
+# `(layer, slots, cache)`: indexes the pages of a layer's cache of which `slots` `[n]` int64 are the last; None: all pages.
+Write = Callable[[MacLayer, Tensor | None, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Group:
             layer.group = self
         self.decoder = None  # on GPUs, what decodes for these layers
         self.lessons = Lessons()  # on CPUs, what maps of the index were learned from
+        self.learning: Learning | None = None  # of the step before
         self.begun: Tensor | None = None  # slots that `index_begun` noted in the step before
         self._device = device
         self._table: RingTable | None = None
@@ -83,14 +87,29 @@ class Group:
         """Have maps of the index be learned anew, from the next long row on; `layer` has other weights. Of a group's
         layers the first one counts."""
         if layer is next(one for one in self.layers if one.index is not None):
+            self.learning = None
             self._holder.lessons = Lessons(longest=self._holder.lessons.longest)
 
-    def learned_nothing(self, learning: Learning) -> None:
-        """A layer could learn nothing of that row (`key_index.learn`), and another row does for it."""
-        self._holder.lessons = learning.before
-        logger.warning_once(
-            "MAC learns nothing from a prompt whose queries or keys are not finite numbers, or too large or small"
-        )
+    def make_maps(self, write: Write) -> None:
+        """Have the layers learn what the step before noted. Where maps are made of it, all their pages are indexed anew.
+
+        Between steps, so that the layers of one need not wait for the device, each for its own.
+        """
+        learning, self.learning = self.learning, None
+        if learning is None:
+            return
+        layers = [layer for layer in self.layers if layer.name in learning.moments]
+        making = learning.before.makes(learning.length)
+        moments = [learning.moments[layer.name] for layer in layers]
+        learned = learn([layer.index.maps for layer in layers], moments, making)
+        for layer, one in zip(layers, learned, strict=True):
+            if one and making:
+                write(layer, None, layer.cache)
+        if not all(learned):  # another row does
+            self._holder.lessons = learning.before
+            logger.warning_once(
+                "MAC learns nothing from a prompt whose queries or keys are not finite numbers, or too large or small"
+            )
 
     @property
     def _holder(self) -> Any:
@@ -98,9 +117,8 @@ class Group:
         return self if self.decoder is None else self.decoder
 
     def index_begun(
-        self, begun: np.ndarray, begin: np.ndarray, length: np.ndarray, block_table: Tensor,
-        write: Callable[[MacLayer, Tensor, Tensor], None],
-    ) -> None:  # fmt: skip
+        self, begun: np.ndarray, begin: np.ndarray, length: np.ndarray, block_table: Tensor, write: Write
+    ) -> None:
         """Index the pages of rows that began in the step before, and note those of rows that begin in this one.
 
         A KV connector may have written them, so they may have no index, or one of other maps. While a step is planned
@@ -108,7 +126,6 @@ class Group:
         the first attention. So such a row is read whole in its first step, and indexed before the second.
 
         begun: `[B]` bool, see `RowRings`. begin, length: as `learning.choose` takes them. block_table: `[B, *]`.
-        write: indexes the pages of a layer's cache of which slots `[n]` int64 are the last: `(layer, slots, cache)`.
         """
         layers = [layer for layer in self.layers if layer.index is not None]
         if self.begun is not None:
@@ -159,10 +176,12 @@ class Group:
         if self.table is not None:
             first = self.table.assign(start, length, ring.long(), fresh, prefilling, skips)
         elif executing():
+            self.make_maps(_write)
             self.index_begun(rings.begun, begin.numpy(), length.numpy(), block_table, _write)
             many = (count > 1).numpy() & ~rings.verifies
             least = index.config.min_context
             learning, self.lessons = choose(begin.numpy(), length.numpy(), many, block_table, self.lessons, least)
+            self.learning = learning
         ring = torch.where(skips, -1, ring.long())
         row = decodes.nonzero()[:, 0]
         chunks = [
@@ -197,5 +216,5 @@ class Group:
             self.windowed[window] += int(np.minimum(length, window).sum(dtype=np.int64))
 
 
-def _write(layer: MacLayer, slots: Tensor, cache: Tensor) -> None:
+def _write(layer: MacLayer, slots: Tensor | None, cache: Tensor) -> None:
     cpu_lookup.write(layer.index, slots, cache, PageLayout.of(cache, layer.index.maps))

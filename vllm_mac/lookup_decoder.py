@@ -15,7 +15,7 @@ from vllm_mac.kernels.encode import append, encode
 from vllm_mac.kernels.lookup import look_up
 from vllm_mac.kernels.lookup_work import LookupWork
 from vllm_mac.key_index import Lessons, PageLayout, directions
-from vllm_mac.state import Geometry, IndexRule, IndexState, Learning, Rows
+from vllm_mac.state import Geometry, IndexRule, IndexState, Rows
 
 KERNELS = (
     (encode_kernels, "encode_kernel"), (encode_kernels, "append_kernel"), (lookup_kernels, "weigh_kernel"),
@@ -64,8 +64,9 @@ class LookupDecoder:
         begin = self.begin[: n + 1] if several else None
         return Rows(position, self.ring[:n], position, position, block_table, begin)
 
-    def write(self, layer: IndexState, slots: Tensor, kv: Tensor) -> None:
-        """Index the pages of which `slots` `[n]` int64 holds the last slot, after keys and values were written."""
+    def write(self, layer: IndexState, slots: Tensor | None, kv: Tensor) -> None:
+        """Index the pages of which `slots` `[n]` int64 holds the last slot, after keys and values were written; without slots
+        all."""
         encode(kv, slots, self.layout, layer.maps)
 
     def append(self, layer: IndexState, key: Tensor, value: Tensor, slots: Tensor, kv: Tensor) -> None:
@@ -76,19 +77,8 @@ class LookupDecoder:
         """One layer's step. query, out: `[N, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`, with its index."""
         look_up(rows, query, kv, self.layout, layer.maps, self.rule, self._work, (out, layer.counts))
 
-    def learn(self, layer: IndexState, learning: Learning, query: Tensor, kv: Tensor) -> bool:
-        """Learn from a row; where that makes maps, index all pages anew. False where its numbers are not finite.
-
-        query: `[N, H, D]` of the whole batch.
-        """
-        own = query[learning.begin : learning.end]
-        made = key_index.learn(layer.maps, own, kv, learning.blocks, learning.length, learning.before)
-        if made:
-            encode(kv, None, self.layout, layer.maps)
-        return made is not None
-
     def warm_up(self, layer: IndexState) -> None:
-        """Compile the kernels of all steps, and set up the solver that `learn` needs; once."""
+        """Compile the kernels of all steps, and set up the solvers that `key_index.learn` needs; once."""
         if self.warm:
             return
         self.warm = True
@@ -99,7 +89,7 @@ class LookupDecoder:
         self.write(layer, slots, kv)
         token = torch.zeros(1, g.kv_heads, g.head_size, dtype=g.dtype, device=device)
         self.append(layer, token, token, slots, kv)
-        encode(kv, None, layout, layer.maps)
+        self.write(layer, None, kv)
         self.position.fill_(-1)
         query = torch.zeros(g.max_rows, g.heads, g.head_size, dtype=g.dtype, device=device)
         table = torch.zeros(g.max_rows, 1, dtype=torch.int32, device=device)

@@ -6,13 +6,13 @@
 Letters: `B` rows of a batch, `T` tokens, `H` query heads, `K` KV heads, `D` head size, `R` rings, `W` window.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
-from vllm_mac.key_index import FP8, Lessons, Maps
+from vllm_mac.key_index import FP8, Lessons, Maps, Moments, joined
 from vllm_mac.rope import Rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -174,7 +174,7 @@ class IndexState:
 class Learning:
     """The row that the maps are learned from: its tokens `[begin, end)` of the batch, the last of `length`.
 
-    blocks: `[*]` int32, its block table. before: what was learned until now.
+    blocks: `[*]` int32, its block table. before: what was learned until now. moments: by layer, what it is to learn.
     """
 
     begin: int
@@ -182,6 +182,12 @@ class Learning:
     length: int
     blocks: Tensor
     before: Lessons
+    moments: dict[str, Moments] = field(default_factory=dict)
+
+    def add(self, name: str, maps: Maps, query: Tensor, kv: Tensor) -> None:
+        """Note what a layer is to learn. query: `[N, H, D]` of the whole batch. kv: as `key_index.joined` takes it."""
+        own = query[self.begin : self.end]
+        self.moments[name] = joined(maps, own, kv, self.blocks, self.length, self.before)
 
 
 @dataclass(frozen=True, slots=True)

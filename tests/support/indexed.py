@@ -9,7 +9,7 @@ from torch import Tensor
 from support.devices import DEVICE
 from vllm_mac import lookup
 from vllm_mac.counters import OPTED_OUT
-from vllm_mac.key_index import FP8, Maps, Moments, PageLayout, Scales, directions
+from vllm_mac.key_index import FP8, Maps, Moments, PageLayout, Scales, directions, learn
 from vllm_mac.state import Geometry, IndexRule, Rows
 
 
@@ -74,7 +74,7 @@ class Batch:
         self.query = (torch.randn(sum(counts), heads, c.d, generator=draw) * c.sharp).to(c.dtype).to(DEVICE)
         self.maps = Maps.allocate(c.kv_heads, c.d, self.layout.directions, c.dtype, DEVICE, scales_of(c))
         if c.ready:
-            self.maps.set(Moments.of(self.query, torch.cat(keys, 1).to(DEVICE)))
+            assert learn([self.maps], [Moments.of(self.query, torch.cat(keys, 1).to(DEVICE))], making=True) == [True]
         self.table = table.to(DEVICE)
         self.position = torch.tensor(
             [n - max(count, 1) for n, count in zip(c.lengths, counts, strict=True)], dtype=torch.int32, device=DEVICE

@@ -130,7 +130,8 @@ def make_index_step(shape: Shape, config: MacConfig, pool: Tensor, layers: int, 
         kv = kv.unflatten(1, shape.cache_shape[1:]).transpose(1, 2)
         kv[..., : shape.head_size].mul_(spread.to(shape.dtype))
         maps = Maps.allocate(shape.kv_heads, shape.head_size, shape.directions, shape.dtype, device)
-        key_index.learn(maps, queries(key_index.LAST), kv, table[0], shape.context, key_index.Lessons())
+        moments = key_index.joined(maps, queries(key_index.LAST), kv, table[0], shape.context, key_index.Lessons())
+        key_index.learn([maps], [moments], making=True)
         encode(kv, None, layout, maps)
         caches.append((kv, maps))
     made = []
