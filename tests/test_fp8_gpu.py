@@ -10,12 +10,12 @@ import torch
 
 from support import engine as harness
 from support.engine import Add
-from support.index_engine import cached_pages, counts, layers
+from support.index_engine import check_pages, counts, layers
 from support.indexed import Batch, Case
 from support.scenarios import text
 from vllm_mac import lookup
-from vllm_mac.kernels.encode import append, encode
-from vllm_mac.key_index import PageLayout, numbers
+from vllm_mac.kernels.encode import append
+from vllm_mac.key_index import numbers
 from vllm_mac.layers import index_rule
 
 pytestmark = pytest.mark.gpu
@@ -102,15 +102,7 @@ def test_every_step_is_the_rule_s(byte_model, dtype):
         eps = torch.finfo(getattr(torch, dtype)).eps
         print(f"\n{dtype}: {len(worst)} steps of layers, at most {max(worst):.2e} off")
         assert max(worst) <= 2 * (2**-11 + eps / 2)
-        pages = cached_pages(llm)
-        assert len(pages) > 50
-        for layer in layers(llm):
-            assert index_rule(layer).tolerance == 0
-            layout = PageLayout.of(layer.cache, layer.index.maps)
-            codes, means = layout.views(layer.cache)
-            found = codes[pages].clone(), means[pages].clone()
-            encode(layer.cache, None, layout, layer.index.maps)
-            assert torch.equal(found[0], codes[pages]) and torch.equal(found[1], means[pages]), layer.name
+        assert all(index_rule(layer).tolerance == 0 for layer in layers(llm)) and check_pages(llm) > 50
     with engine(byte_model, "MAC", False, dtype) as llm:
         graphs = harness.run_schedule(llm, events())
         assert graphs.tokens == run.tokens

@@ -6,6 +6,7 @@ import torch
 
 from support.engine import worker
 from vllm_mac.counters import Count
+from vllm_mac.kernels import encode as encode_kernels
 from vllm_mac.key_index import FEW, PageLayout, encode
 from vllm_mac.layers import MacLayer, mac_layers
 
@@ -54,10 +55,15 @@ def check_pages(llm) -> int:
     Returns how many there are.
     """
     pages = cached_pages(llm)
-    context = worker(llm).vllm_config.compilation_config.static_forward_context
     for layer in layers(llm):
-        kv, maps = context[layer.name].kv_cache, layer.index.maps
-        codes, means = PageLayout.of(kv, maps).views(kv)
+        kv, maps = layer.cache, layer.index.maps
+        layout = PageLayout.of(kv, maps)
+        codes, means = layout.views(kv)
+        if kv.is_cuda:  # rounded as the kernel rounds
+            found = codes[pages].clone(), means[pages].clone()
+            encode_kernels.encode(kv, None, layout, maps)
+            assert torch.equal(found[0], codes[pages]) and torch.equal(found[1], means[pages]), layer.name
+            continue
         for one in pages:
             code, mean = encode(*kv[one].chunk(2, -1), maps)
             assert torch.equal(codes[one], code), f"{layer.name}: codes of page {one}"
