@@ -211,18 +211,20 @@ def _eigenvectors(form: Tensor) -> Tensor:
     """Eigenvectors `[n, D, D]` of symmetric matrices, by rising eigenvalues.
 
     A GPU solves one after the other, and the host waits: 1.4 ms each on an H200, of 128 rows. A core takes 1.1 ms, and
-    there are several.
+    there are several. Each solves with one thread, as vLLM sets it: several on one such matrix take longer.
     """
     if not form.is_cuda:
         return torch.linalg.eigh(form)[1]
     threads, before = min(len(form), CORES, os.cpu_count() or 1), torch.get_num_threads()
     parts = form.cpu().tensor_split(threads)
-    torch.set_num_threads(1)  # of each of the threads that begin now
+    if before > 1:  # the user's OMP_NUM_THREADS
+        torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
             solved = list(pool.map(lambda part: torch.linalg.eigh(part)[1], parts))
     finally:
-        torch.set_num_threads(before)
+        if before > 1:
+            torch.set_num_threads(before)
     return torch.cat(solved).to(form.device)
 
 
