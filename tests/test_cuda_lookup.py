@@ -54,7 +54,7 @@ def case(monkeypatch, request):
         torch.zeros(len(Count), dtype=torch.int64),
     )
     kv = kv.view(torch.uint8) if scales else kv
-    layer = SimpleNamespace(name="layer", state=None, index=index, served=True)
+    layer = SimpleNamespace(name="layer", state=None, index=index, served=True, rows=lambda kv: kv)
     rings, begun = np.array([-1, OPTED_OUT, -1], dtype=np.int32), np.zeros(3, bool)
 
     def common(mixed: bool, counts: tuple = (1, 1, CHUNK)) -> CommonAttentionMetadata:

@@ -201,7 +201,6 @@ def test_the_room_for_an_index_is_an_engine_s(models, family, options):
             "ring_memory_gib: received 0.0001, which holds no ring",
         ),
         ("llama", {"index_size": 48}, {}, "index_size: received 48, more than the head size 32"),
-        ("lfm2", {}, {}, "set rule: match, as in --additional-config"),
     ],
 )
 def test_what_an_engine_would_refuse(models, family, mac, options, reason):

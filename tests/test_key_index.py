@@ -92,6 +92,38 @@ def test_means_of_an_fp8_cache_are_float16(kv_heads, size, page, n):
     assert layout.padded_bytes - 128 < layout.kv_bytes + layout.index_bytes <= layout.padded_bytes
 
 
+@pytest.mark.parametrize("head_major", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16, key_index.FP8])
+@pytest.mark.parametrize(
+    "size, n, page, several", [(32, 32, 32, 1), (64, 48, 16, 3), (128, 64, 64, 9), (256, 128, 64, 2)]
+)
+def test_rows_with_room_are_pages_and_their_index(size, n, page, several, dtype, head_major):
+    """Of hybrid models: nothing of a page lies in another, and codes and means lie behind keys and values."""
+    width, heads, blocks = key_index.content_bytes(size, n, dtype.itemsize, 16) // dtype.itemsize, 2, 3
+    shape = (blocks, heads, page * several, width) if head_major else (blocks, page * several, heads, width)
+    raw = torch.zeros(shape).to(dtype)
+    kv = key_index.rows(raw if head_major else raw.transpose(1, 2), size, page)
+    assert kv.shape == (blocks * several, heads, page, 2 * size)
+    layout = PageLayout(heads, size, page, n, dtype.itemsize)
+    codes, means = layout.views(kv)
+    for one in (1, len(kv) - 1):
+        raw.view(torch.uint8).zero_()
+        kv.view(torch.uint8)[one] = 1
+        codes[one], means.view(torch.uint8)[one] = 2, 3
+        page_bytes = raw.view(torch.uint8).flatten().view(blocks * several, -1)
+        assert [int((page_bytes[one] == x).sum()) for x in (1, 2, 3)] == [
+            layout.kv_bytes, layout.code_bytes, layout.index_bytes - layout.code_bytes
+        ]  # fmt: skip
+        assert not page_bytes[torch.arange(len(kv)) != one].any()
+    plain = torch.zeros(blocks, heads, page, 2 * size).to(dtype)
+    assert key_index.rows(plain, size) is plain
+
+
+def test_blocks_that_are_no_pages_are_refused():
+    with pytest.raises(ValueError, match=r"^kv: blocks of 100 tokens, .* are no pages of 64$"):
+        key_index.rows(torch.zeros(2, 2, 100, 280), 128, 64)
+
+
 def test_an_fp8_cache_is_indexed_by_its_keys():
     """Codes are of keys, scaled; means are of what the cache holds, and so are scaled when they are read."""
     draw = torch.Generator().manual_seed(7)

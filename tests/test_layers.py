@@ -30,13 +30,13 @@ def load(monkeypatch):
 
     after: the layers of a model that has been loaded, which this one drafts for. backend: by name, the one that
     `speculative_config` chooses for the draft model. holders: the modules that hold them. media: whether
-    the model takes images. sequences: `max_num_seqs`. speculated: tokens that a step verifies. specs: the KV caches of some, or their kinds, by the layer's index.
+    the model takes images. hybrid: whether it has states in KV blocks. sequences: `max_num_seqs`. speculated: tokens that a step verifies. specs: the KV caches of some, or their kinds, by the layer's index.
     """
     monkeypatch.setattr(layers, "find_rotary", lambda *_: Rotary(None))
 
     def load(
         count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None,
-        holders=None, media=False, specs={}, speculated=0, kv_cache_dtype="auto", sequences=2,
+        holders=None, media=False, specs={}, speculated=0, kv_cache_dtype="auto", sequences=2, hybrid=False,
     ) -> list[MacLayer]:  # fmt: skip
         of_rule = {} if mac.get("rule") == "index" else {"rule": "match", "window": 8}
         drafting = SimpleNamespace(
@@ -44,7 +44,9 @@ def load(monkeypatch):
         )
         vllm_config = after[0].vllm_config if after else SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={}),
-            model_config=SimpleNamespace(hf_text_config=SimpleNamespace(), max_model_len=64, supports_multimodal_inputs=media),
+            model_config=SimpleNamespace(
+                hf_text_config=SimpleNamespace(), max_model_len=64, supports_multimodal_inputs=media, is_hybrid=hybrid,
+            ),
             parallel_config=SimpleNamespace(pipeline_parallel_size=stages, use_ubatching=False),
             scheduler_config=SimpleNamespace(max_num_seqs=sequences),
             speculative_config=drafting if backend or speculated else None,
@@ -340,7 +342,7 @@ def test_pages_of_an_fp8_cache_have_room_for_means_in_float16(monkeypatch):
     spec = FullAttentionSpec(
         block_size=64, num_kv_heads=2, head_size=128, dtype=torch.uint8, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR
     )
-    found = index_pages.with_index(spec)
+    found = index_pages.with_index(spec, 16)
     plain, codes, means = 2 * 64 * 2 * 128, 2 * 64 * 64 // 2, 2 * 128 * 2
     assert found.real_page_size_bytes == plain and found.page_size_bytes == plain + codes + means
     assert (plain + codes + means) % 128 == 0
@@ -383,6 +385,16 @@ def test_no_index_lies_where_other_layers_have_their_keys(load, other, refused):
     else:
         assert made("index")[0].served
     assert made("match")[0].served and not any(layer.served for layer in made("index", (0, 1)))
+
+
+def test_states_of_hybrid_models_are_left_alone_and_windows_are_refused(load):
+    """Their blocks are told apart; those of layers that do not see everything would be of another size."""
+    made = lambda other: load(2, {"rule": "index"}, specs={0: page(), 1: other}, exact=(1,), hybrid=True)
+    assert made(STATES)[0].served
+    with pytest.raises(
+        MacConfigError, match=r"^the model is hybrid, and model.layers.1.* does not see everything: set"
+    ):
+        made(page(**WINDOW))
 
 
 def config_of(model, rule: str):
@@ -438,4 +450,4 @@ def test_pages_have_room_where_a_layer_may_use_it(models, monkeypatch, exact, pa
             assert (impl.mac.exact is not None) == soft
             context[f"layer {i}"] = SimpleNamespace(impl=impl)
         spec = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-        assert (index_pages.with_index(spec).page_size_padded is not None) == padded
+        assert (index_pages.with_index(spec, 16).page_size_padded is not None) == padded

@@ -224,7 +224,9 @@ def test_a_request_that_opted_out_takes_over_no_ring_and_lends_none():
 def test_owners_are_of_the_kv_cache_groups_that_hold_a_served_layer(monkeypatch):
     """Each with the size of its own blocks; as many batches may be in flight as a pipeline has stages."""
     config, state = SimpleNamespace(min_context=8), SimpleNamespace(store=SimpleNamespace(rings=3))
-    layer = lambda name, served: SimpleNamespace(name=name, served=served, state=state, config=config, audited=None)
+    layer = lambda name, served: SimpleNamespace(
+        name=name, served=served, state=state, index=None, config=config, audited=None
+    )
     group = lambda size, *names: SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=size), layer_names=names)
     runner = SimpleNamespace(
         vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=2), kv_transfer_config=None),

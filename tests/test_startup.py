@@ -153,7 +153,6 @@ REFUSED_INDEX = [
      f"--block-size is 96, and rule: index takes one of 32, 64, 128, 256: leave out --block-size, or {TO_MATCH}"),
     ("llama", {"index_size": 48}, {},
      "index_size: received 48, more than the head size 32; must be null or a multiple of 16 from 32 to 32: choose"),
-    ("lfm2", {}, {}, f"where rule: index writes an index: {TO_MATCH}"),
     ("llama", {}, {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "1"]},
      f"--kv-cache-dtype-skip-layers gives KV pages of two sizes, and rule: index takes one: {TO_MATCH}"),
 ]  # fmt: skip

@@ -252,6 +252,12 @@ def refused_block_size(block_size: int, platform: str, rule: str) -> str | None:
     return f"--block-size is {block_size}, and MAC takes multiples of {unit}" if block_size % unit else None
 
 
+def index_page(block_size: int, platform: str) -> int:
+    """Tokens of a page with an index, where KV blocks have so many: of hybrid models a block is several pages. platform: as
+    above."""
+    return max(size for size in INDEX_BLOCK_SIZES[platform] if block_size % size == 0)
+
+
 def _sm(capability: tuple[int, int]) -> str:
     return f"sm{capability[0]}{capability[1]}"
 

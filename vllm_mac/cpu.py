@@ -4,7 +4,7 @@ Layers that MAC runs keep their KV cache in plain rows (`[blocks, K, block, 2 D]
 not in the packed form of vLLM's CPU kernels, and read it with `cpu_decoder`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_mac import cpu_decoder, cpu_lookup
-from vllm_mac.capabilities import BUILDER, pinning
+from vllm_mac.capabilities import BUILDER, index_page, pinning
+from vllm_mac.index_pages import in_rows
 from vllm_mac.key_index import PageLayout
 from vllm_mac.kv_group import Group, Step
 from vllm_mac.layers import index_rule
@@ -46,14 +47,21 @@ class MacCPUMetadata(CPUAttentionMetadata):
 
 @pinning(BUILDER)
 class MacCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    _several = 1  # pages of a block
+
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # vLLM's runner for CPUs zeroes what is at a block's number in a cache, so vLLM must not split blocks here.
+        page = index_page(kv_cache_spec.block_size, "cpu") if in_rows() else kv_cache_spec.block_size
+        self._several = kv_cache_spec.block_size // page
+        super().__init__(kv_cache_spec.copy_with_new_block_size(page), layer_names, vllm_config, device)
         self.group = Group(layer_names, vllm_config, device)
+        for layer in self.group.layers if self._several > 1 else ():
+            layer.page = page
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> MacCPUMetadata:
-        base = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        base = super().build(common_prefix_len, self._in_pages(common_attn_metadata), fast_build)
         return MacCPUMetadata(**vars(base), step=self.group.step(common_attn_metadata, base.block_table))
 
     def build_for_drafting(
@@ -61,7 +69,14 @@ class MacCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         # Layers of a draft model are exact, and may share this builder with layers that are not: no ring may
         # count what only the draft reads.
-        return super().build(0, common_attn_metadata, fast_build=True)
+        return super().build(0, self._in_pages(common_attn_metadata), fast_build=True)
+
+    def _in_pages(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """The same with block tables of pages, of which a block is several. Slots are the same."""
+        if self._several == 1:
+            return common
+        pages = common.block_table_tensor[..., None] * self._several + torch.arange(self._several, dtype=torch.int32)
+        return replace(common, block_table_tensor=pages.flatten(1))
 
 
 class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
@@ -70,6 +85,7 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
         self.mac.load(act_dtype, torch.device("cpu"))
 
     def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        kv_cache = self.mac.rows(kv_cache)
         if not self.mac.served:
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         token = (slot_mapping >= 0).nonzero()[:, 0]
@@ -91,6 +107,7 @@ class MacCPUImpl(MacImpl, CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
+        kv_cache = self.mac.rows(kv_cache)
         if attn_metadata is None or not self.mac.served:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.flashinfer import (
     FlashInferMetadataBuilder,
 )
 
-from vllm_mac.capabilities import BUILDER, kv_cache_dtypes, pinning
+from vllm_mac.capabilities import BUILDER, index_page, kv_cache_dtypes, pinning
 from vllm_mac.compilers import explained
 from vllm_mac.counters import IN_SMALL_STEP, PREFILLED
 from vllm_mac.decoder import Decoder
@@ -355,10 +355,13 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         device = mac.vllm_config.device_config.device
         mac.load(act_dtype, torch.device(device))
         if mac.served and all(x.decoder is None for x in mac_layers(mac.vllm_config)):
-            mac.decoder = make_decoder(mac, mac.vllm_config.cache_config.block_size, torch.device(device))
+            page = mac.vllm_config.cache_config.block_size
+            page = index_page(page, "cuda") if mac.index is not None else page
+            mac.decoder = make_decoder(mac, page, torch.device(device))
             mac.keep(**mac.decoder.lasting())
 
     def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        kv_cache = self.mac.rows(kv_cache)
         index, group = self.mac.index, self.mac.group
         if index is not None and group is not None:
             batch = get_forward_context().attn_metadata
@@ -382,6 +385,7 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
+        kv_cache = self.mac.rows(kv_cache)
         if attn_metadata is None or not self.mac.served:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale

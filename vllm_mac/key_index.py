@@ -90,6 +90,31 @@ class PageLayout:
         return codes.unflatten(1, shape), means.unflatten(1, (self.kv_heads, self.head_size))
 
 
+def content_bytes(head_size: int, n: int, itemsize: int, least_page: int) -> int:
+    """Bytes of a token of a KV head, where its part of the index counts as part of it: enough for pages of `least_page` tokens or
+    more, and a multiple of 8. Pages of it are not padded, so vLLM can split blocks into pages and pads Mamba's to them."""
+    mean = -(-head_size * max(itemsize, torch.float16.itemsize) // least_page)
+    return -(-(2 * head_size * itemsize + n // 2 + mean) // 8) * 8
+
+
+def rows(kv: Tensor, head_size: int, page: int | None = None) -> Tensor:
+    """A cache as pages of plain rows `[blocks, K, P, 2 D]`, which come first in each page; what is left of it is the index's.
+
+    kv: `[blocks, K, T, 2 D]`, or wider where rows have room for the index (`content_bytes`). page: P, where blocks of T tokens are
+    several pages.
+    """
+    blocks, heads, tokens, wide = kv.shape
+    width, page = 2 * head_size, page or tokens
+    if (wide, tokens) == (width, page):
+        return kv
+    several, last = divmod(tokens, page)
+    if last or kv.stride(3) != 1 or (several > 1 and kv.stride(0) != heads * tokens * wide):
+        raise ValueError(f"kv: blocks of {tokens} tokens, {kv.stride()} apart, are no pages of {page}")
+    by_head = kv.stride(1) >= kv.stride(2)
+    strides = (page * width, width) if by_head else (width, heads * width)
+    return kv.as_strided((blocks * several, heads, page, width), (kv.stride(0) // several, *strides, 1))
+
+
 def numbers(kv: Tensor) -> Tensor:
     """A cache as numbers: vLLM has FP8 ones as bytes."""
     return kv.view(FP8) if kv.dtype == torch.uint8 else kv

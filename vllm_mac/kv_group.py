@@ -18,7 +18,7 @@ from vllm_mac.key_index import Lessons, PageLayout, learn
 from vllm_mac.layers import MacLayer, mac_layers
 from vllm_mac.learning import choose, warn_of_none
 from vllm_mac.publisher import publish
-from vllm_mac.requests import executing, row_rings
+from vllm_mac.requests import executing, held_blocks, row_rings
 from vllm_mac.ring import RingTable
 from vllm_mac.state import Chunk, Learning, Rows
 
@@ -102,14 +102,27 @@ class Group:
         making = learning.before.makes(learning.length)
         moments = [learning.moments[layer.name] for layer in layers]
         learned = learn([layer.index.maps for layer in layers], moments, making)
+        pages = self._own_pages() if making else None
         for layer, one in zip(layers, learned, strict=True):
             if one and making:
-                write(layer, None, layer.cache)
+                page = layer.cache.shape[2]
+                write(layer, None if pages is None else pages * page + page - 1, layer.cache)
         if not all(learned):  # another row does
             self._holder.lessons = learning.before
             logger.warning_once(
                 "MAC learns nothing from a prompt whose queries or keys are not finite numbers, or too large or small"
             )
+
+    def _own_pages(self) -> Tensor | None:
+        """The pages `[n]` int64 of the group's own blocks; None where no other layers keep anything in blocks."""
+        names = [layer.name for layer in self.layers if layer.index is not None]
+        found = held_blocks(names[0])
+        if found is None:
+            return None
+        blocks, count = found
+        cache = next(layer for layer in self.layers if layer.name == names[0]).cache
+        several = len(cache) // count
+        return (blocks[:, None] * several + torch.arange(several)).flatten().to(cache.device)
 
     @property
     def _holder(self) -> Any:

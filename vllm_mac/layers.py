@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm_mac import capabilities
 from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.counters import Count
-from vllm_mac.key_index import Maps, Scales, directions, numbers
+from vllm_mac.key_index import Maps, Scales, directions, numbers, rows
 from vllm_mac.ring import ring_dtypes
 from vllm_mac.ring_room import bytes_of_ring, ring_count
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
@@ -50,6 +50,7 @@ class MacLayer:
     counts: `[len(Count)]` int64 on the layer's device, see `counters.Count`.
     audited: the histograms of audited steps (`audit.histograms`); None where no step is audited.
     totals: `[n]` int64, the memory that `counts` and `audited` of all layers of the worker are views of.
+    page: tokens of a page, where MAC splits blocks itself; set by the metadata builder.
     group: the layer's KV-cache group (`kv_group.Group`); set by the metadata builder.
     decoder: the buffers that a GPU decodes with, on one layer for all that share them.
     publisher: what publishes the counters of the worker's layers; None where it cannot.
@@ -95,6 +96,7 @@ class MacLayer:
         self.audited: Tensor | None = None
         self.totals: Tensor | None = None
         self.group = None
+        self.page: int | None = None
         self.decoder = None
         self.publisher = None
 
@@ -115,7 +117,11 @@ class MacLayer:
     @property
     def cache(self) -> Tensor:
         """The layer's KV cache, `[blocks, K, block, 2 D]`."""
-        return numbers(self.attention.kv_cache)
+        return numbers(self.rows(self.attention.kv_cache))
+
+    def rows(self, kv_cache: Tensor) -> Tensor:
+        """The layer's KV cache as pages of plain rows."""
+        return rows(kv_cache, self.head_size, self.page) if kv_cache.dim() == 4 else kv_cache
 
     @property
     def fp8(self) -> bool:
@@ -195,6 +201,12 @@ def at_once(layer: MacLayer) -> int:
     tokens = 1 + (speculation.num_speculative_tokens or 0)
     columns = layer.num_heads // layer.num_kv_heads * tokens
     return tokens if not current_platform.is_cuda() or columns <= most_columns(layer.head_size) else 1
+
+
+def is_hybrid(vllm_config: VllmConfig) -> bool:
+    """Whether other layers of the model, of Mamba or convolutions, keep a state in KV blocks."""
+    model = vllm_config.model_config
+    return model is not None and model.is_hybrid
 
 
 def configuration(vllm_config: VllmConfig) -> MacConfig:
@@ -300,6 +312,16 @@ def _check_index(served: list[MacLayer], vllm_config: VllmConfig) -> None:
     if all(type(spec) is FullAttentionSpec for spec in specs.values()):
         return  # one group, in which each layer has memory of its own
     first = served[0].name
+    if is_hybrid(vllm_config):
+        # Rows of these layers alone have room for the index, and maps that are learned anew index their blocks alone.
+        others = [
+            x for x, spec in specs.items() if isinstance(spec, AttentionSpec) and type(spec) is not FullAttentionSpec
+        ]
+        if others:
+            raise MacConfigError(
+                f"the model is hybrid, and {others[0]} does not see everything: {capabilities.TO_MATCH}"
+            )
+        return
     own = _token_bytes(specs[first])
     others = [name for name, spec in specs.items() if _token_bytes(spec) != own]
     if others:

@@ -27,7 +27,7 @@ class MacSupport:
 
     @classmethod
     def customize_spec(cls, spec):
-        return with_index(super().customize_spec(spec))
+        return with_index(super().customize_spec(spec), capabilities.BLOCK_SIZES[cls._platform])
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype) -> bool:
@@ -117,7 +117,7 @@ class MacImpl:
         )
 
         layers = (*mac_layers(vllm_config), self.mac)
-        note(self.mac.settings, any(layer.exact is None for layer in layers))
+        note(vllm_config, self.mac.settings, any(layer.exact is None for layer in layers))
 
     def _unprepared(self) -> RuntimeError:
         """What `forward` raises for a layer that MAC runs, in a batch whose metadata has no step for it: otherwise

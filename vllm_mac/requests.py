@@ -16,6 +16,8 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.utils import length_from_prompt_token_ids_or_embeds
@@ -24,7 +26,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_mac.config import MacConfig
 from vllm_mac.counters import OPTED_OUT
-from vllm_mac.layers import MacLayer, mac_layers
+from vllm_mac.layers import MacLayer, is_hybrid, mac_layers
 from vllm_mac.owners import Arrival, Growth, RingOwners
 from vllm_mac.per_request import NOTHING, Ask, RequestError, read
 
@@ -51,6 +53,7 @@ class Followed:
     that asked for something. prompts: of each running request the tokens of its prompt, and those there when it began.
     begun: where a KV connector may have written pages, the requests that begin in this step, or begin again, with tokens
     that are computed already; None where there is no connector.
+    held: of hybrid models `[blocks]` int16, the KV-cache group that each block was last given to, -1 for none; else None.
     """
 
     owners: RingOwners | None
@@ -60,6 +63,7 @@ class Followed:
     asks: dict[str, Ask] = field(default_factory=dict)
     prompts: dict[str, int] = field(default_factory=dict)
     begun: set[str] | None = None
+    held: np.ndarray | None = None
 
 
 class RowRings(NamedTuple):
@@ -155,6 +159,17 @@ def prompt_lengths(rows: int) -> tuple[np.ndarray, np.ndarray]:
     return lengths[0], lengths[1]
 
 
+def held_blocks(name: str) -> tuple[Tensor, int] | None:
+    """The blocks `[n]` int64 of the KV-cache group of that layer, and how many blocks there are in all. None where no other
+    layers keep a state in blocks. A block is that group's which it was last given to, also while it is in the prefix cache."""
+    held = None if _batch is None else _followed[_batch.runner].held
+    if held is None:
+        return None
+    groups = _batch.runner.kv_cache_config.kv_cache_groups
+    own = next(i for i, group in enumerate(groups) if name in group.layer_names)
+    return torch.from_numpy(np.flatnonzero(held == own)), len(held)
+
+
 def ring_states(runner) -> dict[str, int]:
     """See `RingOwners.states`; empty before a runner's first batch and where all of its layers are exact."""
     followed = _followed.get(runner)
@@ -202,7 +217,10 @@ def _make(runner) -> Followed | None:
         owners = RingOwners(served[0].state.store.rings, served[0].config.min_context, sizes, stages)
     transfer = runner.vllm_config.kv_transfer_config
     begun = set() if transfer is not None and transfer.is_kv_transfer_instance else None
-    return Followed(owners, groups, layers[0], served[0].config, begun=begun)
+    held = None
+    if served[0].index is not None and is_hybrid(runner.vllm_config):
+        held = np.full(runner.kv_cache_config.num_blocks, -1, dtype=np.int16)
+    return Followed(owners, groups, layers[0], served[0].config, begun=begun, held=held)
 
 
 def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
@@ -225,6 +243,12 @@ def _note(followed: Followed, scheduled: SchedulerOutput) -> None:
             ask = Ask(exact=True)
         if ask != NOTHING:
             asks[x.req_id] = ask
+    if followed.held is not None:
+        given = [x.block_ids for x in scheduled.scheduled_new_reqs]
+        for each in (*given, *(blocks for blocks in going_on.new_block_ids if blocks is not None)):
+            for i, blocks in enumerate(each):
+                followed.held[list(blocks)] = i
+        followed.held[0] = -1  # vLLM gives it to no request
     if followed.begun is not None:
         computed = zip(going_on.req_ids, going_on.num_computed_tokens, strict=True)
         resumed = [(request, n) for request, n in computed if request in going_on.resumed_req_ids]

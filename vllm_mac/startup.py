@@ -133,6 +133,8 @@ def refusals(
     if config.enabled and (refused := capabilities.refused_connector(vllm_config.kv_transfer_config, config.rule)):
         yield refused
     if rule == "index":
+        if model.is_hybrid and vllm_config.kv_transfer_config is not None:
+            yield "the model is hybrid, and rule: index was not tried with a KV connector there", "start without it"
         quantised = dtype not in capabilities.KV_CACHE_DTYPES
         yield from _against_index(model, config, quantised and bool(cache.kv_cache_dtype_skip_layers))
     # Which layers the list spares, they know.
@@ -155,12 +157,6 @@ def _against_index(model, config: MacConfig, two_dtypes: bool) -> Iterator[tuple
     """
     import vllm.envs as envs
 
-    if model.is_hybrid:
-        yield (
-            "the model is hybrid: pages of its other layers are as large as those of attention, where rule: index "
-            "writes an index",
-            capabilities.TO_MATCH,
-        )
     if (layout := envs.VLLM_KV_CACHE_LAYOUT) not in (None, *capabilities.INDEX_LAYOUTS):
         choices = ", ".join(capabilities.INDEX_LAYOUTS)
         yield (

@@ -114,6 +114,17 @@ def _lfm2():
     )  # fmt: skip
 
 
+def _lfm2_deep():
+    """More such layers, with heads that GPUs run."""
+    model_class, config = _lfm2()
+    size = 2 * HIDDEN
+    kinds = ["conv", "conv", "full_attention", "conv", "conv", "full_attention"]
+    config.update({
+        "hidden_size": size, "conv_dim": size, "block_dim": size, "layer_types": kinds, "num_hidden_layers": len(kinds),
+    })  # fmt: skip
+    return model_class, config
+
+
 def _gptoss():
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -209,6 +220,7 @@ BUILDERS = {
     "gemma3": _gemma3,
     "gptoss": _gptoss,
     "lfm2": _lfm2,
+    "lfm2_deep": _lfm2_deep,
     "deepseek": _deepseek,
     "longrope": _longrope,
     "smollm3": _smollm3,
@@ -217,7 +229,7 @@ BUILDERS = {
     "bert": _bert,
 }
 NO_ROTARY = ("longrope", "smollm3", "opt", "mrope")  # at least one layer has no rotation that `rule: match` can undo
-DECODERS = [name for name in BUILDERS if name not in ("gptoss", "lfm2", "deepseek", "bert", *NO_ROTARY)]
+DECODERS = [name for name in BUILDERS if name not in ("gptoss", "lfm2", "lfm2_deep", "deepseek", "bert", *NO_ROTARY)]
 SINK = 6.0  # weighs as much as several hundred keys of an average score
 
 

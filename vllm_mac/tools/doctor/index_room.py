@@ -6,6 +6,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from vllm_mac.capabilities import index_page
 from vllm_mac.key_index import PageLayout, directions
 from vllm_mac.layers import MacLayer
 from vllm_mac.tools.doctor.model import IndexRoom
@@ -30,7 +31,8 @@ def index_room(layers: list[MacLayer], vllm_config: VllmConfig, ranks: int) -> t
         kinds.add(type(spec))
         if name in served:
             size = served[name].config.index_size or directions(spec.head_size)
-            layout = PageLayout(spec.num_kv_heads, spec.head_size, spec.block_size, size, spec.dtype.itemsize)
+            page = index_page(spec.block_size, "cuda" if current_platform.is_cuda() else "cpu")
+            layout = PageLayout(spec.num_kv_heads, spec.head_size, page, size, spec.dtype.itemsize)
             tokens[name] = layout.index_bytes / layout.page
             sizes.add(size)
     if kinds != {FullAttentionSpec}:
