@@ -9,6 +9,7 @@ from support import engine as harness
 from support.engine import Add
 from support.index_engine import CONFIG, OUTCOMES, counts, forget, layers, set_tolerance
 from support.scenarios import text
+from vllm_mac import capabilities
 from vllm_mac.key_index import PageLayout, encode
 
 NEW = 24
@@ -100,6 +101,7 @@ def test_a_hybrid_model_is_served(models, monkeypatch, runner, split):
 @pytest.mark.parametrize("split", [False, True])
 def test_a_hybrid_model_is_served_by_a_gpu(models, monkeypatch, split):
     """In full graphs. At tolerance 0 nothing is skipped; tokens are FLASHINFER's until rounding parts them."""
+    monkeypatch.setattr(capabilities, "INDEX_HYBRID_ON", ("cpu", "cuda"))
     path, config = models("lfm2_deep"), CONFIG | {"min_step_mib": 0}
     options = OPTIONS | {
         "dtype": "bfloat16", "chunk": 1024, "block_size": None, "async_scheduling": False,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_mac import compilers, startup
+from vllm_mac import capabilities, compilers, startup
 from vllm_mac.capabilities import BACKEND
 from vllm_mac.config import MacConfigError
 
@@ -156,6 +156,16 @@ REFUSED_INDEX = [
     ("llama", {}, {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "1"]},
      f"--kv-cache-dtype-skip-layers gives KV pages of two sizes, and rule: index takes one: {TO_MATCH}"),
 ]  # fmt: skip
+
+
+def test_hybrid_models_have_an_index_where_it_ran(make, monkeypatch):
+    make("lfm2", attention_backend="MAC")
+    transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    message = refused(make, "lfm2", kv_transfer_config=transfer, disable_hybrid_kv_cache_manager=False)
+    assert "the model is hybrid, and rule: index was not tried with a KV connector there: start without it" in message
+    monkeypatch.setattr(capabilities, "INDEX_HYBRID_ON", ())
+    assert f"the model is hybrid, and rule: index never ran with one on a GPU: {TO_MATCH}" in refused(make, "lfm2")
+    make("lfm2", attention_backend="MAC", additional_config={"mac": {"rule": "match"}})
 
 
 @pytest.mark.parametrize("family, keys, options, reason", REFUSED_INDEX)

@@ -42,7 +42,8 @@ SHOWN = {
          "test_engine_gpu::test_two_gpus_give_what_one_gives", "test_sleep::test_an_engine_that_slept_decodes_and_counts_as_one_that_did_not"],
     ),
     "models with Mamba": (
-        ["test_index_hybrid::test_a_hybrid_model_is_served", "test_index_hybrid::test_a_hybrid_model_is_served_by_a_gpu"],
+        ["test_index_hybrid::test_a_hybrid_model_is_served", "test_index_hybrid::test_a_hybrid_model_is_served_by_a_gpu",
+         "test_startup::test_hybrid_models_have_an_index_where_it_ran"],
         ["test_engine_copies::test_no_request_reads_the_ring_of_a_block_s_former_owner"],
     ),
     "sliding-window, soft-capped": (
