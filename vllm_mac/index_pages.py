@@ -43,7 +43,7 @@ def with_index(spec, least_page: int):
     plain = type(spec) is FullAttentionSpec and spec.page_size_padded is None and spec.head_size == spec.head_size_v
     if config is None or not _served or not plain or spec.head_size not in HEAD_SIZES:
         return spec
-    size = config.index_size or directions(spec.head_size)
+    size = directions(spec.head_size, config.index_size)
     if in_rows():
         return replace(spec, state_content_bytes=content_bytes(spec.head_size, size, spec.dtype.itemsize, least_page))
     layout = PageLayout(spec.num_kv_heads, spec.head_size, spec.block_size, size, spec.dtype.itemsize)

@@ -28,9 +28,9 @@ AT_ONCE, CORES = 1 << 20, 8  # numbers of one moment that maps are made of at on
 FP8 = torch.float8_e4m3fn
 
 
-def directions(head_size: int) -> int:
-    """How many directions the index has by default: half the head size, 48 at least, in steps of 16."""
-    return min(max(-(-head_size // 32) * 16, 48), head_size // 16 * 16)
+def directions(head_size: int, chosen: int | None = None) -> int:
+    """How many directions the index has: as `chosen`, by default half the head size, 48 at least, in steps of 16."""
+    return chosen or min(max(-(-head_size // 32) * 16, 48), head_size // 16 * 16)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ class MacLayer:
             count([layer for layer in layers if layer.exact is None], device)
         if self.config.rule == "index":
             check_index_device(device, self.fp8)
-            size = self.config.index_size or directions(self.head_size)
+            size = directions(self.head_size, self.config.index_size)
             scales = Scales(self.attention._k_scale, self.attention._v_scale) if self.fp8 else None
             maps = Maps.allocate(self.num_kv_heads, self.head_size, size, dtype, device, scales)
             self.keep(counts=self.counts, **{f"index_{name}": one for name, one in maps.own().items()})
@@ -280,7 +280,7 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
         logger.warning("MAC serves none of %d attention layers%s", len(layers), exact)
         return
     if config.rule == "index":
-        sizes = sorted({config.index_size or directions(layer.head_size) for layer in served})
+        sizes = sorted({directions(layer.head_size, config.index_size) for layer in served})
         logger.info(
             "MAC serves %d of %d attention layers%s; keys indexed in %s directions",
             len(served), len(layers), exact, " and ".join(map(str, sizes)),

@@ -41,7 +41,7 @@ class LookupDecoder:
         self.warm = False
         self.lessons = Lessons()
         self.layout = PageLayout(
-            geometry.kv_heads, geometry.head_size, geometry.page_size, size or directions(geometry.head_size),
+            geometry.kv_heads, geometry.head_size, geometry.page_size, directions(geometry.head_size, size),
             geometry.kv_dtype.itemsize,
         )  # fmt: skip
         rows = geometry.max_rows

@@ -62,7 +62,7 @@ class KernelBench:
         return self.config.rule == "index"
 
     def shapes(self) -> list[Shape]:
-        n = (self.config.index_size or directions(self.head_size)) if self.indexed else 0
+        n = directions(self.head_size, self.config.index_size) if self.indexed else 0
         return [
             Shape(batch, context, heads, kv_heads, self.head_size, self.page, DTYPES[self.dtype], n)
             for heads, kv_heads in self.heads

@@ -30,7 +30,7 @@ def index_room(layers: list[MacLayer], vllm_config: VllmConfig, ranks: int) -> t
         padded.append(module.get_attn_backend().customize_spec(spec).page_size_bytes)
         kinds.add(type(spec))
         if name in served:
-            size = served[name].config.index_size or directions(spec.head_size)
+            size = directions(spec.head_size, served[name].config.index_size)
             page = index_page(spec.block_size, "cuda" if current_platform.is_cuda() else "cpu")
             layout = PageLayout(spec.num_kv_heads, spec.head_size, page, size, spec.dtype.itemsize)
             tokens[name] = layout.index_bytes / layout.page
