@@ -159,12 +159,12 @@ def test_band_and_sink_leave_a_summary_to_match(band, sink, min_context, window)
 
 def test_disagreeing_fields_name_the_origin_of_each(yaml_file):
     path = yaml_file("sink: 4\n")
-    message = refusal({"config": path, "band": 8187})
+    message = refusal({"config": path, "band": 4091})
     assert "band + sink must be less than min_context - 1" in message
-    assert "received band=8187, sink=4, min_context=8192" in message
+    assert "received band=4091, sink=4, min_context=4096" in message
     assert f"band from {INLINE}, sink from {path} (named by {INLINE}.config)" in message
     assert "min_context from the defaults" in message
-    assert resolve({"config": path, "band": 8186}, {}).band == 8186
+    assert resolve({"config": path, "band": 4090}, {}).band == 8186
 
 
 # The rule that reads a key
@@ -485,12 +485,12 @@ def test_describe_is_one_line_with_every_key_that_the_rule_reads():
     assert line.endswith('layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}')
     assert all((f" {key}=" in line) == (key not in OF_INDEX) for key in DEFAULTS if key not in ("enabled", "layers"))
     assert resolve({}, {}).describe() == (
-        "enabled=true rule=index tolerance=0.7 index_size=null min_step_mib=48 band=256 sink=0 min_context=8192 layers.include=null "
+        "enabled=true rule=index tolerance=0.7 index_size=null min_step_mib=48 band=256 sink=0 min_context=4096 layers.include=null "
         "layers.exclude=[]"
     )
 
 
-@pytest.mark.parametrize("keys, least", [({}, 8192), ({"rule": "match"}, 2048), ({"min_context": "auto"}, 8192)])
+@pytest.mark.parametrize("keys, least", [({}, 4096), ({"rule": "match"}, 2048), ({"min_context": "auto"}, 4096)])
 def test_min_context_is_where_the_rule_pays(keys, least):
     assert resolve(keys, {}).min_context == least
     assert resolve(keys | {"min_context": 3000}, {}).min_context == 3000

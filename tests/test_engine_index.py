@@ -192,10 +192,9 @@ def test_maps_are_made_of_the_first_long_prompt_and_of_longer_ones(model, runner
 
 
 def test_an_engine_that_is_told_nothing_uses_the_index(model):
-    longer = {"hf_overrides": {"max_position_embeddings": 8320}}
-    prompt = text("long", 8200)
-    with harness.engine(model, backend="MAC", max_model_len=8320, rule=None, **longer) as llm:
-        harness.run_schedule(llm, [Add(0, "long", prompt, NEW), Add(0, "short", prompt[:8100], NEW)])
+    prompt = text("long", 4200)
+    with harness.engine(model, backend="MAC", max_model_len=4400, rule=None) as llm:
+        harness.run_schedule(llm, [Add(0, "long", prompt, NEW), Add(0, "short", prompt[:4000], NEW)])
         assert all(layer.index is not None and layer.state is None for layer in layers(llm))
         found = moved(llm, [0] * len(Count))
     each = (NEW - 1) * LAYERS * HEADS

@@ -97,6 +97,22 @@ def test_a_hybrid_model_is_served(models, monkeypatch, runner, split):
                 assert worst < 1e-4
 
 
+@pytest.mark.cpu
+def test_two_workers_serve_a_hybrid_model(models, monkeypatch):
+    """Each has the blocks of its own heads, of the same numbers."""
+    path, options = models("lfm2_deep"), OPTIONS | {"block_size": 32}
+    with harness.engine(path, **options) as llm:
+        exact = harness.run_schedule(llm, events()).tokens
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    options |= {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    options["worker_extension_cls"] = "support.workers.Extension"
+    with harness.engine(path, "v1", "MAC", {"mac": CONFIG | {"tolerance": 0.0}}, rule=None, **options) as llm:
+        llm.collective_rpc("make_room")
+        assert harness.run_schedule(llm, events()).tokens == exact
+        counted = harness.mac_counters(llm)
+    assert counted["hit"] > 500 and counted["skipped"] == 0 < counted["read"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("split", [False, True])
 def test_a_hybrid_model_is_served_by_a_gpu(models, monkeypatch, split):

@@ -92,7 +92,7 @@ def _pattern_matches(pattern: int | str, name: str, index: int) -> bool:
 
 
 # From where reads saved pay for what it takes to save them, on an H200: `examples/results/lookup.md`.
-MIN_CONTEXTS = {"index": 8192, "match": 2048}
+MIN_CONTEXTS = {"index": 4096, "match": 2048}
 
 
 class _Section(BaseModel):
@@ -160,7 +160,7 @@ class MacConfig(_Section):
         "auto",
         ge=1,
         validate_default=True,
-        description="Context length, the token being decoded included, from which reads are saved; auto is 8192 by index, "
+        description="Context length, the token being decoded included, from which reads are saved; auto is 4096 by index, "
         "2048 by match.",
     )
     lag_weight: float = Field(
