@@ -164,7 +164,7 @@ def test_disagreeing_fields_name_the_origin_of_each(yaml_file):
     assert "received band=4091, sink=4, min_context=4096" in message
     assert f"band from {INLINE}, sink from {path} (named by {INLINE}.config)" in message
     assert "min_context from the defaults" in message
-    assert resolve({"config": path, "band": 4090}, {}).band == 8186
+    assert resolve({"config": path, "band": 4090}, {}).band == 4090
 
 
 # The rule that reads a key
