@@ -9,7 +9,7 @@ from support import engine as harness
 from support.engine import Add
 from support.index_engine import CONFIG, OUTCOMES, counts, forget, layers, set_tolerance
 from support.scenarios import text
-from vllm_mac import capabilities
+from vllm_mac import capabilities, kv_group, requests
 from vllm_mac.key_index import PageLayout, encode
 
 NEW = 24
@@ -29,25 +29,54 @@ def events() -> list[Add]:
     return made + [Add(73 + i, name, prompt, NEW) for i, (name, prompt) in enumerate(late.items())]
 
 
-def check_pages(llm) -> int:
-    """Assert that pages of attention's blocks in the prefix cache hold the index of their keys. Returns how many there are."""
+def cached_pages(llm, layer) -> list[int]:
+    """Those of a layer's own blocks in the prefix cache."""
     from vllm.v1.core.kv_cache_utils import get_group_id
 
-    runner = harness.worker(llm).model_runner
-    groups = runner.kv_cache_config.kv_cache_groups
-    own = next(i for i, group in enumerate(groups) if layers(llm)[0].name in group.layer_names)
+    config = harness.worker(llm).model_runner.kv_cache_config
+    own = next(i for i, group in enumerate(config.kv_cache_groups) if layer.name in group.layer_names)
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    several = len(layer.cache) // config.num_blocks
     blocks = [x.block_id for x in pool.blocks if x.block_hash is not None and get_group_id(x.block_hash) == own]
-    pages = []
+    return [block * several + i for block in blocks for i in range(several)]
+
+
+def check_pages(llm) -> int:
+    """Assert that pages in the prefix cache hold the index of their keys. Returns how many a layer has, at least."""
+    found = []
     for layer in layers(llm):
-        kv, maps = layer.cache, layer.index.maps
-        several = len(kv) // runner.kv_cache_config.num_blocks
-        pages = [block * several + i for block in blocks for i in range(several)]
+        kv, maps, pages = layer.cache, layer.index.maps, cached_pages(llm, layer)
         codes, means = PageLayout.of(kv, maps).views(kv)
         for page in pages:
             code, mean = encode(*kv[page].chunk(2, -1), maps)
             assert torch.equal(codes[page], code) and torch.equal(means[page], mean.to(means.dtype)), (layer.name, page)
-    return len(pages)
+        found.append(len(pages))
+    return min(found)
+
+
+@pytest.fixture
+def makings(monkeypatch):
+    """How often maps were made, of which each time it is asserted that they changed no block but the group's own."""
+    made, original = [], kv_group.Group.make_maps
+
+    def watched(group, write):
+        if group.learning is None or not group.learning.before.makes(group.learning.length):
+            return original(group, write)
+        raw = next(layer for layer in group.layers if layer.index is not None).attention.kv_cache
+        held = requests._followed[requests._batch.runner].held
+        groups = requests._batch.runner.kv_cache_config.kv_cache_groups
+        own = next(i for i, one in enumerate(groups) if group.layers[0].name in one.layer_names)
+        begin, size = raw.storage_offset() * raw.itemsize, raw.stride(0) * raw.itemsize  # with what pads a page
+        every = torch.empty(0, dtype=torch.uint8).set_(raw.untyped_storage())
+        blocks = every[begin : begin + len(raw) * size].view(len(raw), size)
+        before = blocks.clone()
+        original(group, write)
+        changed = (blocks != before).any(1).numpy()
+        assert not changed[held != own].any()
+        made.append((int(changed.sum()), int((held != own).sum())))
+
+    monkeypatch.setattr(kv_group.Group, "make_maps", watched)
+    return made
 
 
 @contextmanager
@@ -69,7 +98,7 @@ def large_states(monkeypatch, block: int):
 @pytest.mark.cpu
 @pytest.mark.parametrize("runner", harness.RUNNERS)
 @pytest.mark.parametrize("split", [False, True])
-def test_a_hybrid_model_is_served(models, monkeypatch, runner, split):
+def test_a_hybrid_model_is_served(models, monkeypatch, makings, runner, split):
     """At tolerance 0 exact tokens. No map that is made anew is written over a state, also with blocks of several pages."""
     path, options = models("lfm2_deep"), OPTIONS | ({} if split else {"block_size": 32})
     with large_states(monkeypatch, 13 * 32) if split else nullcontext():
@@ -95,6 +124,18 @@ def test_a_hybrid_model_is_served(models, monkeypatch, runner, split):
                     abs(x - y) for name in run.logprobs for x, y in zip(run.logprobs[name], exact.logprobs[name])
                 )
                 assert worst < 1e-4
+    assert len(makings) > 2 and all(changed for changed, _ in makings)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("runner", harness.RUNNERS)
+def test_groups_of_layers_that_see_everything_keep_their_own_index(models, makings, runner):
+    """Four such layers and one with a window: vLLM makes groups of them, which share their memory block by block."""
+    with harness.engine(models("gemma3_full"), runner, "MAC", {"mac": CONFIG}, rule=None, **OPTIONS) as llm:
+        harness.run_schedule(llm, events())
+        groups = {id(layer.group) for layer in layers(llm)}
+        assert len(groups) == 4 and check_pages(llm) > 10 and counts(llm)["SKIPPED"] > 0
+    assert len(makings) >= 4 and all(changed for changed, _ in makings)
 
 
 @pytest.mark.cpu

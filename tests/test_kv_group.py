@@ -13,6 +13,7 @@ from vllm_mac.key_index import FEW, Lessons
 from vllm_mac.learning import choose
 from vllm_mac.requests import RowRings
 from vllm_mac.ring import RingTable
+from vllm_mac.state import Learning
 
 pytestmark = pytest.mark.cpu
 WINDOW = 32
@@ -105,11 +106,20 @@ def test_other_weights_are_learned_by_the_next_row(on_gpu):
     group.layers = [SimpleNamespace(index=index) for index in (None, object(), object())]
     group.decoder = SimpleNamespace() if on_gpu else None
     holder = group.decoder or group
-    holder.lessons = Lessons(FEW, 9000, 1000)
+    holder.lessons, group.learning = Lessons(FEW, 9000, 1000), object()
     for layer in group.layers:
         group.learn_anew(layer)
+    assert group.learning is None  # it is of the old weights
     assert holder.lessons.worth(500) and holder.lessons.makes(500) and holder.lessons.tokens == 0
     assert holder.lessons.longest == 1000  # there are maps
+
+
+def test_a_row_of_which_no_layer_noted_anything_is_no_lesson():
+    group = kv_group.Group([], SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={})), "cpu")
+    group.layers, group.lessons = [SimpleNamespace(index=object(), name="layer")], Lessons(1, 100, 100)
+    group.learning = Learning(0, 80, 80, torch.zeros(1), Lessons())
+    group.make_maps(None)
+    assert group.lessons == Lessons() and group.learning is None
 
 
 def test_rows_that_began_are_indexed_before_the_next_step(monkeypatch):

@@ -163,6 +163,10 @@ def test_hybrid_models_have_an_index_where_it_ran(make, monkeypatch):
     transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     message = refused(make, "lfm2", kv_transfer_config=transfer, disable_hybrid_kv_cache_manager=False)
     assert "the model is hybrid, and rule: index was not tried with a KV connector there: start without it" in message
+    speculation = {"method": "ngram", "num_speculative_tokens": 2}
+    assert "rule: index was not tried with speculation there: start" in refused(
+        make, "lfm2", speculative_config=speculation
+    )
     monkeypatch.setattr(capabilities, "INDEX_HYBRID_ON", ())
     assert f"the model is hybrid, and rule: index never ran with one on a GPU: {TO_MATCH}" in refused(make, "lfm2")
     make("lfm2", attention_backend="MAC", additional_config={"mac": {"rule": "match"}})

@@ -27,6 +27,7 @@ BLOCK_SIZES = {"cpu": 32, "cuda": 16}
 INDEX_BLOCK_SIZES = {"cpu": (32, 64, 128, 256), "cuda": (16, 32, 64)}
 # Where `rule: index` serves models with Mamba or convolution layers: it never ran on a GPU with one.
 INDEX_HYBRID_ON = ("cpu",)
+NO_HYBRID = "the model is hybrid, and rule: index never ran with one on a GPU"
 # What VLLM_KV_CACHE_LAYOUT may be with `rule: index`: pages in one part, and those of other layers not between them.
 INDEX_LAYOUTS = ("LBNHC", "LBHNC", "NHD", "HND")
 # KV connectors that copy pages as they lie, with room behind their keys and values. NIXL's asserts that there is none;
@@ -257,7 +258,11 @@ def refused_block_size(block_size: int, platform: str, rule: str) -> str | None:
 def index_page(block_size: int, platform: str) -> int:
     """Tokens of a page with an index, where KV blocks have so many: of hybrid models a block is several pages. platform: as
     above."""
-    return max(size for size in INDEX_BLOCK_SIZES[platform] if block_size % size == 0)
+    sizes = [size for size in INDEX_BLOCK_SIZES[platform] if block_size % size == 0]
+    if not sizes:
+        choices = ", ".join(map(str, INDEX_BLOCK_SIZES[platform]))
+        raise ValueError(f"KV blocks of {block_size} tokens, and rule: index takes multiples of {choices}")
+    return sizes[-1]
 
 
 def _sm(capability: tuple[int, int]) -> str:

@@ -1,4 +1,5 @@
-"""The room that KV pages have for the index of their keys: vLLM pads them, and copies and frees them with it."""
+"""The room that KV pages have for the index of their keys: vLLM copies and frees it with them. Pages are padded with it; of
+hybrid models, whose blocks are several pages, it is part of the rows."""
 
 from dataclasses import replace
 

@@ -105,7 +105,7 @@ def rows(kv: Tensor, head_size: int, page: int | None = None) -> Tensor:
     """
     blocks, heads, tokens, wide = kv.shape
     width, page = 2 * head_size, page or tokens
-    if (wide, tokens) == (width, page):
+    if wide < width or (wide, tokens) == (width, page):  # values are narrower than keys, or there is nothing to do
         return kv
     several, last = divmod(tokens, page)
     if last or kv.stride(3) != 1 or (several > 1 and kv.stride(0) != heads * tokens * wide):
@@ -240,7 +240,7 @@ def _eigenvectors(form: Tensor) -> Tensor:
     """
     if not form.is_cuda:
         return torch.linalg.eigh(form)[1]
-    threads, before = min(len(form), CORES, os.cpu_count() or 1), torch.get_num_threads()
+    threads, before = min(len(form), CORES, len(os.sched_getaffinity(0))), torch.get_num_threads()
     parts = form.cpu().tensor_split(threads)
     if before > 1:  # the user's OMP_NUM_THREADS
         torch.set_num_threads(1)

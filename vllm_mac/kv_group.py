@@ -91,7 +91,7 @@ class Group:
             self._holder.lessons = Lessons(longest=self._holder.lessons.longest)
 
     def make_maps(self, write: Write) -> None:
-        """Have the layers learn what the step before noted. Where maps are made of it, all their pages are indexed anew.
+        """Have the layers learn what the step before noted. Where maps are made of it, all the group's pages are indexed anew.
 
         Between steps, so that the layers of one need not wait for the device, each for its own.
         """
@@ -107,14 +107,15 @@ class Group:
             if one and making:
                 page = layer.cache.shape[2]
                 write(layer, None if pages is None else pages * page + page - 1, layer.cache)
-        if not all(learned):  # another row does
+        if not learned or not all(learned):  # another row does
             self._holder.lessons = learning.before
             logger.warning_once(
                 "MAC learns nothing from a prompt whose queries or keys are not finite numbers, or too large or small"
             )
 
     def _own_pages(self) -> Tensor | None:
-        """The pages `[n]` int64 of the group's own blocks; None where no other layers keep anything in blocks."""
+        """The pages `[n]` int64 of the group's own blocks; None where all are its. In others lie states of other layers, or
+        indexes of other maps."""
         names = [layer.name for layer in self.layers if layer.index is not None]
         found = held_blocks(names[0])
         if found is None:

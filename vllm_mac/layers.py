@@ -300,8 +300,8 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
 def _check_index(served: list[MacLayer], vllm_config: VllmConfig) -> None:
     """Raise MacConfigError where keys have fewer numbers than the index directions, and where it could overwrite other keys.
 
-    Layers that do not see everything have pages of the same memory as those that do, and maps that are learned anew index
-    all of it. An index lies behind as many bytes as the keys and values of its own layer take.
+    Layers of several kinds have pages of the same memory. An index lies behind as many bytes as the keys and values of its
+    own layer take.
     """
     for layer in served:
         if reason := capabilities.refused_index_size(layer.config.index_size, layer.head_size):
@@ -313,6 +313,8 @@ def _check_index(served: list[MacLayer], vllm_config: VllmConfig) -> None:
         return  # one group, in which each layer has memory of its own
     first = served[0].name
     if is_hybrid(vllm_config):
+        if not current_platform.is_cpu() and "cuda" not in capabilities.INDEX_HYBRID_ON:
+            raise MacConfigError(f"{capabilities.NO_HYBRID}: {capabilities.TO_MATCH}")
         # Rows of these layers alone have room for the index, and maps that are learned anew index their blocks alone.
         others = [
             x for x, spec in specs.items() if isinstance(spec, AttentionSpec) and type(spec) is not FullAttentionSpec

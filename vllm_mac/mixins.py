@@ -117,7 +117,8 @@ class MacImpl:
         )
 
         layers = (*mac_layers(vllm_config), self.mac)
-        note(vllm_config, self.mac.settings, any(layer.exact is None for layer in layers))
+        # That of the first layer: a draft model has a configuration of its own, and comes last.
+        note(layers[0].vllm_config, self.mac.settings, any(layer.exact is None for layer in layers))
 
     def _unprepared(self) -> RuntimeError:
         """What `forward` raises for a layer that MAC runs, in a batch whose metadata has no step for it: otherwise

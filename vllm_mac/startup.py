@@ -134,9 +134,10 @@ def refusals(
         yield refused
     if rule == "index":
         if model.is_hybrid and platform not in (None, *capabilities.INDEX_HYBRID_ON):
-            yield "the model is hybrid, and rule: index never ran with one on a GPU", capabilities.TO_MATCH
-        elif model.is_hybrid and vllm_config.kv_transfer_config is not None:
-            yield "the model is hybrid, and rule: index was not tried with a KV connector there", "start without it"
+            yield capabilities.NO_HYBRID, capabilities.TO_MATCH
+        for key, what in (("kv_transfer_config", "a KV connector"), ("speculative_config", "speculation")):
+            if model.is_hybrid and getattr(vllm_config, key) is not None:
+                yield f"the model is hybrid, and rule: index was not tried with {what} there", "start without it"
         quantised = dtype not in capabilities.KV_CACHE_DTYPES
         yield from _against_index(model, config, quantised and bool(cache.kv_cache_dtype_skip_layers))
     # Which layers the list spares, they know.

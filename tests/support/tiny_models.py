@@ -101,6 +101,14 @@ def _gemma3():
     )
 
 
+def _gemma3_full():
+    """So many more layers of one kind that vLLM makes groups of them that share their memory."""
+    model_class, config = _gemma3()
+    kinds = ["full_attention"] * 2 + ["sliding_attention"] + ["full_attention"] * 2
+    config.update({"layer_types": kinds, "num_hidden_layers": len(kinds)})
+    return model_class, config
+
+
 def _lfm2():
     """Layers of short convolutions, whose states vLLM caches at boundaries inside a KV block, and one of attention."""
     from transformers import Lfm2Config, Lfm2ForCausalLM
@@ -218,6 +226,7 @@ BUILDERS = {
     "phi3": _phi3,
     "glm4": _glm4,
     "gemma3": _gemma3,
+    "gemma3_full": _gemma3_full,
     "gptoss": _gptoss,
     "lfm2": _lfm2,
     "lfm2_deep": _lfm2_deep,
@@ -229,7 +238,11 @@ BUILDERS = {
     "bert": _bert,
 }
 NO_ROTARY = ("longrope", "smollm3", "opt", "mrope")  # at least one layer has no rotation that `rule: match` can undo
-DECODERS = [name for name in BUILDERS if name not in ("gptoss", "lfm2", "lfm2_deep", "deepseek", "bert", *NO_ROTARY)]
+DECODERS = [
+    name
+    for name in BUILDERS
+    if name not in ("gemma3_full", "gptoss", "lfm2", "lfm2_deep", "deepseek", "bert", *NO_ROTARY)
+]
 SINK = 6.0  # weighs as much as several hundred keys of an average score
 
 
@@ -243,7 +256,7 @@ def write(name: str, folder: str | Path, seed: int = 0) -> Path:
         model_class, config = BUILDERS[name]()
         config.dtype = "float32"
         model = model_class(config).float()
-        if name in (*DECODERS, *NO_ROTARY, "gptoss"):
+        if name in (*DECODERS, *NO_ROTARY, "gemma3_full", "gptoss"):
             rescale(model, config)
         for parameter in (p for key, p in model.named_parameters() if key.endswith("sinks")):
             parameter.data.fill_(SINK)
