@@ -116,14 +116,13 @@ class Group:
     def _own_pages(self) -> Tensor | None:
         """The pages `[n]` int64 of the group's own blocks; None where all are its. In others lie states of other layers, or
         indexes of other maps."""
-        names = [layer.name for layer in self.layers if layer.index is not None]
-        found = held_blocks(names[0])
+        layer = next(layer for layer in self.layers if layer.index is not None)
+        found = held_blocks(layer.name)
         if found is None:
             return None
         blocks, count = found
-        cache = next(layer for layer in self.layers if layer.name == names[0]).cache
-        several = len(cache) // count
-        return (blocks[:, None] * several + torch.arange(several)).flatten().to(cache.device)
+        several = len(layer.cache) // count
+        return (blocks[:, None] * several + torch.arange(several)).flatten().to(layer.cache.device)
 
     @property
     def _holder(self) -> Any:
