@@ -6,6 +6,8 @@ from pathlib import Path
 
 # More threads than one make tiny models slower, and far slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As engines of tests have it (`support/engine.py`): PyTorch reads it when something first imports its compiler.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import pytest

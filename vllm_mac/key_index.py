@@ -105,7 +105,7 @@ def rows(kv: Tensor, head_size: int, page: int | None = None) -> Tensor:
     """
     blocks, heads, tokens, wide = kv.shape
     width, page = 2 * head_size, page or tokens
-    if wide < width or (wide, tokens) == (width, page):  # values are narrower than keys, or there is nothing to do
+    if (wide, tokens) == (width, page):
         return kv
     several, last = divmod(tokens, page)
     if last or kv.stride(3) != 1 or (several > 1 and kv.stride(0) != heads * tokens * wide):

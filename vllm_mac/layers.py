@@ -120,8 +120,9 @@ class MacLayer:
         return numbers(self.rows(self.attention.kv_cache))
 
     def rows(self, kv_cache: Tensor) -> Tensor:
-        """The layer's KV cache as pages of plain rows."""
-        return rows(kv_cache, self.head_size, self.page) if kv_cache.dim() == 4 else kv_cache
+        """The layer's KV cache as pages of plain rows, which those of hybrid models are not, see `index_pages.in_rows`."""
+        hybrid = kv_cache.dim() == 4 and is_hybrid(self.vllm_config)
+        return rows(kv_cache, self.head_size, self.page) if hybrid else kv_cache
 
     @property
     def fp8(self) -> bool:
