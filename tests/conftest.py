@@ -6,8 +6,6 @@ from pathlib import Path
 
 # More threads than one make tiny models slower, and far slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# As engines of tests have it (`support/engine.py`): PyTorch reads it when something first imports its compiler.
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import pytest
@@ -16,6 +14,8 @@ import torch
 pytest.register_assert_rewrite("support")
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
+    # As engines of tests have it (`support/engine.py`): PyTorch reads it when something first imports its compiler.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from support import triton_cpu
 
     # Before anything imports a kernel or vLLM: from here on kernels run in Triton's interpreter.
