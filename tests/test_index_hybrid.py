@@ -1,13 +1,11 @@
 """Hybrid models with `rule: index`: layers of short convolutions keep their states in KV blocks of their own."""
 
-from contextlib import contextmanager, nullcontext
-
 import pytest
 import torch
 
 from support import engine as harness
 from support.engine import Add
-from support.index_engine import CONFIG, OUTCOMES, counts, forget, layers, set_tolerance
+from support.index_engine import CONFIG, counts, forget, layers, set_tolerance
 from support.scenarios import text
 from vllm_mac import capabilities, kv_group, requests
 from vllm_mac.key_index import PageLayout, encode
@@ -56,7 +54,7 @@ def check_pages(llm) -> int:
 
 @pytest.fixture
 def makings(monkeypatch):
-    """How often maps were made, of which each time it is asserted that they changed no block but the group's own."""
+    """Of each time that maps were made how many blocks changed: none but the group's own, as is asserted."""
     made, original = [], kv_group.Group.make_maps
 
     def watched(group, write):
@@ -73,15 +71,14 @@ def makings(monkeypatch):
         original(group, write)
         changed = (blocks != before).any(1).numpy()
         assert not changed[held != own].any()
-        made.append((int(changed.sum()), int((held != own).sum())))
+        made.append(int(changed.sum()))
 
     monkeypatch.setattr(kv_group.Group, "make_maps", watched)
     return made
 
 
-@contextmanager
-def large_states(monkeypatch, block: int):
-    """As if the states of the other layers were as large as so many tokens."""
+def make_states_large(monkeypatch, block: int) -> None:
+    """Have blocks be of so many tokens, as if the states of the other layers were as large."""
     from vllm.platforms.interface import Platform
 
     align = Platform._align_hybrid_block_size.__func__
@@ -91,8 +88,6 @@ def large_states(monkeypatch, block: int):
         align(cls, config, backend)
 
     monkeypatch.setattr(Platform, "_align_hybrid_block_size", classmethod(larger))
-    yield
-    monkeypatch.undo()
 
 
 @pytest.mark.cpu
@@ -101,30 +96,28 @@ def large_states(monkeypatch, block: int):
 def test_a_hybrid_model_is_served(models, monkeypatch, makings, runner, split):
     """At tolerance 0 exact tokens. No map that is made anew is written over a state, also with blocks of several pages."""
     path, options = models("lfm2_deep"), OPTIONS | ({} if split else {"block_size": 32})
-    with large_states(monkeypatch, 13 * 32) if split else nullcontext():
-        with harness.engine(path, runner, **options) as llm:
-            exact = harness.run_schedule(llm, events(), logprobs=2)
-        with harness.engine(path, runner, "MAC", {"mac": CONFIG}, rule=None, **options) as llm:
-            served = layers(llm)
-            assert len(served) == 2 and served[0].cache.shape[2] == 32
-            blocks = harness.worker(llm).model_runner.kv_cache_config.num_blocks
-            assert len(served[0].cache) == blocks * (13 if split else 1)
-            harness.run_schedule(llm, events())
-            found = counts(llm)
-            assert found["HIT"] > 500 and found["SKIPPED"] > 0 and check_pages(llm) > 10
-            assert sum(found[outcome] for outcome in OUTCOMES) % 4 == 0
-            set_tolerance(llm, 0.0), forget(llm)
-            for again in (False, True):
-                if again:  # what maps are made of is another text then
-                    for layer in served:
-                        layer.group.learn_anew(layer)
-                run = harness.run_schedule(llm, events(), logprobs=2)
-                assert run.tokens == exact.tokens and counts(llm)["SKIPPED"] == 0 and check_pages(llm) > 10
-                worst = max(
-                    abs(x - y) for name in run.logprobs for x, y in zip(run.logprobs[name], exact.logprobs[name])
-                )
-                assert worst < 1e-4
-    assert len(makings) > 2 and all(changed for changed, _ in makings)
+    if split:
+        make_states_large(monkeypatch, 13 * 32)
+    with harness.engine(path, runner, **options) as llm:
+        exact = harness.run_schedule(llm, events(), logprobs=2)
+    with harness.engine(path, runner, "MAC", {"mac": CONFIG}, rule=None, **options) as llm:
+        served = layers(llm)
+        assert len(served) == 2 and served[0].cache.shape[2] == 32
+        blocks = harness.worker(llm).model_runner.kv_cache_config.num_blocks
+        assert len(served[0].cache) == blocks * (13 if split else 1)
+        harness.run_schedule(llm, events())
+        found = counts(llm)
+        assert found["HIT"] > 500 and found["SKIPPED"] > 0 and check_pages(llm) > 10
+        set_tolerance(llm, 0.0), forget(llm)
+        for again in (False, True):
+            if again:  # what maps are made of is another text then
+                for layer in served:
+                    layer.group.learn_anew(layer)
+            run = harness.run_schedule(llm, events(), logprobs=2)
+            assert run.tokens == exact.tokens and counts(llm)["SKIPPED"] == 0 and check_pages(llm) > 10
+            worst = max(abs(x - y) for name in run.logprobs for x, y in zip(run.logprobs[name], exact.logprobs[name]))
+            assert worst < 1e-4
+    assert len(makings) > 2 and all(makings)
 
 
 @pytest.mark.cpu
@@ -135,7 +128,7 @@ def test_groups_of_layers_that_see_everything_keep_their_own_index(models, makin
         harness.run_schedule(llm, events())
         groups = {id(layer.group) for layer in layers(llm)}
         assert len(groups) == 4 and check_pages(llm) > 10 and counts(llm)["SKIPPED"] > 0
-    assert len(makings) >= 4 and all(changed for changed, _ in makings)
+    assert len(makings) >= 4 and all(makings)
 
 
 @pytest.mark.cpu
@@ -164,19 +157,20 @@ def test_a_hybrid_model_is_served_by_a_gpu(models, monkeypatch, split):
         "dtype": "bfloat16", "chunk": 1024, "block_size": None, "async_scheduling": False,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
     }  # fmt: skip
-    with large_states(monkeypatch, 7 * 64) if split else nullcontext():
-        with harness.engine(path, "v2", "FLASHINFER", enforce_eager=False, **options) as llm:
-            exact = harness.run_schedule(llm, events())
-        with harness.engine(path, "v2", "MAC", {"mac": config}, rule=None, enforce_eager=False, **options) as llm:
-            cache, page = layers(llm)[0].cache, layers(llm)[0].group.decoder.geometry.page_size
-            blocks = harness.worker(llm).model_runner.kv_cache_config.num_blocks
-            assert cache.shape[2] == page and len(cache) == blocks * (7 if split else 1)
-            harness.run_schedule(llm, events())
-            found = counts(llm)
-            assert found["HIT"] > 500 and found["SKIPPED"] > 0
-            set_tolerance(llm, 0.0), forget(llm)
-            run = harness.run_schedule(llm, events())
-            assert counts(llm)["SKIPPED"] == 0 and counts(llm)["HIT"] > 500
+    if split:
+        make_states_large(monkeypatch, 7 * 64)
+    with harness.engine(path, "v2", "FLASHINFER", enforce_eager=False, **options) as llm:
+        exact = harness.run_schedule(llm, events())
+    with harness.engine(path, "v2", "MAC", {"mac": config}, rule=None, enforce_eager=False, **options) as llm:
+        cache, page = layers(llm)[0].cache, layers(llm)[0].group.decoder.geometry.page_size
+        blocks = harness.worker(llm).model_runner.kv_cache_config.num_blocks
+        assert cache.shape[2] == page and len(cache) == blocks * (7 if split else 1)
+        harness.run_schedule(llm, events())
+        found = counts(llm)
+        assert found["HIT"] > 500 and found["SKIPPED"] > 0
+        set_tolerance(llm, 0.0), forget(llm)
+        run = harness.run_schedule(llm, events())
+        assert counts(llm)["SKIPPED"] == 0 and counts(llm)["HIT"] > 500
     same = [sum(x == y for x, y in zip(exact.tokens[name], run.tokens[name], strict=True)) for name in exact.tokens]
     print(f"\npages of {page}, strides {cache.stride()}; tokens of {NEW} as FLASHINFER's: {same}")
     # The first is prefill's, which both run alike. A state that was written over gives tokens of no sense from there on.
