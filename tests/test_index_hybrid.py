@@ -5,10 +5,9 @@ import torch
 
 from support import engine as harness
 from support.engine import Add
-from support.index_engine import CONFIG, counts, forget, layers, set_tolerance
+from support.index_engine import CONFIG, check_pages, counts, forget, layers, set_tolerance
 from support.scenarios import text
 from vllm_mac import capabilities, kv_group, requests
-from vllm_mac.key_index import PageLayout, encode
 
 NEW = 24
 SHARED = text("shared", 300)
@@ -25,31 +24,6 @@ def events() -> list[Add]:
         ]
     late = {"long": text("long", 700), "c": SHARED + text("c", 80), "d": text("d", 330)}
     return made + [Add(73 + i, name, prompt, NEW) for i, (name, prompt) in enumerate(late.items())]
-
-
-def cached_pages(llm, layer) -> list[int]:
-    """Those of a layer's own blocks in the prefix cache."""
-    from vllm.v1.core.kv_cache_utils import get_group_id
-
-    config = harness.worker(llm).model_runner.kv_cache_config
-    own = next(i for i, group in enumerate(config.kv_cache_groups) if layer.name in group.layer_names)
-    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    several = len(layer.cache) // config.num_blocks
-    blocks = [x.block_id for x in pool.blocks if x.block_hash is not None and get_group_id(x.block_hash) == own]
-    return [block * several + i for block in blocks for i in range(several)]
-
-
-def check_pages(llm) -> int:
-    """Assert that pages in the prefix cache hold the index of their keys. Returns how many a layer has, at least."""
-    found = []
-    for layer in layers(llm):
-        kv, maps, pages = layer.cache, layer.index.maps, cached_pages(llm, layer)
-        codes, means = PageLayout.of(kv, maps).views(kv)
-        for page in pages:
-            code, mean = encode(*kv[page].chunk(2, -1), maps)
-            assert torch.equal(codes[page], code) and torch.equal(means[page], mean.to(means.dtype)), (layer.name, page)
-        found.append(len(pages))
-    return min(found)
 
 
 @pytest.fixture

@@ -267,8 +267,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             ring = self._worth(ring, common.seq_lens_cpu_upper_bound.numpy()[:decodes])
         self._write("ring", ring)
         write = lambda layer, slots, cache: decoder.write(layer.index, slots, cache)
-        if self.group.learning is not None:
-            self.group.make_maps(write)
+        self.group.make_maps(write)
         if self.group.begun is not None or rings.begun.any():
             self.group.index_begun(rings.begun, *host_lengths(common), common.block_table_tensor, write)
         if common.max_query_len < LEAST_QUERIES:

@@ -102,27 +102,27 @@ class Group:
         making = learning.before.makes(learning.length)
         moments = [learning.moments[layer.name] for layer in layers]
         learned = learn([layer.index.maps for layer in layers], moments, making)
-        pages = self._own_pages() if making else None
+        slots = self._own_slots() if making else None
         for layer, one in zip(layers, learned, strict=True):
             if one and making:
-                page = layer.cache.shape[2]
-                write(layer, None if pages is None else pages * page + page - 1, layer.cache)
+                write(layer, slots, layer.cache)
         if not learned or not all(learned):  # another row does
             self._holder.lessons = learning.before
             logger.warning_once(
                 "MAC learns nothing from a prompt whose queries or keys are not finite numbers, or too large or small"
             )
 
-    def _own_pages(self) -> Tensor | None:
-        """The pages `[n]` int64 of the group's own blocks; None where all are its. In others lie states of other layers, or
-        indexes of other maps."""
+    def _own_slots(self) -> Tensor | None:
+        """The last slots `[n]` int64 of the pages of the group's own blocks; None where all are its. In others lie states of
+        other layers, or indexes of other maps."""
         layer = next(layer for layer in self.layers if layer.index is not None)
         found = held_blocks(layer.name)
         if found is None:
             return None
-        blocks, count = found
-        several = len(layer.cache) // count
-        return (blocks[:, None] * several + torch.arange(several)).flatten().to(layer.cache.device)
+        (blocks, count), cache = found, layer.cache
+        several = len(cache) // count
+        pages = (blocks[:, None] * several + torch.arange(several)).flatten()
+        return _last_slots(pages, cache.shape[2]).to(cache.device)
 
     @property
     def _holder(self) -> Any:
@@ -150,7 +150,7 @@ class Group:
             return
         page = layers[0].cache.shape[2]
         pages = torch.cat([block_table[row, : int(length[row]) // page] for row in rows]).long()
-        self.begun = pages * page + page - 1
+        self.begun = _last_slots(pages, page)
         if not self._holder.lessons.longest:
             warn_of_none(begin, length, rows, layers[0].config.min_context)
 
@@ -227,6 +227,11 @@ class Group:
         self.context += int(length.sum(dtype=np.int64))
         for window in self.windowed:
             self.windowed[window] += int(np.minimum(length, window).sum(dtype=np.int64))
+
+
+def _last_slots(pages: Tensor, page: int) -> Tensor:
+    """Of pages of so many tokens the last slot of each."""
+    return pages * page + page - 1
 
 
 def _write(layer: MacLayer, slots: Tensor | None, cache: Tensor) -> None:

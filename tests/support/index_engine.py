@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from vllm.v1.core.kv_cache_utils import get_group_id
 
 from support.engine import worker
 from vllm_mac.counters import Count
@@ -43,29 +44,36 @@ def set_tolerance(llm, tolerance: float) -> None:
         layer.config = layer.config.model_copy(update={"tolerance": tolerance})
 
 
-def cached_pages(llm) -> list[int]:
-    """The pages in the prefix cache: complete, and of tokens that stand."""
+def cached_pages(llm, layer: MacLayer) -> list[int]:
+    """The pages of a layer's own blocks in the prefix cache: complete, and of tokens that stand."""
+    config = worker(llm).model_runner.kv_cache_config
+    own = next(i for i, group in enumerate(config.kv_cache_groups) if layer.name in group.layer_names)
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    return [block.block_id for block in pool.blocks if block.block_hash is not None]
+    several = len(layer.cache) // config.num_blocks  # pages of a block
+    blocks = [x.block_id for x in pool.blocks if x.block_hash is not None and get_group_id(x.block_hash) == own]
+    return [block * several + i for block in blocks for i in range(several)]
 
 
 def check_pages(llm) -> int:
     """Assert that each page in the prefix cache holds the codes of its keys and the mean of its values, in all layers.
 
-    Returns how many there are.
+    Returns how many a layer has, at least.
     """
-    pages = cached_pages(llm)
+    found = []
     for layer in layers(llm):
-        kv, maps = layer.cache, layer.index.maps
+        kv, maps, pages = layer.cache, layer.index.maps, cached_pages(llm, layer)
         layout = PageLayout.of(kv, maps)
         codes, means = layout.views(kv)
+        found.append(len(pages))
         if kv.is_cuda:  # rounded as the kernel rounds
-            found = codes[pages].clone(), means[pages].clone()
-            encode_kernels.encode(kv, None, layout, maps)
-            assert torch.equal(found[0], codes[pages]) and torch.equal(found[1], means[pages]), layer.name
+            before = codes[pages].clone(), means[pages].clone()
+            encode_kernels.encode(
+                kv, torch.tensor(pages, device=kv.device) * layout.page + layout.page - 1, layout, maps
+            )
+            assert torch.equal(before[0], codes[pages]) and torch.equal(before[1], means[pages]), layer.name
             continue
         for one in pages:
             code, mean = encode(*kv[one].chunk(2, -1), maps)
             assert torch.equal(codes[one], code), f"{layer.name}: codes of page {one}"
             assert torch.equal(means[one], mean.to(means.dtype)), f"{layer.name}: mean of page {one}"
-    return len(pages)
+    return min(found)
