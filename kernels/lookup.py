@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.estimate import codes_of, first_rows, narrow_at, pages_of, scores_of, shares_of
 from vllm_mac.kernels.launch import by_kind, launch, power_of_two
 from vllm_mac.kernels.lookup_merge import indexed_end, merge_kernel, programs_of, query_at, seen, tokens_of
@@ -41,35 +42,82 @@ def _or(a, b):
 
 
 @triton.jit
-def _attend(q, key, value, mask, log2_scale, peak, total, acc, BQ: tl.constexpr, DOT: tl.constexpr):
-    """A partial result with the tokens of a block: key `[BT, BD]`, value `[BD, BT]`, those of `mask`. q: `[BR, BD]`. total: `[BQ, BT]`."""
-    score = first_rows(tl.dot(q, tl.trans(key.to(DOT)), input_precision="ieee"), BQ) * log2_scale  # [BQ, BT]
+def _two(pair):
+    """The two FP8 numbers (E4M3) of each of 16 bits, as float16: the lower ones, then the upper ones."""
+    if INTERPRETED:
+        low, high = (pair & 0xFF).to(tl.uint8), ((pair >> 8) & 0xFF).to(tl.uint8)
+        low, high = low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
+        low, high = low.to(tl.float16), high.to(tl.float16)
+    else:
+        # The compiler takes each byte by itself. Here a register of two pairs takes two permutations.
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 l, h; .reg .b16 low, high, none;
+            prmt.b32 l, $2, 0, 0x4420; prmt.b32 h, $2, 0, 0x4431;
+            mov.b32 {low, none}, l; mov.b32 {high, none}, h;
+            cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }""",
+            "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return low, high
+
+
+@triton.jit
+def _attend(
+    q, q_odd, key, value, mask, log2_scale, peak, total, acc, odd, BQ: tl.constexpr, DOT: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """A partial result with the tokens of a block: key, value `[BE, BT]` as `_read` gives them, those of `mask`.
+
+    q, q_odd: `[BR, BE]`. acc, odd: `[BE, BQ]`, those with `odd` of pairs only. total: `[BQ, BT]`.
+    """
+    if PAIRS:
+        key, key_odd = _two(key)
+        value, value_odd = _two(value)
+        score = tl.dot(q_odd, key_odd.to(DOT), input_precision="ieee")
+        score = tl.dot(q, key.to(DOT), score, input_precision="ieee")
+    else:
+        score = tl.dot(q, key.to(DOT), input_precision="ieee")
+    score = first_rows(score, BQ) * log2_scale  # [BQ, BT]
     score = tl.where(mask, score, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(score, 1))
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weight = tl.exp2(score - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink[:, None] + weight
-    weight = weight.to(tl.float16 if value.dtype.is_fp8() else value.dtype).to(DOT)
-    acc = tl.dot(value.to(DOT), tl.trans(weight), acc * shrink[None, :], input_precision="ieee")  # [BD, BQ]
-    return new_peak, total, acc
+    weight = tl.trans(weight.to(value.dtype).to(DOT))
+    acc = tl.dot(value.to(DOT), weight, acc * shrink[None, :], input_precision="ieee")
+    if PAIRS:
+        odd = tl.dot(value_odd.to(DOT), weight, odd * shrink[None, :], input_precision="ieee")
+    return new_peak, total, acc, odd
 
 
 @triton.jit
-def _near(p_row_table, i, end, page_unit, token_unit, BEGIN: tl.constexpr, PAGE: tl.constexpr):
-    """The `i`-th near tokens of a row whose indexed ones end at `end`, and where they lie."""
-    token = tl.where(i < BEGIN, i, i - BEGIN + end)
+def _read(p_head_kv, slot, D: tl.constexpr, BE: tl.constexpr, PAIRS: tl.constexpr):
+    """Keys and values `[BE, BT]` that lie at `slot` `[BT]`; with `PAIRS` two numbers of 8 bits are one of 16.
+
+    Both come in one shape, so that a thread computes an address for both.
+    """
+    o_e = tl.arange(0, BE)
+    if PAIRS:
+        N: tl.constexpr = D // 2
+        p_token = p_head_kv.to(tl.pointer_type(tl.int16)) + slot.to(tl.int64) * (UNIT // 2)
+    else:
+        N: tl.constexpr = D
+        p_token = p_head_kv + slot.to(tl.int64) * UNIT
+    p_key = p_token[None, :] + o_e[:, None]
+    key = tl.load(p_key, mask=(o_e < N)[:, None], other=0)
+    return key, tl.load(p_key + N, mask=(o_e < N)[:, None], other=0)
+
+
+@triton.jit
+def _near(i, end, BEGIN: tl.constexpr):
+    """The `i`-th near token of a row whose indexed ones end at `end`."""
+    return tl.where(i < BEGIN, i, i - BEGIN + end)
+
+
+@triton.jit
+def _slot(p_row_table, token, page_unit, token_unit, PAGE: tl.constexpr):
+    """Where a token lies, in units of `UNIT` elements."""
     page = tl.load(p_row_table + token.to(tl.uint32) // PAGE)
-    return token, page * page_unit + (token.to(tl.uint32) % PAGE).to(tl.int32) * token_unit
-
-
-@triton.jit
-def _read(p_head_kv, slot, D: tl.constexpr, BD: tl.constexpr):
-    """Keys `[BT, BD]` and values `[BD, BT]` that lie at `slot` `[BT]`."""
-    o_d = tl.arange(0, BD)
-    p_token = p_head_kv + slot.to(tl.int64) * UNIT
-    key = tl.load(p_token[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
-    return key, tl.load(p_token[None, :] + (D + o_d[:, None]), mask=(o_d < D)[:, None], other=0.0)
+    return page * page_unit + (token.to(tl.uint32) % PAGE).to(tl.int32) * token_unit
 
 
 @triton.jit(do_not_specialize=("s_table_row", "ns", "nw"))
@@ -82,14 +130,15 @@ def look_kernel(
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr, TURN: tl.constexpr,
     ROOM: tl.constexpr, BT: tl.constexpr,
     BQ: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
-    MARK_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    MARK_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: the partial result over its tokens, see `partial`, and how many of them it read.
 
     Its tokens are those of its spans, and a share of the near ones; of a row read whole all are near. It takes `TURN` spans
     at a time. p_slots: `[programs, ROOM]`, where the tokens to read lie. p_words: `[programs, TURN, SPAN / 32]`, bits of
     the tokens to read. p_rest: `[programs, TURN, SPAN / PAGE, BQ]`, what the others of each page weigh. nw: programs of
-    `weigh_kernel`.
+    `weigh_kernel`. PAIRS: numbers of 8 bits are read by twos, since a warp transposes 16 bits at once; then even and odd
+    dimensions are apart, and `BE` of each.
 
     A warp's products give thread `l` of four the tokens `8 i + 2 l` and `8 i + 2 l + 1` of a span. So `l` numbers its
     words, and `2 i` and `2 i + 1` their bits.
@@ -100,6 +149,7 @@ def look_kernel(
     end = indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
     first_query, count = tokens_of(p_begin, i_row, T)
     tl.static_assert(SPAN == 128, "a thread has 32 tokens of a span, the bits of a word")
+    tl.static_assert((PAGE % BT == 0) & (BEGIN % BT == 0), "near tokens are read by blocks that lie in one page")
     HALF: tl.constexpr = N // 2
     C: tl.constexpr = G * T
     NP: tl.constexpr = SPAN // PAGE
@@ -107,7 +157,9 @@ def look_kernel(
     PART: tl.constexpr = 8  # bits of a word that are listed at once, as registers are scarce
     PAGES: tl.constexpr = PART * 4 // PAGE if PART * 4 > PAGE else 1  # that the tokens of `PART` bits lie in
     last = m + count
-    o_q, o_d, o_r, o_j = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, BT)
+    E: tl.constexpr = 2 if PAIRS else 1  # numbers of an element
+    BE: tl.constexpr = BD // E
+    o_q, o_d, o_r, o_j = tl.arange(0, BQ), tl.arange(0, BE) * E, tl.arange(0, BR), tl.arange(0, BT)
     m_q, m_d = o_q < G * count, o_d < D
     i_bk = i_row * K + i_k
     i_part = i_bk * ns + i_s
@@ -123,17 +175,21 @@ def look_kernel(
         return
     p_own_query = p_query + first_query * s_query_row + i_k * G * s_query_head
     p_own_query += query_at(o_r, s_query_row, s_query_head, G, T)[:, None] + o_d[None, :]
-    q = tl.load(p_own_query, mask=(o_r < G * count)[:, None] & m_d[None, :], other=0.0).to(DOT)  # [BR, BD]
+    m_own = (o_r < G * count)[:, None] & m_d[None, :]
+    q = tl.load(p_own_query, mask=m_own, other=0.0).to(DOT)  # [BR, BE]
+    q_odd = tl.load(p_own_query + 1, mask=m_own, other=0.0).to(DOT) if PAIRS else q
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
     near = tl.where(looked, BEGIN + last - end, last)  # of a row read whole all tokens are near
-    each, over = near // ns, near % ns  # near times `i_s` may be more than 32 bits hold
-    near_begin, near_end = each * i_s + over * i_s // ns, each * (i_s + 1) + over * (i_s + 1) // ns
+    blocks = tl.cdiv(near, BT)
+    each, over = blocks // ns, blocks % ns  # blocks times `i_s` may be more than 32 bits hold
+    near_begin = tl.minimum((each * i_s + over * i_s // ns) * BT, near)
+    near_end = tl.minimum((each * (i_s + 1) + over * (i_s + 1) // ns) * BT, near)
     read = near_end - near_begin
     key_scale = scaled(log2_scale, p_key_scale)
     page_unit, token_unit = s_kv_page // UNIT, s_kv_token // UNIT
     peak = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BQ, BT], tl.float32)  # added up over tokens at the end only
-    acc = tl.zeros([BD, BQ], tl.float32)
+    acc, odd = tl.zeros([BE, BQ], tl.float32), tl.zeros([BE, BQ], tl.float32)
     if looked:
         spans = tl.cdiv(tl.cdiv(end, SPAN) - i_s, ns)
         o_p, o_l, o_16, o_32 = tl.arange(0, NP), tl.arange(0, 4), tl.arange(0, 16), tl.arange(0, 32)
@@ -146,6 +202,8 @@ def look_kernel(
         factor, constant = tl.load(p_scale + i_bk * (2 * BQ) + o_q), tl.load(p_scale + i_bk * (2 * BQ) + BQ + o_q)
         constant = tl.where(m_q, constant - least, float("-inf"))
         peak = least
+        # What lists have beyond their ends is read and counts for nothing: the row's own token, whose numbers are good.
+        own_slot = tl.full([2 * BT], 0, tl.int32) + _slot(p_row_table, m, page_unit, token_unit, PAGE)
         for turn in range(0, spans, TURN):
             turn_spans = tl.minimum(spans - turn, TURN)
 
@@ -188,19 +246,22 @@ def look_kernel(
                 listed_count += tl.sum(count_of, 0)
             read += listed_count
             # Near ones too, in the last turn, where all queries see them and they have room.
-            if (T == 1) & (turn + TURN >= spans) & (listed_count + near_end - near_begin <= ROOM):
+            if (T == 1) & (turn + TURN >= spans) & (listed_count + near_end - near_begin <= ROOM - 2 * BT):
                 for i in tl.range(near_begin, near_end, 32, num_stages=1):
                     i_near = tl.minimum(i + o_32, near_end - 1)
-                    token, slot = _near(p_row_table, i_near, end, page_unit, token_unit, BEGIN, PAGE)
+                    slot = _slot(p_row_table, _near(i_near, end, BEGIN), page_unit, token_unit, PAGE)
                     tl.store(p_list + listed_count + i + o_32 - near_begin, slot, mask=i + o_32 < near_end)
                 listed_count += near_end - near_begin
                 near_begin = near_end
+            tl.store(p_list + listed_count + tl.arange(0, 2 * BT), own_slot)
             tl.debug_barrier()  # what threads listed, others read
 
             # 4. Add the others, page by page.
             # What they weigh is relative to `least`, so the result is too meanwhile. Far below the peak they count for nothing.
             ahead = tl.minimum(peak - least, 60.0)
-            acc *= tl.exp2(ahead)[None, :]
+            grow, shrink = tl.exp2(ahead), tl.exp2(-ahead)
+            acc *= grow[None, :]
+            odd *= grow[None, :]
             rest_total = tl.zeros([16, BQ], tl.float32)
             for i in tl.range(0, turn_spans * NP, 16, num_stages=1):
                 i_page = i + o_16
@@ -209,37 +270,50 @@ def look_kernel(
                 page = tl.load(p_row_table + at_page, mask=m_page, other=0).to(tl.int64)
                 rest = tl.load(p_own_rest + i_page[:, None] * BQ + o_q[None, :], mask=m_page[:, None], other=0.0)
                 p_mean = p_means + (page * s_mean_page + i_k * D)[None, :] + o_d[:, None]
-                mean = tl.load(p_mean, mask=m_page[None, :] & m_d[:, None], other=0.0)  # [BD, 16]
+                mean = tl.load(p_mean, mask=m_page[None, :] & m_d[:, None], other=0.0)  # [BE, 16]
                 rest_total += rest  # [16, BQ]
-                acc = tl.dot(mean.to(DOT), rest.to(mean.dtype).to(DOT), acc, input_precision="ieee")
-            shrink = tl.exp2(-ahead)
+                rest = rest.to(mean.dtype).to(DOT)
+                acc = tl.dot(mean.to(DOT), rest, acc, input_precision="ieee")
+                if PAIRS:
+                    mean = tl.load(p_mean + 1, mask=m_page[None, :] & m_d[:, None], other=0.0)
+                    odd = tl.dot(mean.to(DOT), rest, odd, input_precision="ieee")
             acc *= shrink[None, :]
+            odd *= shrink[None, :]
             total += tl.where((o_j == 0)[None, :], (tl.sum(rest_total, 0) * shrink)[:, None], 0.0)
 
-            # 5. Read what is listed. Beyond its end the last one is read again, and counts for nothing.
-            next_slot = tl.load(p_list + tl.maximum(tl.minimum(o_j, listed_count - 1), 0))
+            # 5. Read what is listed.
+            next_slot = tl.load(p_list + o_j)
             for j in tl.range(0, listed_count, BT, num_stages=READ_STAGES):
                 m_t, slot = j + o_j < listed_count, next_slot  # [BT]
-                next_slot = tl.load(p_list + tl.minimum(j + BT + o_j, listed_count - 1))
-                key, value = _read(p_head_kv, slot, D, BD)
-                peak, total, acc = _attend(q, key, value, m_t[None, :], key_scale, peak, total, acc, BQ, DOT)
+                next_slot = tl.load(p_list + j + BT + o_j)
+                key, value = _read(p_head_kv, slot, D, BE, PAIRS)
+                peak, total, acc, odd = _attend(
+                    q, q_odd, key, value, m_t[None, :], key_scale, peak, total, acc, odd, BQ, DOT, PAIRS
+                )
             tl.debug_barrier()  # before they mark and list others
 
-    # 6. Read near tokens that no list has.
+    # 6. Read near tokens that no list has. A block of them lies in one page.
     if near_begin < near_end:
+        next_slot = _slot(p_row_table, _near(near_begin, end, BEGIN), page_unit, token_unit, PAGE)
         for j in tl.range(near_begin, near_end, BT, num_stages=READ_STAGES):
-            m_t, i_near = j + o_j < near_end, tl.minimum(j + o_j, near_end - 1)
-            token, slot = _near(p_row_table, i_near, end, page_unit, token_unit, BEGIN, PAGE)
-            key, value = _read(p_head_kv, slot, D, BD)
-            m_seen = tl.trans(seen(m_t, token, m, o_q, G, T))
-            peak, total, acc = _attend(q, key, value, m_seen, key_scale, peak, total, acc, BQ, DOT)
+            slot = next_slot + tl.minimum(o_j, near_end - 1 - j) * token_unit
+            next_near = _near(tl.minimum(j + BT, near_end - 1), end, BEGIN)
+            next_slot = _slot(p_row_table, next_near, page_unit, token_unit, PAGE)
+            key, value = _read(p_head_kv, slot, D, BE, PAIRS)
+            m_seen = tl.trans(seen(j + o_j < near_end, _near(j, end, BEGIN) + o_j, m, o_q, G, T))
+            peak, total, acc, odd = _attend(
+                q, q_odd, key, value, m_seen, key_scale, peak, total, acc, odd, BQ, DOT, PAIRS
+            )
 
     # 7. Leave the result to `merge_kernel`.
     p_own_part = p_part + (i_part * C + o_q) * 2
     tl.store(p_own_part, peak, mask=m_q)
     tl.store(p_own_part + 1, tl.sum(total, 1), mask=m_q)
     p_own_acc = p_part_acc + (i_part * C + o_q)[None, :] * D + o_d[:, None]
-    tl.store(p_own_acc, scaled(acc, p_value_scale), mask=m_d[:, None] & m_q[None, :])
+    m_own_acc = m_d[:, None] & m_q[None, :]
+    tl.store(p_own_acc, scaled(acc, p_value_scale), mask=m_own_acc)
+    if PAIRS:
+        tl.store(p_own_acc + 1, scaled(odd, p_value_scale), mask=m_own_acc)
     tl.store(p_read + i_part, read)
 
 
@@ -316,7 +390,7 @@ def launches(
         p_words=work.words, p_rest=work.rest, s_mean_page=means.stride(0), ns=ns, TURN=tuning.turn, ROOM=work.slots.shape[1],
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
         BNW=power_of_two(tuning.most_weighers), MARK_STAGES=tuning.mark_stages, READ_STAGES=tuning.read_stages,
-        DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[means.dtype],
+        DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[means.dtype], PAIRS=kv.itemsize == 1,
     )  # fmt: skip
     kinds = by_kind(arguments, ("ns", "nw", "log2_scale", "log2_tolerance", "s_table_row"))
     launch(

@@ -91,12 +91,13 @@ class LookupWork:
         parts = max(pairs, weighers, *programs.values())
         # A program lists near tokens too, where they have room: those of the first tiles, and of the band, widened to tiles.
         near = min(-(-max(g.sink, 1) // TILE) * TILE + g.band + TILE, MOST_NEAR)
+        room = tuning.turn * SPAN + near + 2 * tuning.block  # and what is read beyond a list's end
 
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=on)
 
         return cls(
-            slots=empty(parts, tuning.turn * SPAN + near, dtype=torch.int32),
+            slots=empty(parts, room, dtype=torch.int32),
             words=empty(parts, tuning.turn, SPAN // 32, dtype=torch.int32),
             rest=empty(parts, tuning.turn, SPAN // g.page_size, width), read=empty(parts, dtype=torch.int32),
             narrow=empty(pairs, 2, 2 * width, narrow_width(directions), dtype=torch.int8), scale=empty(pairs, 2, width),

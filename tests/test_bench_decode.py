@@ -44,7 +44,8 @@ if name == "CRASH":
     ]  # fmt: skip
     assert [row["engine"] for row in rows] == ["MAC", "default", "CRASH"]
     assert (rows[0]["p50"], rows[0]["mean"]) == (2.0, pytest.approx(7 / 3))
-    assert rows[0]["ttft_p50"] == 7.0 and rows[0]["metadata_p50"] == 0.1 and rows[0]["hit_rate"] == 0.5
+    assert rows[0]["ttft_p50"] == 7.0 and rows[0]["metadata_p50"] == 0.1 and rows[0]["graph_p50"] == 0.5
+    assert rows[0]["hit_rate"] == 0.5
     error = rows[2]["error"].splitlines()[-1]
     assert error == "CRASH None 3: the engine ended with code 9 and gave no result: ValueError: out of luck"
     decode.compare(rows)

@@ -7,7 +7,7 @@ from support import engine as harness
 from support.engine import Add
 from support.index_engine import CONFIG, check_pages, counts, forget, layers, set_tolerance
 from support.scenarios import text
-from vllm_mac import capabilities, kv_group, requests
+from vllm_mac import kv_group, requests
 
 NEW = 24
 SHARED = text("shared", 300)
@@ -125,7 +125,6 @@ def test_two_workers_serve_a_hybrid_model(models, monkeypatch):
 @pytest.mark.parametrize("split", [False, True])
 def test_a_hybrid_model_is_served_by_a_gpu(models, monkeypatch, split):
     """In full graphs. At tolerance 0 nothing is skipped; tokens are FLASHINFER's until rounding parts them."""
-    monkeypatch.setattr(capabilities, "INDEX_HYBRID_ON", ("cpu", "cuda"))
     path = models("lfm2_deep")
     options = OPTIONS | {
         "dtype": "bfloat16", "chunk": 1024, "block_size": None, "async_scheduling": False,

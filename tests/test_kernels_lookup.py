@@ -89,7 +89,8 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
     some = min(ns, -(-want.end // SPAN))  # others have nothing to do
     token = torch.arange(want.n)
     far = (token >= want.begin) & (token < want.end)
-    near = (~far).nonzero()[:, 0]
+    near, block = (~far).nonzero()[:, 0], work.tuning.block
+    blocks = -(-len(near) // block)
     page, offset = batch.table[row].cpu().long(), torch.arange(SPAN)
     bits = offset // 8 * 2 + offset % 2  # of the word `offset % 8 // 2`
     for head in range(c.kv_heads):
@@ -102,7 +103,7 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
             own = (spans[:, None] * SPAN + offset)[marked]
             assert far[own].all() and not found[head, own].any()
             found[head, own] = True
-            share = near[len(near) * program // some : len(near) * (program + 1) // some]
+            share = near[blocks * program // some * block : blocks * (program + 1) // some * block]
             assert work.read[part] == len(own) + len(share)
             unit = torch.tensor(batch.kv.stride()) // 16
             slots = page[own // c.page] * unit[0] + own % c.page * unit[2]

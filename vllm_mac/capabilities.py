@@ -25,9 +25,6 @@ ATTENTION_TYPES = ("decoder",)
 BLOCK_SIZES = {"cpu": 32, "cuda": 16}
 # The same with `rule: index`: pages that it pads are read whole. On GPUs they divide its tiles and spans of tokens.
 INDEX_BLOCK_SIZES = {"cpu": (32, 64, 128, 256), "cuda": (16, 32, 64)}
-# Where `rule: index` serves models with Mamba or convolution layers: it never ran on a GPU with one.
-INDEX_HYBRID_ON = ("cpu",)
-NO_HYBRID = "the model is hybrid, and rule: index never ran with one on a GPU"
 # What VLLM_KV_CACHE_LAYOUT may be with `rule: index`: pages in one part, and those of other layers not between them.
 INDEX_LAYOUTS = ("LBNHC", "LBHNC", "NHD", "HND")
 # KV connectors that copy pages as they lie, with room behind their keys and values. NIXL's asserts that there is none;

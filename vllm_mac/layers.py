@@ -314,8 +314,6 @@ def _check_index(served: list[MacLayer], vllm_config: VllmConfig) -> None:
         return  # one group, in which each layer has memory of its own
     first = served[0].name
     if is_hybrid(vllm_config):
-        if not current_platform.is_cpu() and "cuda" not in capabilities.INDEX_HYBRID_ON:
-            raise MacConfigError(f"{capabilities.NO_HYBRID}: {capabilities.TO_MATCH}")
         # Rows of these layers alone have room for the index, and maps that are learned anew index their blocks alone.
         others = [
             x for x, spec in specs.items() if isinstance(spec, AttentionSpec) and type(spec) is not FullAttentionSpec

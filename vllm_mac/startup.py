@@ -133,8 +133,6 @@ def refusals(
     if config.enabled and (refused := capabilities.refused_connector(vllm_config.kv_transfer_config, config.rule)):
         yield refused
     if rule == "index":
-        if model.is_hybrid and platform not in (None, *capabilities.INDEX_HYBRID_ON):
-            yield capabilities.NO_HYBRID, capabilities.TO_MATCH
         for key, what in (("kv_transfer_config", "a KV connector"), ("speculative_config", "speculation")):
             if model.is_hybrid and getattr(vllm_config, key) is not None:
                 yield f"the model is hybrid, and rule: index was not tried with {what} there", "start without it"

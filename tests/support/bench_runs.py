@@ -23,7 +23,9 @@ def fake_engine(monkeypatch, body):
     monkeypatch.setattr(decode, "COMMAND", (sys.executable, "-c", code))
 
 
-RESULT = "dict(step_ms=[1.0, 2.0, 4.0], ttft_ms=[7.0], metadata_ms=[0.1], hit_rate=0.5, read_share=0.25)"
+RESULT = (
+    "dict(step_ms=[1.0, 2.0, 4.0], ttft_ms=[7.0], metadata_ms=[0.1], graph_ms=[0.5], hit_rate=0.5, read_share=0.25)"
+)
 EACH = f"""
 for i, _ in enumerate(spec["shapes"]):
     tell(shape=i, result={RESULT})

@@ -157,4 +157,6 @@ def _row(bench: DecodeBench, backend: str, batch: int, context: int, result: dic
     row |= {f"ttft_{name}": value for name, value in quantiles(result["ttft_ms"]).items()}
     builds = result.pop("metadata_ms")
     row |= {f"metadata_{name}": value for name, value in quantiles(builds).items()} if builds else {}
+    graphs = result.pop("graph_ms", None)
+    row |= {f"graph_{name}": value for name, value in quantiles(graphs).items()} if graphs else {}
     return row | result

@@ -32,7 +32,7 @@ WORDS = [
 
 
 class BenchWorker(WorkerExtension):
-    """MAC's counters and, for any backend, the host time to build a step's metadata."""
+    """MAC's counters and, for any backend, the host's time to build a step's metadata and the GPU's for a step's graph."""
 
     def bench_time_builds(self) -> None:
         from vllm.v1.attention.backend import AttentionMetadataBuilder
@@ -58,6 +58,31 @@ class BenchWorker(WorkerExtension):
             classes += cls.__subclasses__()
             if "build" in vars(cls):
                 cls.build = timed(cls.build)
+
+    def bench_time_graphs(self) -> None:
+        import torch
+
+        self.bench_replays, replay = [], torch.cuda.CUDAGraph.replay
+
+        @functools.wraps(replay)
+        def timed(graph) -> None:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay(graph)
+            end.record()
+            self.bench_replays.append((begin, end))
+
+        torch.cuda.CUDAGraph.replay = timed
+
+    def bench_take_graphs(self) -> list[float]:
+        """Milliseconds of each replay of a CUDA graph since the last call."""
+        import torch
+
+        if self.bench_replays:
+            torch.cuda.synchronize()
+        taken = [begin.elapsed_time(end) for begin, end in self.bench_replays]
+        self.bench_replays.clear()
+        return taken
 
     def bench_sharpen(self, context: int, seed: int) -> int:
         from vllm_mac.tools.bench.dummy_weights import sharpen
@@ -94,6 +119,7 @@ def main(spec: dict, send) -> None:
     }
     facts["max_model_len"] = llm.llm_engine.model_config.max_model_len
     llm.collective_rpc("bench_time_builds")
+    llm.collective_rpc("bench_time_graphs")
     for i, (batch, context) in enumerate(spec["shapes"]):
 
         def stage(what: str, of=f"batch {batch}, {context} tokens") -> None:
@@ -222,6 +248,7 @@ def _measure(
     stage("decoding")
     before = read_counters(llm)
     llm.collective_rpc("bench_take_builds")
+    llm.collective_rpc("bench_take_graphs")
     stamps: list[float] = []
     skipped = most = 0
     while len(stamps) <= tokens and engine.has_unfinished_requests():
@@ -237,6 +264,7 @@ def _measure(
         if skipped > UNTIMED:
             stamps.append(now)
     builds = llm.collective_rpc("bench_take_builds")[0]
+    graphs = llm.collective_rpc("bench_take_graphs")[0]
     after = read_counters(llm)
     if len(stamps) <= tokens:
         raise RuntimeError(
@@ -247,6 +275,8 @@ def _measure(
     while engine.has_unfinished_requests():
         engine.step()
     result = {"step_ms": [1000 * (b - a) for a, b in itertools.pairwise(stamps)], "metadata_ms": builds}
+    if len(graphs) == len(builds):  # of a step in pieces, graphs have the smaller part
+        result["graph_ms"] = graphs
     result["cached_prompt_tokens"] = sum(count or 0 for count in cached.values())
     return list(first.values()), result | _reuse(before, after)
 
