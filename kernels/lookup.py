@@ -394,7 +394,8 @@ def launches(
     )  # fmt: skip
     kinds = by_kind(arguments, ("ns", "nw", "log2_scale", "log2_tolerance", "s_table_row"))
     launch(
-        look_kernel, (ns, kv_heads, count), *kinds, work.options(width, d, layout.directions), work.found[width],
+        look_kernel, (ns, kv_heads, count), *kinds, work.options(width, d, kv.itemsize, layout.directions),
+        work.found[width],
     )  # fmt: skip
     yield "look"
     shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT PDL launch_pdl".split()

@@ -86,7 +86,7 @@ class LookupWork:
         pairs, queries = g.max_rows * g.kv_heads, g.group * g.at_once
         width = cls.width(queries)
         widths = {cls.width(g.group), width}
-        programs = {one: cls.resident(one, g.head_size, directions) * sms for one in widths}
+        programs = {one: cls.resident(one, g.head_size, g.kv_dtype.itemsize, directions) * sms for one in widths}
         weighers = -(-tuning.weighers_per_sm // cls.weigher_warps(width, g.head_size, directions)) * sms
         parts = max(pairs, weighers, *programs.values())
         # A program lists near tokens too, where they have room: those of the first tiles, and of the band, widened to tiles.
@@ -129,22 +129,22 @@ class LookupWork:
         return {"num_warps": warps, "maxnreg": _most_registers(warps)}
 
     @classmethod
-    def registers(cls, width: int, size: int, directions: int) -> int:
-        """Of a thread of `look_kernel`, at most."""
+    def registers(cls, width: int, size: int, itemsize: int, directions: int) -> int:
+        """Of a thread of `look_kernel`, at most. itemsize: bytes of the cache's elements."""
         warps = cls.warps(width, size)
         if warps > 1 or narrow_width(directions) > 32:
             return _most_registers(warps)
-        return 168
+        return 200 if itemsize == 1 else 168
 
     @classmethod
-    def resident(cls, width: int, size: int, directions: int) -> int:
+    def resident(cls, width: int, size: int, itemsize: int, directions: int) -> int:
         """Programs of `look_kernel` that an SM's registers are enough for."""
-        return _fitting(cls.warps(width, size), cls.registers(width, size, directions))
+        return _fitting(cls.warps(width, size), cls.registers(width, size, itemsize, directions))
 
     @classmethod
-    def options(cls, width: int, size: int, directions: int) -> list[dict]:
+    def options(cls, width: int, size: int, itemsize: int, directions: int) -> list[dict]:
         """How to launch `look_kernel`, for `launch.launch`: with more registers, then with more warps, where some would spill."""
-        warps, least = cls.warps(width, size), cls.registers(width, size, directions)
+        warps, least = cls.warps(width, size), cls.registers(width, size, itemsize, directions)
         ways = [(warps, some) for some in sorted({least, 200, 255}) if least <= some <= _most_registers(warps)]
         more = min(2 * warps, 32)  # no program has more
         return [{"num_warps": n, "maxnreg": some} for n, some in (*ways, (more, _most_registers(more)))]

@@ -438,8 +438,9 @@ def test_a_head_s_results_are_merged_in_one_read(ns, d, most):
 
 @pytest.mark.parametrize("width", [8, 16, 64, 128])
 @pytest.mark.parametrize("size", [64, 128, 256])
-def test_every_way_to_launch_fits_an_sm(width, size):
+@pytest.mark.parametrize("itemsize", [1, 2])
+def test_every_way_to_launch_fits_an_sm(width, size, itemsize):
     """Whatever the group, as that of one KV head for all queries."""
-    ways = LookupWork.options(width, size, 64)
+    ways = LookupWork.options(width, size, itemsize, 64)
     ways.append(LookupWork.weigher_options(width, size, 64))
     assert all(32 * way["num_warps"] * way["maxnreg"] <= 65536 and way["num_warps"] <= 32 for way in ways)
