@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_mac.kernels.entry import INTERPRETED
 from vllm_mac.kernels.estimate import codes_of, first_rows, narrow_at, pages_of, scores_of, shares_of
 from vllm_mac.kernels.launch import by_kind, launch, power_of_two
 from vllm_mac.kernels.lookup_merge import indexed_end, merge_kernel, programs_of, query_at, seen, tokens_of
@@ -42,69 +41,27 @@ def _or(a, b):
 
 
 @triton.jit
-def _two(pair):
-    """The two FP8 numbers (E4M3) of each of 16 bits, as float16: the lower ones, then the upper ones."""
-    if INTERPRETED:
-        low, high = (pair & 0xFF).to(tl.uint8), ((pair >> 8) & 0xFF).to(tl.uint8)
-        low, high = low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
-        low, high = low.to(tl.float16), high.to(tl.float16)
-    else:
-        # The compiler takes each byte by itself. Here a register of two pairs takes two permutations.
-        low, high = tl.inline_asm_elementwise(
-            """{ .reg .b32 l, h; .reg .b16 low, high, none;
-            prmt.b32 l, $2, 0, 0x4420; prmt.b32 h, $2, 0, 0x4431;
-            mov.b32 {low, none}, l; mov.b32 {high, none}, h;
-            cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }""",
-            "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    return low, high
-
-
-@triton.jit
-def _attend(
-    q, q_odd, key, value, mask, log2_scale, peak, total, acc, odd, BQ: tl.constexpr, DOT: tl.constexpr, PAIRS: tl.constexpr
-):  # fmt: skip
-    """A partial result with the tokens of a block: key, value `[BE, BT]` as `_read` gives them, those of `mask`.
-
-    q, q_odd: `[BR, BE]`. acc, odd: `[BE, BQ]`, those with `odd` of pairs only. total: `[BQ, BT]`.
-    """
-    if PAIRS:
-        key, key_odd = _two(key)
-        value, value_odd = _two(value)
-        score = tl.dot(q_odd, key_odd.to(DOT), input_precision="ieee")
-        score = tl.dot(q, key.to(DOT), score, input_precision="ieee")
-    else:
-        score = tl.dot(q, key.to(DOT), input_precision="ieee")
-    score = first_rows(score, BQ) * log2_scale  # [BQ, BT]
+def _attend(q, key, value, mask, log2_scale, peak, total, acc, BQ: tl.constexpr, DOT: tl.constexpr):
+    """A partial result with the tokens of a block: key, value `[BD, BT]`, those of `mask`. q: `[BR, BD]`. total: `[BQ, BT]`."""
+    score = first_rows(tl.dot(q, key.to(DOT), input_precision="ieee"), BQ) * log2_scale  # [BQ, BT]
     score = tl.where(mask, score, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(score, 1))
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weight = tl.exp2(score - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink[:, None] + weight
-    weight = tl.trans(weight.to(value.dtype).to(DOT))
-    acc = tl.dot(value.to(DOT), weight, acc * shrink[None, :], input_precision="ieee")
-    if PAIRS:
-        odd = tl.dot(value_odd.to(DOT), weight, odd * shrink[None, :], input_precision="ieee")
-    return new_peak, total, acc, odd
+    weight = weight.to(tl.float16 if value.dtype.is_fp8() else value.dtype).to(DOT)
+    acc = tl.dot(value.to(DOT), tl.trans(weight), acc * shrink[None, :], input_precision="ieee")  # [BD, BQ]
+    return new_peak, total, acc
 
 
 @triton.jit
-def _read(p_head_kv, slot, D: tl.constexpr, BE: tl.constexpr, PAIRS: tl.constexpr):
-    """Keys and values `[BE, BT]` that lie at `slot` `[BT]`; with `PAIRS` two numbers of 8 bits are one of 16.
-
-    Both come in one shape, so that a thread computes an address for both.
-    """
-    o_e = tl.arange(0, BE)
-    if PAIRS:
-        N: tl.constexpr = D // 2
-        p_token = p_head_kv.to(tl.pointer_type(tl.int16)) + slot.to(tl.int64) * (UNIT // 2)
-    else:
-        N: tl.constexpr = D
-        p_token = p_head_kv + slot.to(tl.int64) * UNIT
-    p_key = p_token[None, :] + o_e[:, None]
-    key = tl.load(p_key, mask=(o_e < N)[:, None], other=0)
-    return key, tl.load(p_key + N, mask=(o_e < N)[:, None], other=0)
+def _read(p_head_kv, slot, D: tl.constexpr, BD: tl.constexpr):
+    """Keys and values `[BD, BT]` that lie at `slot` `[BT]`: in one shape, so that a thread computes an address for both."""
+    o_d = tl.arange(0, BD)
+    p_key = (p_head_kv + slot.to(tl.int64) * UNIT)[None, :] + o_d[:, None]
+    m_d = (o_d < D)[:, None]
+    return tl.load(p_key, mask=m_d, other=0.0), tl.load(p_key + D, mask=m_d, other=0.0)
 
 
 @triton.jit
@@ -130,15 +87,14 @@ def look_kernel(
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr, TURN: tl.constexpr,
     ROOM: tl.constexpr, BT: tl.constexpr,
     BQ: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
-    MARK_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
+    MARK_STAGES: tl.constexpr, READ_STAGES: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `(i_s, i_k, i_row)`: the partial result over its tokens, see `partial`, and how many of them it read.
 
     Its tokens are those of its spans, and a share of the near ones; of a row read whole all are near. It takes `TURN` spans
     at a time. p_slots: `[programs, ROOM]`, where the tokens to read lie. p_words: `[programs, TURN, SPAN / 32]`, bits of
     the tokens to read. p_rest: `[programs, TURN, SPAN / PAGE, BQ]`, what the others of each page weigh. nw: programs of
-    `weigh_kernel`. PAIRS: numbers of 8 bits are read by twos, since a warp transposes 16 bits at once; then even and odd
-    dimensions are apart, and `BE` of each.
+    `weigh_kernel`.
 
     A warp's products give thread `l` of four the tokens `8 i + 2 l` and `8 i + 2 l + 1` of a span. So `l` numbers its
     words, and `2 i` and `2 i + 1` their bits.
@@ -157,9 +113,7 @@ def look_kernel(
     PART: tl.constexpr = 8  # bits of a word that are listed at once, as registers are scarce
     PAGES: tl.constexpr = PART * 4 // PAGE if PART * 4 > PAGE else 1  # that the tokens of `PART` bits lie in
     last = m + count
-    E: tl.constexpr = 2 if PAIRS else 1  # numbers of an element
-    BE: tl.constexpr = BD // E
-    o_q, o_d, o_r, o_j = tl.arange(0, BQ), tl.arange(0, BE) * E, tl.arange(0, BR), tl.arange(0, BT)
+    o_q, o_d, o_r, o_j = tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, BT)
     m_q, m_d = o_q < G * count, o_d < D
     i_bk = i_row * K + i_k
     i_part = i_bk * ns + i_s
@@ -175,9 +129,7 @@ def look_kernel(
         return
     p_own_query = p_query + first_query * s_query_row + i_k * G * s_query_head
     p_own_query += query_at(o_r, s_query_row, s_query_head, G, T)[:, None] + o_d[None, :]
-    m_own = (o_r < G * count)[:, None] & m_d[None, :]
-    q = tl.load(p_own_query, mask=m_own, other=0.0).to(DOT)  # [BR, BE]
-    q_odd = tl.load(p_own_query + 1, mask=m_own, other=0.0).to(DOT) if PAIRS else q
+    q = tl.load(p_own_query, mask=(o_r < G * count)[:, None] & m_d[None, :], other=0.0).to(DOT)  # [BR, BD]
     p_head_kv = p_kv + i_k.to(tl.int64) * s_kv_head
     near = tl.where(looked, BEGIN + last - end, last)  # of a row read whole all tokens are near
     blocks = tl.cdiv(near, BT)
@@ -189,7 +141,7 @@ def look_kernel(
     page_unit, token_unit = s_kv_page // UNIT, s_kv_token // UNIT
     peak = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BQ, BT], tl.float32)  # added up over tokens at the end only
-    acc, odd = tl.zeros([BE, BQ], tl.float32), tl.zeros([BE, BQ], tl.float32)
+    acc = tl.zeros([BD, BQ], tl.float32)
     if looked:
         spans = tl.cdiv(tl.cdiv(end, SPAN) - i_s, ns)
         o_p, o_l, o_16, o_32 = tl.arange(0, NP), tl.arange(0, 4), tl.arange(0, 16), tl.arange(0, 32)
@@ -259,9 +211,7 @@ def look_kernel(
             # 4. Add the others, page by page.
             # What they weigh is relative to `least`, so the result is too meanwhile. Far below the peak they count for nothing.
             ahead = tl.minimum(peak - least, 60.0)
-            grow, shrink = tl.exp2(ahead), tl.exp2(-ahead)
-            acc *= grow[None, :]
-            odd *= grow[None, :]
+            acc *= tl.exp2(ahead)[None, :]
             rest_total = tl.zeros([16, BQ], tl.float32)
             for i in tl.range(0, turn_spans * NP, 16, num_stages=1):
                 i_page = i + o_16
@@ -270,15 +220,11 @@ def look_kernel(
                 page = tl.load(p_row_table + at_page, mask=m_page, other=0).to(tl.int64)
                 rest = tl.load(p_own_rest + i_page[:, None] * BQ + o_q[None, :], mask=m_page[:, None], other=0.0)
                 p_mean = p_means + (page * s_mean_page + i_k * D)[None, :] + o_d[:, None]
-                mean = tl.load(p_mean, mask=m_page[None, :] & m_d[:, None], other=0.0)  # [BE, 16]
+                mean = tl.load(p_mean, mask=m_page[None, :] & m_d[:, None], other=0.0)  # [BD, 16]
                 rest_total += rest  # [16, BQ]
-                rest = rest.to(mean.dtype).to(DOT)
-                acc = tl.dot(mean.to(DOT), rest, acc, input_precision="ieee")
-                if PAIRS:
-                    mean = tl.load(p_mean + 1, mask=m_page[None, :] & m_d[:, None], other=0.0)
-                    odd = tl.dot(mean.to(DOT), rest, odd, input_precision="ieee")
+                acc = tl.dot(mean.to(DOT), rest.to(mean.dtype).to(DOT), acc, input_precision="ieee")
+            shrink = tl.exp2(-ahead)
             acc *= shrink[None, :]
-            odd *= shrink[None, :]
             total += tl.where((o_j == 0)[None, :], (tl.sum(rest_total, 0) * shrink)[:, None], 0.0)
 
             # 5. Read what is listed.
@@ -286,10 +232,8 @@ def look_kernel(
             for j in tl.range(0, listed_count, BT, num_stages=READ_STAGES):
                 m_t, slot = j + o_j < listed_count, next_slot  # [BT]
                 next_slot = tl.load(p_list + j + BT + o_j)
-                key, value = _read(p_head_kv, slot, D, BE, PAIRS)
-                peak, total, acc, odd = _attend(
-                    q, q_odd, key, value, m_t[None, :], key_scale, peak, total, acc, odd, BQ, DOT, PAIRS
-                )
+                key, value = _read(p_head_kv, slot, D, BD)
+                peak, total, acc = _attend(q, key, value, m_t[None, :], key_scale, peak, total, acc, BQ, DOT)
             tl.debug_barrier()  # before they mark and list others
 
     # 6. Read near tokens that no list has. A block of them lies in one page.
@@ -299,21 +243,16 @@ def look_kernel(
             slot = next_slot + tl.minimum(o_j, near_end - 1 - j) * token_unit
             next_near = _near(tl.minimum(j + BT, near_end - 1), end, BEGIN)
             next_slot = _slot(p_row_table, next_near, page_unit, token_unit, PAGE)
-            key, value = _read(p_head_kv, slot, D, BE, PAIRS)
+            key, value = _read(p_head_kv, slot, D, BD)
             m_seen = tl.trans(seen(j + o_j < near_end, _near(j, end, BEGIN) + o_j, m, o_q, G, T))
-            peak, total, acc, odd = _attend(
-                q, q_odd, key, value, m_seen, key_scale, peak, total, acc, odd, BQ, DOT, PAIRS
-            )
+            peak, total, acc = _attend(q, key, value, m_seen, key_scale, peak, total, acc, BQ, DOT)
 
     # 7. Leave the result to `merge_kernel`.
     p_own_part = p_part + (i_part * C + o_q) * 2
     tl.store(p_own_part, peak, mask=m_q)
     tl.store(p_own_part + 1, tl.sum(total, 1), mask=m_q)
     p_own_acc = p_part_acc + (i_part * C + o_q)[None, :] * D + o_d[:, None]
-    m_own_acc = m_d[:, None] & m_q[None, :]
-    tl.store(p_own_acc, scaled(acc, p_value_scale), mask=m_own_acc)
-    if PAIRS:
-        tl.store(p_own_acc + 1, scaled(odd, p_value_scale), mask=m_own_acc)
+    tl.store(p_own_acc, scaled(acc, p_value_scale), mask=m_d[:, None] & m_q[None, :])
     tl.store(p_read + i_part, read)
 
 
@@ -390,7 +329,7 @@ def launches(
         p_words=work.words, p_rest=work.rest, s_mean_page=means.stride(0), ns=ns, TURN=tuning.turn, ROOM=work.slots.shape[1],
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
         BNW=power_of_two(tuning.most_weighers), MARK_STAGES=tuning.mark_stages, READ_STAGES=tuning.read_stages,
-        DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[means.dtype], PAIRS=kv.itemsize == 1,
+        DOT=tl.float32 if triton.knobs.runtime.interpret else DOT_TYPES[means.dtype],
     )  # fmt: skip
     kinds = by_kind(arguments, ("ns", "nw", "log2_scale", "log2_tolerance", "s_table_row"))
     launch(
