@@ -43,7 +43,7 @@ SHOWN = {
     ),
     "models with Mamba": (
         ["test_index_hybrid::test_a_hybrid_model_is_served", "test_index_hybrid::test_a_hybrid_model_is_served_by_a_gpu",
-         "test_startup::test_hybrid_models_have_an_index_where_it_ran"],
+         "test_startup::test_hybrid_models_have_an_index"],
         ["test_engine_copies::test_no_request_reads_the_ring_of_a_block_s_former_owner"],
     ),
     "sliding-window, soft-capped": (
