@@ -93,6 +93,8 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
     blocks = -(-len(near) // block)
     page, offset = batch.table[row].cpu().long(), torch.arange(SPAN)
     bits = offset // 8 * 2 + offset % 2  # of the word `offset % 8 // 2`
+    unit, several = torch.tensor(batch.kv.stride()) // 16, work.at_once if c.tokens else 1
+    slots = lambda token: page[token // c.page] * unit[0] + token % c.page * unit[2]
     for head in range(c.kv_heads):
         for program in range(some):
             part = (row * c.kv_heads + head) * ns + program
@@ -105,9 +107,12 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
             found[head, own] = True
             share = near[blocks * program // some * block : blocks * (program + 1) // some * block]
             assert work.read[part] == len(own) + len(share)
-            unit = torch.tensor(batch.kv.stride()) // 16
-            slots = page[own // c.page] * unit[0] + own % c.page * unit[2]
-            assert slots.sort()[0].equal(work.slots[part, : len(own)].cpu().long().sort()[0])
+            listed = work.slots[part].cpu().long()
+            assert listed[: len(own)].sort()[0].equal(slots(own).sort()[0])
+            # Where a row decodes one token near ones follow, if they have room. Then its first new token fills a block or two.
+            fits = several == 1 and len(own) + len(share) <= len(listed) - 2 * block
+            rest = torch.cat((share[: len(share) * fits], torch.full((2 * block,), want.n - want.tokens)))
+            assert listed[len(own) : len(own) + len(rest)].equal(slots(rest))
         found[head, near] = True
     return found
 
@@ -275,6 +280,20 @@ def test_long_rows_are_read_in_turns(tokens, ns):
     again, counted = run(batch, turns)
     assert counts == counted and turns.read.equal(work.read)
     assert (again - out).abs().max() <= 1e-5 * batch.kv.nan_to_num().abs().max()
+
+
+@pytest.mark.parametrize("band, lengths", [(64, (260, 1500)), (1200, (1400, 300))])
+def test_lists_that_are_full(band, lengths):
+    """Every token of a turn is listed; near ones have room in the last turn, or are too many for a list."""
+    batch = Batch(Case(lengths=lengths, kv_heads=1, group=2, tolerance=0.0, band=band)).write()
+    out, counts = run(batch, work := work_of(batch, 1, turn=2))
+    assert work.read[:2].tolist() == list(lengths) and counts[Count.SKIPPED] == 0 < counts[Count.HIT]
+    for row in range(2):
+        want = batch.row(row)
+        exact = torch.softmax(want.logit, -1) @ want.value
+        assert (out[row].double() - exact.flatten(0, 1)).abs().max() < 1e-5
+    one_turn = 0  # this row has
+    assert chosen(batch, one_turn, work).all()
 
 
 def test_caches_whose_places_lists_cannot_hold_are_refused():

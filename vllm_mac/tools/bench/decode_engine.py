@@ -18,6 +18,7 @@ from vllm_mac.tools.engine_entry import read_counters, serve
 from vllm_mac.tools.tokenizer_files import has_tokenizer
 
 UNTIMED = 4  # steps after reading the counters, for tokens queued up meanwhile
+GRAPH_STEPS = 24  # whose graphs are timed, after the others: it takes time of the host
 WORDS = [
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school",
     "state", "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week",
@@ -63,7 +64,7 @@ class BenchWorker(WorkerExtension):
         import torch
 
         replays, replay = [], torch.cuda.CUDAGraph.replay
-        self.bench_replays = replays
+        self.bench_replays, self.bench_replay = replays, replay
 
         @functools.wraps(replay)
         def timed(self) -> None:
@@ -71,19 +72,22 @@ class BenchWorker(WorkerExtension):
             begin.record()
             replay(self)
             end.record()
-            replays.append((begin, end))
+            replays.append((self, begin, end))
 
         torch.cuda.CUDAGraph.replay = timed
 
     def bench_take_graphs(self) -> list[float]:
-        """Milliseconds of each replay of a CUDA graph since the last call."""
+        """Milliseconds of each replay of a CUDA graph since `bench_time_graphs`, if all were of one; else nothing.
+
+        Steps in pieces replay many, of which attention is no part; a drafter replays its own.
+        """
         import torch
 
-        if self.bench_replays:
-            torch.cuda.synchronize()
-        taken = [begin.elapsed_time(end) for begin, end in self.bench_replays]
-        self.bench_replays.clear()
-        return taken
+        torch.cuda.CUDAGraph.replay = self.bench_replay
+        if len({graph for graph, _, _ in self.bench_replays}) != 1:
+            return []
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for _, begin, end in self.bench_replays]
 
     def bench_sharpen(self, context: int, seed: int) -> int:
         from vllm_mac.tools.bench.dummy_weights import sharpen
@@ -120,7 +124,6 @@ def main(spec: dict, send) -> None:
     }
     facts["max_model_len"] = llm.llm_engine.model_config.max_model_len
     llm.collective_rpc("bench_time_builds")
-    llm.collective_rpc("bench_time_graphs")
     for i, (batch, context) in enumerate(spec["shapes"]):
 
         def stage(what: str, of=f"batch {batch}, {context} tokens") -> None:
@@ -249,7 +252,6 @@ def _measure(
     stage("decoding")
     before = read_counters(llm)
     llm.collective_rpc("bench_take_builds")
-    llm.collective_rpc("bench_take_graphs")
     stamps: list[float] = []
     skipped = most = 0
     while len(stamps) <= tokens and engine.has_unfinished_requests():
@@ -265,18 +267,22 @@ def _measure(
         if skipped > UNTIMED:
             stamps.append(now)
     builds = llm.collective_rpc("bench_take_builds")[0]
-    graphs = llm.collective_rpc("bench_take_graphs")[0]
     after = read_counters(llm)
     if len(stamps) <= tokens:
         raise RuntimeError(
             f"{most} of {len(batch)} requests decoded together, for {max(len(stamps) - 1, 0)} of {tokens} steps; the KV "
             "cache or --max-model-len is too small for this batch and context"
         )
+    llm.collective_rpc("bench_time_graphs")
+    for _ in range(GRAPH_STEPS):
+        if engine.has_unfinished_requests():
+            engine.step()
+    graphs = llm.collective_rpc("bench_take_graphs")[0]
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
     result = {"step_ms": [1000 * (b - a) for a, b in itertools.pairwise(stamps)], "metadata_ms": builds}
-    if len(graphs) == len(builds):  # of a step in pieces, graphs have the smaller part
+    if graphs:
         result["graph_ms"] = graphs
     result["cached_prompt_tokens"] = sum(count or 0 for count in cached.values())
     return list(first.values()), result | _reuse(before, after)

@@ -106,8 +106,8 @@ _TABLES: dict[str, tuple[list[Column], Callable[[dict], str]]] = {
             ("TTFT ms", lambda r: f"{r['ttft_p50']:.0f}"),
             ("heads hit", lambda r: f"{r['hit_rate']:.3f}"),
             ("KV read", lambda r: f"{r['read_share']:.3f}"),
-            ("graph GPU", lambda r: f"{r['graph_p50']:.3f}"),
-            ("metadata host", lambda r: f"{r['metadata_p50']:.3f}"),
+            ("GPU", lambda r: f"{r['graph_p50']:.3f}"),
+            ("host", lambda r: f"{r['metadata_p50']:.3f}"),
         ],
         lambda r: f"{Path(r['model']).name}, batch {r['batch']}, {r['context']} tokens",
     ),
@@ -121,6 +121,6 @@ _NOTES = {
     "the best exact decode. All times in us.",
     "decode": "mean: over all steps; single steps vary with the time at which their tokens are returned. speed-up: over the "
     "fastest other backend, by p50. heads hit, KV read: over the timed steps, all layers. "
-    "graph GPU: the GPU's time for a step's graph, which the host does not lengthen. metadata host: host time to build a "
+    "GPU: its time for a step's graph, with the graph's launch where the GPU waits for it. host: its time to build a "
     "step's metadata.",
 }
