@@ -155,7 +155,7 @@ def look_kernel(
         constant = tl.where(m_q, constant - least, float("-inf"))
         peak = least
         # What lists have beyond their ends is read and counts for nothing: the row's own token, whose numbers are good.
-        own_slot = tl.full([2 * BT], 0, tl.int32) + _slot(p_row_table, m, page_unit, token_unit, PAGE)
+        own_slot = _slot(p_row_table, m, page_unit, token_unit, PAGE)
         for turn in range(0, spans, TURN):
             turn_spans = tl.minimum(spans - turn, TURN)
 

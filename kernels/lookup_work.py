@@ -35,8 +35,8 @@ class Tuning:
     """How the work is split.
 
     weighers_per_sm: programs of one warp of `weigh_kernel` for each SM. most, most_weighers: programs of one (row, KV head)
-    pair at most, powers of two. block: tokens that are read at once; pages hold a multiple of them. turn: spans that are marked before what they list is
-    read. The others are stages of loops.
+    pair at most, powers of two. block: tokens that are read at once; pages hold a multiple of them. turn: spans that are
+    marked before what they list is read. The others are stages of loops.
     """
 
     weighers_per_sm: int = 6

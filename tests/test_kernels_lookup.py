@@ -292,8 +292,7 @@ def test_lists_that_are_full(band, lengths):
         want = batch.row(row)
         exact = torch.softmax(want.logit, -1) @ want.value
         assert (out[row].double() - exact.flatten(0, 1)).abs().max() < 1e-5
-    one_turn = 0  # this row has
-    assert chosen(batch, one_turn, work).all()
+    assert chosen(batch, 0, work).all()  # the row that takes one turn
 
 
 def test_caches_whose_places_lists_cannot_hold_are_refused():

@@ -18,7 +18,7 @@ from vllm_mac.tools.engine_entry import read_counters, serve
 from vllm_mac.tools.tokenizer_files import has_tokenizer
 
 UNTIMED = 4  # steps after reading the counters, for tokens queued up meanwhile
-GRAPH_STEPS = 24  # whose graphs are timed, after the others: it takes time of the host
+GRAPH_STEPS = 24  # after the timed ones, as timing their graphs takes the host a little
 WORDS = [
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school",
     "state", "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week",
