@@ -87,6 +87,22 @@ def _at_once(launch: dict) -> int:
     return 16 * 32 * launch["num_warps"]
 
 
+# Of `look_kernel`, by head size, directions and bytes of the cache's elements: instructions to mark 128 tokens, to list 1,024,
+# to read 16 of a list, and 16 near ones.
+LOOK = {(128, 64, 2): (572, 366, 237, 233), (128, 64, 1): (566, 367, 448, 452), (64, 48, 2): (586, 358, 132, 155)}
+
+
+def test_loops_of_look_take_no_more_instructions(compiled):
+    found = {}
+    for row in compiled(*MEASURED):
+        n = row["launch"]
+        if row["kernel"] == "look_kernel" and n["T"] == n["num_warps"] == 1:
+            mark, listing, *_, read, near = (sum(loop.values()) for loop in row["loops"])
+            found[n["D"], n["N"], row["itemsize"][0]] = mark, listing, read, near
+    for kind, counts in LOOK.items():
+        assert all(now <= 1.05 * then for now, then in zip(found[kind], counts, strict=True)), (kind, found)
+
+
 def test_as_many_programs_run_at_once_as_were_meant_to(compiled):
     """The fastest way to launch a kernel leaves its threads enough registers; but for an index as wide as heads are."""
     wide = lambda launch: launch.get("N") == launch["D"]

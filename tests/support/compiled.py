@@ -6,7 +6,7 @@ triton: the version that compiles. kernel, launch: its name, and what it is laun
 shared, stack: bytes of shared memory that a program takes, and of memory that a thread does.
 registers: of a thread. passed_over: faster ways to launch it under which threads would lack registers.
 With `sass`, of the kernels in LOOPED, instructions: in all. loads, copies: how many of them read 16 bytes a thread into
-registers, and into shared memory.
+registers, and into shared memory. loops: of each loop that has none inside, in order, how many there are of what.
 itemsize: bytes of an element of the KV cache and, where it reads rings, of a recorded query.
 """
 
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from unittest.mock import patch
 
 import torch
@@ -55,7 +56,7 @@ MORE = [
 LONG = SHAPES[0] | {"rows": 1, "heads": 16, "kv_heads": 1, "window": 65536, "rings": 1}
 
 
-LOOPED = ("hit_kernel", "prefix_kernel")
+LOOPED = ("hit_kernel", "prefix_kernel", "look_kernel")
 
 
 class Driver:
@@ -115,10 +116,21 @@ def measure(cubin: bytes, sass: bool = False) -> dict:
     ((used, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
     found = {"registers": int(used), "stack": int(stack)}
     if sass:
-        names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][A-Z0-9_.]*)", done.stdout, re.M)
+        lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?([A-Z][A-Z0-9_.]*)(.*);", done.stdout, re.M)
+        names = [name for _, name, _ in lines]
         count = lambda name: sum(x.split(".")[0] == name and "128" in x.split(".") for x in names)
-        found |= {"instructions": len(names), "loads": count("LDG"), "copies": count("LDGSTS")}
+        found |= {"instructions": len(names), "loads": count("LDG"), "copies": count("LDGSTS"), "loops": loops(lines)}
     return found
+
+
+def loops(lines: list[tuple[str, str, str]]) -> list[dict[str, int]]:
+    """lines: address, name and operands of instructions. A loop ends with a jump back to where it begins."""
+    spans, at = set(), {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
+    for i, (_, name, operands) in enumerate(lines):
+        if name.startswith("BRA") and (to := re.search(r"0x[0-9a-f]+", operands)) and at[int(to[0], 16)] < i:
+            spans.add((at[int(to[0], 16)], i))
+    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+    return [dict(Counter(name.split(".")[0] for _, name, _ in lines[a : b + 1])) for a, b in sorted(inner)]
 
 
 def main(arch: int, sass: bool) -> None:
