@@ -154,9 +154,7 @@ def _row(bench: DecodeBench, backend: str, batch: int, context: int, result: dic
     row |= {"mac": bench.mac} if backend == "MAC" else {}
     steps = result.pop("step_ms")
     row |= quantiles(steps) | {"mean": fmean(steps), "samples": bench.tokens}
-    row |= {f"ttft_{name}": value for name, value in quantiles(result["ttft_ms"]).items()}
-    builds = result.pop("metadata_ms")
-    row |= {f"metadata_{name}": value for name, value in quantiles(builds).items()} if builds else {}
-    graphs = result.pop("graph_ms", None)
-    row |= {f"graph_{name}": value for name, value in quantiles(graphs).items()} if graphs else {}
+    several = {"ttft": result["ttft_ms"], "metadata": result.pop("metadata_ms"), "graph": result.pop("graph_ms")}
+    for what, times in several.items():
+        row |= {f"{what}_{name}": value for name, value in quantiles(times).items()} if times else {}
     return row | result

@@ -281,9 +281,8 @@ def _measure(
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    result = {"step_ms": [1000 * (b - a) for a, b in itertools.pairwise(stamps)], "metadata_ms": builds}
-    if graphs:
-        result["graph_ms"] = graphs
+    steps = [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
+    result = {"step_ms": steps, "metadata_ms": builds, "graph_ms": graphs}
     result["cached_prompt_tokens"] = sum(count or 0 for count in cached.values())
     return list(first.values()), result | _reuse(before, after)
 
