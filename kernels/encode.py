@@ -74,9 +74,12 @@ def encode_kernel(
 def append_kernel(
     p_key, p_value, p_slot, p_kv, p_codes, p_means, p_to_key, p_shift, p_key_scale, p_value_scale,
     s_key_row, s_key_head, s_value_row, s_value_head, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
-    D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program `(i_slot, i_k)`: a KV head's key and value to their slot, and its page's index where the slot is the last."""
+    """Program `(i_slot, i_k)`: a KV head's key and value to their slot, and its page's index where the slot is the last.
+
+    Before it indexes a page, it writes what other programs may not have written yet: the same numbers as they do.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -84,15 +87,21 @@ def append_kernel(
     slot = tl.load(p_slot + i_slot).to(tl.int64)
     if slot < 0:
         return
-    page = slot // PAGE
+    page, complete = slot // PAGE, slot % PAGE == PAGE - 1
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    key = tl.load(p_key + i_slot * s_key_row + i_k * s_key_head + o_d, mask=m_d, other=0.0)
-    value = tl.load(p_value + i_slot * s_value_row + i_k * s_value_head + o_d, mask=m_d, other=0.0)
-    p_token = p_kv + page * s_kv_page + i_k * s_kv_head + slot % PAGE * s_kv_token + o_d
-    tl.store(p_token, held(key, p_key_scale, p_kv), mask=m_d)
-    tl.store(p_token + D, held(value, p_value_scale, p_kv), mask=m_d)
-    if slot % PAGE == PAGE - 1:
+    tokens = 1
+    if T > 1:
+        tokens = tl.where(complete, T if T < PAGE else PAGE, 1)
+    for ahead in range(tokens):
+        i_token = i_slot - ahead
+        if tl.load(p_slot + i_token, mask=i_token >= 0, other=-1).to(tl.int64) == slot - ahead:
+            key = tl.load(p_key + i_token * s_key_row + i_k * s_key_head + o_d, mask=m_d, other=0.0)
+            value = tl.load(p_value + i_token * s_value_row + i_k * s_value_head + o_d, mask=m_d, other=0.0)
+            p_token = p_kv + page * s_kv_page + i_k * s_kv_head + (slot - ahead) % PAGE * s_kv_token + o_d
+            tl.store(p_token, held(key, p_key_scale, p_kv), mask=m_d)
+            tl.store(p_token + D, held(value, p_value_scale, p_kv), mask=m_d)
+    if complete:
         tl.debug_barrier()  # all threads read what each has just written
         _index_page(
             p_kv, p_codes, p_means, p_to_key, p_shift, p_key_scale, page, i_k, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
@@ -110,14 +119,17 @@ def encode(kv: Tensor, slots: Tensor | None, layout: PageLayout, maps: Maps) -> 
         encode_kernel[(count, layout.kv_heads)](p_slot=slots, **_page_arguments(kv, layout, maps))
 
 
-def append(key: Tensor, value: Tensor, slots: Tensor, kv: Tensor, layout: PageLayout, maps: Maps, pdl: bool) -> None:
-    """Write the keys and values `[n, K, D]` of tokens in different pages to `slots` `[n]`, and index the pages that they complete.
+def append(
+    key: Tensor, value: Tensor, slots: Tensor, kv: Tensor, layout: PageLayout, maps: Maps, pdl: bool, at_once: int = 1
+) -> None:  # fmt: skip
+    """Write the keys and values `[n, K, D]` of tokens to `slots` `[n]`, and index the pages that they complete.
 
     key, value: last dimension contiguous; rows beyond `n` are left alone. slots: int64, below 0 for padding. kv: as in `encode`.
+    at_once: tokens of a page at most; they follow one another.
     """
     append_kernel[(len(slots), layout.kv_heads)](
         p_key=key, p_value=value, p_slot=slots, s_key_row=key.stride(0), s_key_head=key.stride(1),
-        s_value_row=value.stride(0), s_value_head=value.stride(1), PDL=pdl,
+        s_value_row=value.stride(0), s_value_head=value.stride(1), T=at_once, PDL=pdl,
         p_value_scale=maps.scales and maps.scales.value, **_page_arguments(kv, layout, maps),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -306,6 +306,7 @@ def launches(
     codes, means = layout.views(kv)
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
     begin = -(-rule.sink // TILE) * TILE
+    block = work.block(width, d, kv.itemsize, page)
     _check_places(kv)
     everywhere = dict(
         p_query=query, p_position=rows.position, p_begin=rows.begin, p_ring=rows.ring, p_ready=maps.ready,
@@ -315,7 +316,7 @@ def launches(
         s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_code_page=codes.stride(0),
         log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, T=at_once, D=d, N=layout.directions, PAGE=page,
         BAND=rule.band, BEGIN=begin, MIN_CONTEXT=rule.min_context, nw=nw,
-        BQ=width, BR=max(width, 16), BD=power_of_two(d), BN=narrow_width(layout.directions), SPAN=SPAN, BT=tuning.block, PDL=work.pdl,
+        BQ=width, BR=max(width, 16), BD=power_of_two(d), BN=narrow_width(layout.directions), SPAN=SPAN, BT=block, PDL=work.pdl,
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
     parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)

@@ -10,7 +10,7 @@ from vllm_mac.kernels.launch import power_of_two
 from vllm_mac.lookup import SPAN, TILE
 from vllm_mac.state import Geometry
 
-REGISTERS = 65536  # of an SM
+REGISTERS, QUARTERS = 65536, 4  # of an SM; a warp has those of one quarter of it
 MOST_NEAR = 1024  # tokens that a list has room for beside those of a turn's spans
 DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -22,7 +22,8 @@ def narrow_width(directions: int) -> int:
 
 def _fitting(warps: int, registers: int) -> int:
     """Programs of so many warps that an SM's registers are enough for, each thread with so many."""
-    return max(REGISTERS // (-(-registers // 8) * 8 * 32 * warps), 1)
+    of_a_quarter = REGISTERS // QUARTERS // (-(-registers // 8) * 8 * 32)
+    return max(of_a_quarter * QUARTERS // warps, 1)
 
 
 def _most_registers(warps: int) -> int:
@@ -35,11 +36,11 @@ class Tuning:
     """How the work is split.
 
     weighers_per_sm: programs of one warp of `weigh_kernel` for each SM. most, most_weighers: programs of one (row, KV head)
-    pair at most, powers of two. block: tokens that are read at once; pages hold a multiple of them. turn: spans that are
+    pair at most, powers of two. block: tokens that a warp reads at once; pages hold a multiple of them. turn: spans that are
     marked before what they list is read. The others are stages of loops.
     """
 
-    weighers_per_sm: int = 6
+    weighers_per_sm: int = 8
     most: int = 256
     most_weighers: int = 32
     block: int = 16
@@ -91,7 +92,7 @@ class LookupWork:
         parts = max(pairs, weighers, *programs.values())
         # A program lists near tokens too, where they have room: those of the first tiles, and of the band, widened to tiles.
         near = min(-(-max(g.sink, 1) // TILE) * TILE + g.band + TILE, MOST_NEAR)
-        room = tuning.turn * SPAN + near + 2 * tuning.block  # and what is read beyond a list's end
+        room = tuning.turn * SPAN + near + 2 * TILE  # and what is read beyond a list's end, of a block at most
 
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=on)
@@ -116,6 +117,12 @@ class LookupWork:
     def warps(width: int, size: int) -> int:
         """Of a program of `look_kernel`, by the results that it holds: `BQ` heads of such a size, 128 at least."""
         return max(width * max(power_of_two(size), 128) // 1024, 1)
+
+    def block(self, width: int, size: int, itemsize: int, page: int) -> int:
+        """Tokens that a program of `look_kernel` reads at once: as many for each warp as one alone, so that warps wait for each
+        other less often. With FP8 the registers of two warps are too few for that."""
+        warps = self.warps(width, size)
+        return min(self.tuning.block * (1 if (warps, itemsize) == (2, 1) else warps), page)
 
     @classmethod
     def weigher_warps(cls, width: int, size: int, directions: int) -> int:

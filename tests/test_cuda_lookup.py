@@ -245,10 +245,11 @@ def test_a_few_tokens_of_a_prompt_beside_rows_that_verify_are_exact(case):
 
 
 @pytest.mark.parametrize("counts, least, looked", [
-    ((1, 1), 500, True), ((1, 1), 501, False), ((4, 3), 501, False), ((4, 3), 0, True),
+    ((1, 1), 500, True), ((1, 1), 501, False), ((4, 3), 250, True), ((4, 3), 251, False), ((4, 3), 0, True),
 ])  # fmt: skip
 def test_a_small_step_is_read_whole(case, counts, least, looked):
-    """Row 1 opted out, so row 0's 500 tokens are all that there is to look up. The next step may have more."""
+    """Row 1 opted out, so row 0's 500 tokens are all that there is to look up: enough for twice as few where it decodes
+    four. The next step may have more."""
     teach(case)
     case.builder.most, case.builder._least = 4, least
     tokens = sum(counts)
@@ -262,7 +263,7 @@ def test_a_small_step_is_read_whole(case, counts, least, looked):
     assert (
         found[Count.HIT if looked else Count.SMALL_STEP] == counts[0] * HEADS and (found[Count.SKIPPED] > 0) == looked
     )
-    case.builder._least = 500
+    case.builder._least = 250
     again = case.builder._build(case.common(False, counts), False, capture=False)
     assert again.step.rows.ring.tolist() == [-1, OPTED_OUT]
 
@@ -271,7 +272,7 @@ def test_a_small_step_is_read_whole(case, counts, least, looked):
 def test_short_rows_are_none_of_a_small_step(case, least, marked):
     """They count neither for it nor as of it: of 400, 100 and 300 tokens the second is below `min_context`, 128."""
     case.builder._least = least
-    ring = case.builder._worth(np.array([-1, -1, OPTED_OUT]), np.array([400, 100, 300]))
+    ring = case.builder._worth(np.array([-1, -1, OPTED_OUT]), np.array([400, 100, 300]), 1)
     assert ring.tolist() == [IN_SMALL_STEP if marked else -1, -1, OPTED_OUT]
 
 
@@ -321,25 +322,26 @@ def test_which_steps_are_in_graphs(case, monkeypatch, served, most, base, suppor
 @pytest.mark.parametrize("case", [None, SCALES], indirect=True)
 @pytest.mark.parametrize("mixed, counts", [(True, (1, 1, CHUNK)), (False, (1, 1)), (False, (2, 1))])
 def test_written_pages_are_indexed(case, monkeypatch, mixed, counts):
-    """`do_kv_cache_update` indexes the pages whose last slot it writes; of rows that decode one token each it writes keys and
-    values too. Several tokens of a row may lie in one page, so there FlashInfer writes them first."""
-    case.builder.most, apart = 4, mixed or counts == (2, 1)
+    """`do_kv_cache_update` indexes the pages whose last slot it writes; where all rows decode it writes keys and values too,
+    of which two of a row may lie in one page. Else FlashInfer writes them first."""
+    case.builder.most = 4
     metadata = case.builder._build(case.common(mixed, counts), False, capture=False)
     monkeypatch.setattr(case.cuda, "get_forward_context", lambda: SimpleNamespace(attn_metadata={"layer": metadata}))
     case.index.maps.to_key.normal_(), case.index.maps.shift.normal_()
     case.impl.mac.group = SimpleNamespace(decoder=case.decoder)
     last, part = 2 * PAGE - 1, 3 * PAGE + 4  # of page 1 the last slot, of page 3 another
+    slots = [last - 1, last, part] if counts == (2, 1) else [last, part, -1]
     kv, scales = numbers(case.kv), case.index.maps.scales
     expected = kv.float().clone()
     key, value = torch.randn(2, 3, KV_HEADS, SIZE)
     base = []
     monkeypatch.setattr(case.cuda.FlashInferImpl, "do_kv_cache_update", lambda *given: base.append(given))
-    if not apart:
-        for page, token, i in ((1, PAGE - 1, 0), (3, 4, 1)):
+    for i, slot in enumerate(slots * (not mixed)):
+        if slot >= 0:
             pair = (key[i] / scales.key, value[i] / scales.value) if scales else (key[i], value[i])
-            expected[page, :, token] = torch.cat(pair, -1).to(kv.dtype).float()
-    case.impl.do_kv_cache_update(None, key, value, case.kv, torch.tensor([last, part, -1]))
-    assert len(base) == apart and torch.equal(kv.float().nan_to_num(), expected.nan_to_num())
+            expected[slot // PAGE, :, slot % PAGE] = torch.cat(pair, -1).to(kv.dtype).float()
+    case.impl.do_kv_cache_update(None, key, value, case.kv, torch.tensor(slots))
+    assert len(base) == mixed and torch.equal(kv.float().nan_to_num(), expected.nan_to_num())
     assert not base or base[0][4] is case.kv  # bytes, where it has those
     codes, means = case.decoder.layout.views(kv)
     want, mean = encode(*kv[1].chunk(2, -1), case.index.maps)

@@ -264,7 +264,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             torch.sub(length, begin.diff().clamp(min=1), out=position)
             ring = np.where((count > 1) & ~rings.verifies[:decodes], np.int32(PREFILLED), ring)
         if self._least and common.seq_lens_cpu_upper_bound is not None:
-            ring = self._worth(ring, common.seq_lens_cpu_upper_bound.numpy()[:decodes])
+            tokens = 1 if count is None else int(count.max())
+            ring = self._worth(ring, common.seq_lens_cpu_upper_bound.numpy()[:decodes], tokens)
         self._write("ring", ring)
         write = lambda layer, slots, cache: decoder.write(layer.index, slots, cache)
         self.group.make_maps(write)
@@ -276,11 +277,12 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         self.group.learning = learning
         return learning
 
-    def _worth(self, ring: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def _worth(self, ring: np.ndarray, length: np.ndarray, tokens: int) -> np.ndarray:
         """`ring` of the rows that decode, and `IN_SMALL_STEP` for those that would be looked up and have too little
-        altogether. length: tokens of each."""
+        altogether. length: tokens of each. tokens: that a row decodes, at most."""
         looked = (ring == -1) & (length >= self.config.min_context)
-        if length.sum(where=looked) >= self._least:
+        # Each further token of a row makes looking up take longer, and reading all of its KV hardly.
+        if 3 * length.sum(where=looked) >= self._least * (2 + tokens):
             return ring
         return np.where(looked, np.int32(IN_SMALL_STEP), ring)
 
@@ -365,9 +367,9 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         if index is not None and group is not None:
             batch = get_forward_context().attn_metadata
             step = getattr(batch.get(self.mac.name), "step", None) if isinstance(batch, dict) else None
-            one_each = isinstance(step, LookupStep) and step.rest is None and step.rows.begin is None
-            if one_each:  # no token lies in the page of another, so one launch does both
-                return group.decoder.append(index, key, value, slot_mapping, numbers(kv_cache))
+            if isinstance(step, LookupStep) and step.rest is None:  # a page gets few tokens, so one launch does both
+                several = step.rows.begin is not None
+                return group.decoder.append(index, key, value, slot_mapping, numbers(kv_cache), several)
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if index is not None and group is not None:
             group.decoder.write(index, slot_mapping, numbers(kv_cache))

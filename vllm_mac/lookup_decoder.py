@@ -69,9 +69,13 @@ class LookupDecoder:
         all."""
         encode(kv, slots, self.layout, layer.maps)
 
-    def append(self, layer: IndexState, key: Tensor, value: Tensor, slots: Tensor, kv: Tensor) -> None:
-        """Write one token of each row, `[n, K, D]`, to `slots` `[n]`, and index the pages that they complete."""
-        append(key, value, slots, kv, self.layout, layer.maps, self._work.pdl)
+    def append(
+        self, layer: IndexState, key: Tensor, value: Tensor, slots: Tensor, kv: Tensor, several: bool = False
+    ) -> None:
+        """Write the tokens of each row, `[n, K, D]`, to `slots` `[n]`, and index the pages that they complete. several: as in
+        `rows`."""
+        at_once = self.geometry.at_once if several else 1
+        append(key, value, slots, kv, self.layout, layer.maps, self._work.pdl, at_once)
 
     def decode(self, layer: IndexState, rows: Rows, query: Tensor, kv: Tensor, out: Tensor) -> None:
         """One layer's step. query, out: `[N, H, D]`, after RoPE. kv: `[blocks, K, page, 2 D]`, with its index."""
@@ -88,7 +92,8 @@ class LookupDecoder:
         slots = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.write(layer, slots, kv)
         token = torch.zeros(1, g.kv_heads, g.head_size, dtype=g.dtype, device=device)
-        self.append(layer, token, token, slots, kv)
+        for several in sorted({False, g.at_once > 1}):
+            self.append(layer, token, token, slots, kv, several)
         self.write(layer, None, kv)
         self.position.fill_(-1)
         query = torch.zeros(g.max_rows, g.heads, g.head_size, dtype=g.dtype, device=device)
