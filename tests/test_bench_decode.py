@@ -17,6 +17,7 @@ from support import ROOT
 from support.bench_runs import EACH, PROVENANCE, RESULT, fake_engine
 from vllm_mac.tools import environment
 from vllm_mac.tools.bench import decode, row_files, row_tables
+from vllm_mac.tools.bench.decode_engine import of_whole_batch
 
 
 def decoded(shapes=((1, 100),), **changes):
@@ -229,3 +230,13 @@ def test_decode_on_a_real_engine(tmp_path):
             assert 0 < row["hit_rate"] < 1 and 0 < row["read_share"] < 1
         else:
             assert "hit_rate" not in row
+
+
+@pytest.mark.parametrize(
+    "graphs, taken", [("a" * 24, 24), ("a" * 9 + "b" * 15, 9), ("a" * 7 + "b" * 17, 0), ("abc" * 8, 0), ("", 0)]
+)
+def test_graphs_are_timed_until_a_request_ends(graphs, taken):
+    """Of a smaller batch another one is replayed; pieces of steps, or a drafter's beside them, are none of a step."""
+    assert of_whole_batch([(graph, i, i + 1) for i, graph in enumerate(graphs)]) == [
+        ("a", i, i + 1) for i in range(taken)
+    ]
