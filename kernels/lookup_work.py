@@ -36,7 +36,7 @@ class Tuning:
     """How the work is split.
 
     weighers_per_sm: programs of one warp of `weigh_kernel` for each SM. most, most_weighers: programs of one (row, KV head)
-    pair at most, powers of two. block: tokens that a warp reads at once; pages hold a multiple of them. turn: spans that are
+    pair at most, powers of two. block: tokens that eight queries read at once; pages hold a multiple of them. turn: spans that are
     marked before what they list is read. The others are stages of loops.
     """
 
@@ -119,10 +119,10 @@ class LookupWork:
         return max(width * max(power_of_two(size), 128) // 1024, 1)
 
     def block(self, width: int, size: int, itemsize: int, page: int) -> int:
-        """Tokens that a program of `look_kernel` reads at once: as many for each warp as one alone, so that warps wait for each
-        other less often. With FP8 the registers of two warps are too few for that."""
-        warps = self.warps(width, size)
-        return min(self.tuning.block * (1 if (warps, itemsize) == (2, 1) else warps), page)
+        """Tokens that a program of `look_kernel` reads at once: as many for every eight queries as for the first, so that the
+        warps that these take wait for each other less often. With FP8 the registers of two warps are too few for that."""
+        times = 1 if (self.warps(width, size), itemsize) == (2, 1) else width // 8
+        return min(self.tuning.block * times, page)
 
     @classmethod
     def weigher_warps(cls, width: int, size: int, directions: int) -> int:

@@ -133,7 +133,7 @@ def loops(lines: list[tuple[str, str, str]]) -> list[dict[str, int]]:
     return [dict(Counter(name.split(".")[0] for _, name, _ in lines[a : b + 1])) for a, b in sorted(inner)]
 
 
-def main(arch: int, sass: bool) -> None:
+def main(arch: int, sass: bool, few: bool) -> None:
     driver.set_active(Driver(arch))
     Compiled.sass = sass
     (shared, sms), pdl, seen, passed_over = GPUS[arch], arch >= 90, set(), {}
@@ -154,15 +154,15 @@ def main(arch: int, sass: bool) -> None:
 
     TritonExact.__init__ = init_for
     if arch < 100:  # see `capabilities.INDEX_BEFORE`
-        for shape, page in zip(SHAPES, (16, 64), strict=False):
+        for shape, page in [*zip(SHAPES, (16, 64), strict=False)][few:]:
             if (arch, shape["d"]) not in ((80, 256), (89, 128)):  # sm89 has least shared memory, else they are alike
                 for fp8 in (False, True)[: 1 + (arch >= 89)]:  # see `capabilities.FLOAT8_FROM`
                     look_up(arch, shape, page, fp8)
         if arch == 90:
-            for shape, size in MORE:
+            for shape, size in MORE[:: 1 + few]:
                 look_up(arch, shape, 64, False, size)
     # All shapes where the kernels were measured; elsewhere the one whose threads need most registers.
-    for shape in SHAPES if arch == 90 else [LONG if arch == 89 else SHAPES[0]]:
+    for shape in SHAPES[3 * few :] if arch == 90 else [LONG if arch == 89 else SHAPES[0]]:
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch == 89 or shape["dtype"] == torch.float16 else {}
         decoder, layers, table = make(**{"window": 512, "band": 256, "min_context": 2048} | shape | float8)
         few = lambda *span: SIZES if span[-1] > max(SIZES) else range(*span)
@@ -191,4 +191,4 @@ def look_up(arch: int, shape: dict, page: int, fp8: bool, size: int | None = Non
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "sass" in sys.argv[2:])
+    main(int(sys.argv[1]), "sass" in sys.argv[2:], "few" in sys.argv[2:])
