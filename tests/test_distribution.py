@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,3 +97,22 @@ print(json.dumps({
     told = json.loads(run(python, "-c", script))
     assert all(place.startswith(str(own)) for place in (*told["places"], told["plugin"])), told
     assert told["paper"] == "match" and told["register"] == "register"
+
+
+def test_the_source_archive_installs_with_all_that_it_asks_for(archives, tmp_path):
+    """In an environment with nothing in it. vLLM comes with an extra; without that commands say what is not installed."""
+    venv, constraints = tmp_path / "venv", ROOT / "tests" / "constraints.txt"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, capture_output=True)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = ["-m", "pip", "--disable-pip-version-check", "install", "-q", "-c", str(constraints), str(archives[1])]
+    done = subprocess.run(
+        [venv / "bin" / "python", *install], env=environ, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = lambda *command: subprocess.run(
+        [venv / "bin" / "vllm-mac", *command], env=environ, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run("--version").stdout.strip() == vllm_mac.__version__
+    found = run("doctor")
+    assert found.returncode == 1 and not found.stdout
+    assert re.fullmatch(r"(torch|vllm): not installed; install vLLM beside vllm-mac: .*\n", found.stderr)

@@ -23,7 +23,14 @@ app.command("eval")(evaluate)
 def main() -> None:
     # `timeout` and job schedulers send SIGTERM; the command still writes what it has measured.
     signal.signal(signal.SIGTERM, _interrupt)
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("torch", "vllm"):
+            raise
+        wanting = 'install vLLM beside vllm-mac: pip install ".[cuda]", or without a GPU: bash examples/install.sh VENV'
+        typer.echo(f"{error.name}: not installed; {wanting}", err=True)
+        raise SystemExit(1) from None
 
 
 def _interrupt(*_) -> None:
