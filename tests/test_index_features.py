@@ -1,6 +1,7 @@
-"""With `rule: index`, what users combine with long contexts gives what vLLM's own attention gives.
+"""What users combine with long contexts gives what vLLM's own attention gives, by index and with `rule: match`.
 
-At tolerance 0 tokens are equal. With another tolerance each page's index is that of its keys, whatever happened.
+At tolerance 0 tokens are equal. With another tolerance each step is the rule's (`index_shadow`), and each page's index
+that of its keys, whatever happened.
 """
 
 import json
@@ -14,9 +15,11 @@ from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from support import engine as harness
 from support.engine import Abort, Add, Call, Limits, Preempt
-from support.index_engine import CONFIG, check_pages, counts, forget, layers, rest, set_tolerance
-from support.index_shadow import index_shadow
+from support.index_engine import CONFIG, OUTCOMES, check_pages, counts, forget, layers, rest, set_tolerance
+from support.index_shadow import Watch, index_shadow
 from support.scenarios import text
+from vllm_mac.counters import Count
+from vllm_mac.layers import mac_layers
 
 pytestmark = pytest.mark.cpu
 NEW = 24
@@ -28,6 +31,7 @@ OPTIONS = {"prefix_caching": True, "chunk": 1024, "max_logprobs": 10, **LORA}
 # V2 draws other random numbers, and its kernel for grammars does not run in Triton's interpreter.
 OF_V1 = ("several", "digits", "digits, lora")
 DIGITS = r"[0-9]{24}"
+MATCH = {"mac": {"rule": "match", "threshold": 1.0, "window": 32, "band": 16, "min_context": 64}}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,14 @@ def beams(llm) -> list:
     return [[list(sequence.tokens) for sequence in one.sequences] for one in found]
 
 
+def check(llm, watch: Watch, looked: int) -> None:
+    """That every step since `forget` was the rule's, and counted as what it was."""
+    found = counts(llm)
+    assert watch.worst < 1e-4 and watch.looked > looked and watch.undecided < watch.rows / 10
+    assert sum(found[outcome] for outcome in OUTCOMES) == watch.tokens * layers(llm)[0].num_heads
+    assert found["SKIPPED"] > 0 and (watch.undecided or found["READ"] == watch.read)
+
+
 def disturbed() -> list:
     """Requests while which the scheduler pauses, caches are reset, weights are loaded again, and clients leave."""
     core = lambda llm: llm.llm_engine.engine_core.engine_core
@@ -129,15 +141,21 @@ def test_features_are_exact_at_tolerance_nought(model, adapter, exact, runner):
 
         set_tolerance(llm, 1.0)
         forget(llm)
-        near = mixed(llm, adapter, runner)
+        with index_shadow(llm) as watch:
+            near = mixed(llm, adapter, runner)
+        check(llm, watch, 80)
         assert runner == "v2" or re.fullmatch(DIGITS, bytes(near["digits"].outputs[0].token_ids).decode())
-        assert check_pages(llm) > 20 and counts(llm)["SKIPPED"] > 0
-        beams(llm)
-        check_pages(llm)
+        assert check_pages(llm) > 20
+        forget(llm)
+        with index_shadow(llm) as watch:
+            beams(llm)  # each step is a prefill of what is not in the prefix cache, at times of one token
+        check(llm, watch, 2)
+        assert check_pages(llm) > 10 and watch.chunks > 50
+        forget(llm)
         with index_shadow(llm) as watch:
             harness.run_schedule(llm, disturbed(), Limits(chunk=100))
+        check(llm, watch, 50)
         assert check_pages(llm) > 10
-        assert watch.worst < 1e-4 and watch.looked > 50
 
         # Other weights have other keys, so the next long prompt teaches the maps anew.
         rest(llm)
@@ -148,3 +166,48 @@ def test_features_are_exact_at_tolerance_nought(model, adapter, exact, runner):
         llm.collective_rpc("reload_weights")
         harness.run_schedule(llm, same)
         assert not torch.equal(maps.to_key, before) and check_pages(llm) > 5
+
+
+@pytest.mark.parametrize("runner", harness.RUNNERS)
+def test_features_are_exact_with_the_other_rule_at_threshold_one(model, adapter, exact, runner):
+    said, beamed, alone = exact
+    with harness.engine(model, runner, "MAC", MATCH, **OPTIONS) as llm:
+        found = mixed(llm, adapter, runner)
+        assert tokens(found) == {name: of for name, of in tokens(said).items() if name in found}
+        assert beams(llm) == beamed
+        run = harness.run_schedule(llm, disturbed(), Limits(chunk=100))
+        assert run.tokens == {name: alone[name][: len(run.tokens[name])] for name in alone}
+        found = sum(layer.counts for layer in mac_layers(harness.worker(llm).vllm_config)).tolist()
+        assert run.preempted["a"] > 1 and found[Count.MISS] > 1000 and found[Count.HIT] == 0
+
+
+def beside_others(llm) -> tuple[torch.Tensor, list]:
+    """The log-probabilities of a prompt that is prefilled in chunks while two others decode, and what all three say."""
+    ask = lambda **what: SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, **what)
+    prompts = [{"prompt_token_ids": PROMPTS[name]} for name in "bca"]
+    said = llm.generate(prompts, [ask(), ask(), ask(prompt_logprobs=1)], use_tqdm=False)
+    rows = zip(PROMPTS["a"][1:], said[2].prompt_logprobs[1:], strict=True)
+    return torch.tensor([row[token].logprob for token, row in rows]), [list(one.outputs[0].token_ids) for one in said]
+
+
+@pytest.mark.parametrize("runner", harness.RUNNERS)
+def test_prompt_logprobs_beside_requests_that_decode(model, runner):
+    """Without LoRA, with which vLLM fails. A prompt is read exactly, whatever the tolerance."""
+    options = {"prefix_caching": True, "chunk": 100}
+    with harness.engine(model, runner, **options) as llm:
+        exact, tokens_of = beside_others(llm)
+    with harness.engine(model, runner, "MAC", MATCH, **options) as llm:
+        found, same = beside_others(llm)
+        assert same == tokens_of and (found - exact).abs().max() < 4e-4
+    with harness.engine(model, runner, "MAC", {"mac": CONFIG | {"tolerance": 0.0}}, **options) as llm:
+        for _ in range(2):  # at the second time the others' prompts are in the prefix cache
+            found, same = beside_others(llm)
+            assert same == tokens_of and (found - exact).abs().max() < 4e-4
+        assert counts(llm)["HIT"] > 0 and counts(llm)["SKIPPED"] == 0
+        set_tolerance(llm, 1.0)
+        forget(llm)
+        llm.reset_prefix_cache()
+        with index_shadow(llm) as watch:
+            found, _ = beside_others(llm)
+        check(llm, watch, 80)
+        assert (found - exact).abs().max() < 4e-4 and watch.chunks > 10

@@ -5,7 +5,8 @@ import torch
 
 from support import engine as harness
 from support.engine import Add
-from support.index_engine import CONFIG, check_pages, counts, forget, layers, set_tolerance
+from support.index_engine import CONFIG, OUTCOMES, check_pages, counts, forget, layers, set_tolerance
+from support.index_shadow import index_shadow
 from support.scenarios import text
 from vllm_mac import kv_group, requests
 
@@ -68,7 +69,10 @@ def make_states_large(monkeypatch, block: int) -> None:
 @pytest.mark.parametrize("runner", harness.RUNNERS)
 @pytest.mark.parametrize("split", [False, True])
 def test_a_hybrid_model_is_served(models, monkeypatch, makings, runner, split):
-    """At tolerance 0 exact tokens. No map that is made anew is written over a state, also with blocks of several pages."""
+    """By default each step is the rule's, at tolerance 0 tokens are exact. No map that is made anew is written over a state.
+
+    All this also with blocks of several pages.
+    """
     path, options = models("lfm2_deep"), OPTIONS | ({} if split else {"block_size": 32})
     if split:
         make_states_large(monkeypatch, 13 * 32)
@@ -79,9 +83,12 @@ def test_a_hybrid_model_is_served(models, monkeypatch, makings, runner, split):
         assert len(served) == 2 and served[0].cache.shape[2] == 32
         blocks = harness.worker(llm).model_runner.kv_cache_config.num_blocks
         assert len(served[0].cache) == blocks * (13 if split else 1)
-        harness.run_schedule(llm, events())
+        with index_shadow(llm) as watch:
+            harness.run_schedule(llm, events())
         found = counts(llm)
         assert found["HIT"] > 500 and found["SKIPPED"] > 0 and check_pages(llm) > 10
+        assert watch.worst < 1e-4 and watch.looked > 500 and watch.pages > 3000 and watch.undecided < watch.rows / 10
+        assert sum(found[outcome] for outcome in OUTCOMES) == watch.rows * served[0].num_heads
         set_tolerance(llm, 0.0), forget(llm)
         for again in (False, True):
             if again:  # what maps are made of is another text then
@@ -97,11 +104,16 @@ def test_a_hybrid_model_is_served(models, monkeypatch, makings, runner, split):
 @pytest.mark.cpu
 @pytest.mark.parametrize("runner", harness.RUNNERS)
 def test_groups_of_layers_that_see_everything_keep_their_own_index(models, makings, runner):
-    """Four such layers and one with a window: vLLM makes groups of them, which share their memory block by block."""
+    """Four such layers and one with a window: vLLM makes groups of them, which share their memory block by block.
+
+    Each step is the rule's.
+    """
     with harness.engine(models("gemma3_full"), runner, "MAC", {"mac": CONFIG}, rule=None, **OPTIONS) as llm:
-        harness.run_schedule(llm, events())
+        with index_shadow(llm) as watch:
+            harness.run_schedule(llm, events())
         groups = {id(layer.group) for layer in layers(llm)}
         assert len(groups) == 4 and check_pages(llm) > 10 and counts(llm)["SKIPPED"] > 0
+        assert watch.worst < 1e-4 and watch.looked > 1000 and watch.pages > 5000 and watch.undecided < watch.rows / 10
     assert len(makings) >= 4 and all(makings)
 
 

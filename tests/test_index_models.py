@@ -1,6 +1,7 @@
 """With `rule: index` no rotation is undone, so models are served whole that `rule: match` leaves exact.
 
-Each goes through vLLM's own attention and through MAC's, once with the default tolerance and once with none.
+Each goes through vLLM's own attention and through MAC's, once with the default tolerance and once with none. So does a
+conversation of two turns. With the default tolerance every step is compared with the rule (`index_shadow`).
 """
 
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from vllm import SamplingParams
 from support import engine as harness
 from support.engine import Add
 from support.index_engine import CONFIG
+from support.index_shadow import index_shadow
 from support.scenarios import text
 from vllm_mac import layers
 from vllm_mac.counters import Count
@@ -24,6 +26,8 @@ pytestmark = pytest.mark.cpu
 LAYERS, SIZE, NEW = 2, 32, 24
 LENGTHS = {"a": 400, "b": 300}
 EVENTS = [Add(3 * i, name, text(name, length), NEW) for i, (name, length) in enumerate(LENGTHS.items())]
+# A conversation, whose first turn is in the prefix cache at the second.
+TURNS = [EVENTS[0], Add(NEW + 4, "on", lambda said: [*EVENTS[0].prompt, *said["a"], *text("on", 60)], NEW)]
 # Both sides sum the same float32 products in other orders. A score is one of SIZE terms; it is 3 LOGIT_STD at most
 # and enters an exponential, so it is a relative error of what attention writes. Both add up over the layers, and
 # reach logits of 3 OUTPUT_STD. Rounding errors are as often up as down.
@@ -109,15 +113,22 @@ def test_models_whose_rotation_is_unknown_are_served(models, monkeypatch, pictur
     with harness.engine(path, **options) as llm:
         exact = harness.run_schedule(llm, EVENTS, logprobs=2)
         of_prompt = prompt_logprobs(llm)
+        turns = harness.run_schedule(llm, TURNS, logprobs=2)
     with harness.engine(path, backend="MAC", additional_config={"mac": CONFIG}, **options) as llm:
         found = mac_layers(harness.worker(llm).vllm_config)
         assert [(layer.exact, layer.index is not None, layer.state) for layer in found] == [(None, True, None)] * LAYERS
         assert "MAC serves 2 of 2 attention layers; keys indexed in 32 directions" in said
-        near = harness.run_schedule(llm, EVENTS, logprobs=2)
+        with index_shadow(llm) as watch:
+            near = harness.run_schedule(llm, EVENTS, logprobs=2)
         read = sum(layer.counts for layer in found)
         heads = sum(layer.num_heads for layer in found)
         assert read[Count.HIT] == len(EVENTS) * (NEW - 1) * heads and read[Count.NO_MAPS] == 0
         assert 0.1 < read[Count.READ] / (read[Count.READ] + read[Count.SKIPPED]) < 0.9
+        assert watch.worst < 1e-4 and watch.looked == watch.rows == len(EVENTS) * (NEW - 1) * LAYERS
+        with index_shadow(llm) as watch:
+            of_turns = harness.run_schedule(llm, TURNS)
+        assert watch.worst < 1e-4 and watch.looked == watch.rows == len(TURNS) * (NEW - 1) * LAYERS
+        assert of_turns.cached["on"] == 416 and watch.undecided < watch.rows / 5
         # What is estimated shows, so the comparison below would see it.
         assert worst(near, exact) > 10 * TOLERANCE
         # Prompts are read exactly, whatever the tolerance.
@@ -127,5 +138,8 @@ def test_models_whose_rotation_is_unknown_are_served(models, monkeypatch, pictur
             layer.counts.zero_()
         same = harness.run_schedule(llm, EVENTS, logprobs=2)
         assert same.tokens == exact.tokens and worst(same, exact) < TOLERANCE
+        of_turns = harness.run_schedule(llm, TURNS, logprobs=2)
+        assert of_turns.tokens == turns.tokens and worst(of_turns, turns) < TOLERANCE
+        assert of_turns.cached["on"] == turns.cached["on"] == 416
         assert sum(int(layer.counts[Count.SKIPPED]) for layer in found) == 0
-    assert sorted(pictures) == ([300] * 3 + [400] * 5 if which == "M-RoPE" else [])
+    assert sorted(pictures) == ([300] * 3 + [400] * 8 + [484] * 3 if which == "M-RoPE" else [])

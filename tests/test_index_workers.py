@@ -20,10 +20,20 @@ def exact(model):
 
 @pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_workers_say_what_one_says(model, exact, monkeypatch, split):
+    """At tolerance 0. At another every worker's layers decode as the rule says of their own keys, in each step."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     options = {split: 2, "distributed_executor_backend": "mp", "worker_extension_cls": "support.workers.Extension"}
     with harness.engine(model, "v1", "MAC", {"mac": CONFIG | {"tolerance": 0.0}}, **options) as llm:
         llm.collective_rpc("make_room")
         assert harness.run_schedule(llm, EVENTS).tokens == exact
         counted = mac_counters(llm)
-    assert counted["hit"] == len(EVENTS) * (NEW - 1) * LAYERS * HEADS and counted["skipped"] == 0 < counted["read"]
+        llm.collective_rpc("watch", args=(1.0,))
+        harness.run_schedule(llm, EVENTS)
+        watched, skipped = llm.collective_rpc("watched"), mac_counters(llm)["skipped"]
+    rows = len(EVENTS) * (NEW - 1) * LAYERS
+    assert counted["hit"] == rows * HEADS and counted["skipped"] == 0 < counted["read"]
+    assert len(watched) == 2 and skipped > 0
+    own = rows if split == "tensor_parallel_size" else rows // 2
+    for found in watched:
+        assert found["looked"] == found["rows"] == own and found["pages"] > 0
+        assert found["worst"] < 1e-4 and found["undecided"] <= own / 20

@@ -60,6 +60,7 @@ def index_shadow(llm, opted_out=()):
     def watched(impl, layer, query, key, value, kv_cache, metadata, output, **scales):
         result = forward(impl, layer, query, key, value, kv_cache, metadata, output, **scales)
         if metadata is not None and impl.mac.served:
+            kv_cache = impl.mac.rows(kv_cache)
             begin, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
             for row, name in enumerate(batch.names):
                 first = name in (requests._followed[runner].begun or ())
