@@ -22,7 +22,30 @@ from support.tiny_models import write
 pytestmark = pytest.mark.cpu
 CONFIG = {"mac": {"window": 32, "band": 16, "min_context": 64, "threshold": 0.0}}  # without audits
 TEMPLATE = Path(__file__).resolve().parent.parent / "examples" / "testbed" / "chat_template.jinja"
+BY_INDEX = {"mac": {"rule": "index", "band": 16, "min_context": 64}}
 PROMPT = "tell me more " * 12
+# What a worker imports as an extension of its own: prompts for which there is no memory, and decoding that takes long.
+FULL = """
+import time
+import torch
+from vllm_mac import cpu_lookup
+
+prefill, decode = cpu_lookup.prefill, cpu_lookup.decode
+
+def full(chunk, query, *rest):
+    if len(query) > 600:
+        raise torch.OutOfMemoryError("out of memory, as a test has it")
+    return prefill(chunk, query, *rest)
+
+def slow(*given):
+    time.sleep(0.02)
+    return decode(*given)
+
+cpu_lookup.prefill, cpu_lookup.decode = full, slow
+
+class Extension:
+    pass
+"""
 REFUSED = [
     ({"mac": "maybe"}, "mac: received 'maybe' (str); must be one of 'on', 'off', 'audit'"),
     ({"mac": 1}, "mac: received 1 (int); must be one of 'on', 'off', 'audit'"),
@@ -97,13 +120,17 @@ def test_what_is_no_number_is_refused(client):
     assert refused.value.code == 400 and "mac_threshold: received nan (float)" in refused.value.read().decode()
 
 
-def running(session: int) -> list[str]:
-    """The names of a session's processes, without those that have ended and were not yet waited for."""
-    return list(processes(session).values())
+def left_of(session: int) -> list[str]:
+    """The names of what is left of a session's processes, once they had some time to end."""
+    end = time.monotonic() + 20
+    while (left := processes(session)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return list(left.values())
 
 
 def processes(session: int) -> dict[int, str]:
-    """The same by process id. A name has 15 characters at most."""
+    """A session's processes by id, without those that have ended and were not yet waited for. A name has 15 characters
+    at most."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -126,10 +153,7 @@ def test_server_serves_and_stops(client, server):
     assert (done.usage.completion_tokens, done.choices[0].finish_reason) == (20, "length")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0, log.read_text()
-    end = time.monotonic() + 20
-    while (left := running(process.pid)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert left == []  # the engine ended with its server
+    assert left_of(process.pid) == []  # the engine ended with its server
     text = log.read_text()
     assert "MAC serves 2 of 2 attention layers" in text
     # vLLM's server logs it as an error if its engine, told to stop, is gone before the server has closed its queue.
@@ -139,24 +163,26 @@ def test_server_serves_and_stops(client, server):
     assert not errors or ("EngineDeadError" in text and "/vllm_mac/" not in "\n".join(errors)), text
 
 
-def decoding(port: int) -> bool:
-    """Whether the server has a request under way."""
+def decoding(port: int) -> float:
+    """How many requests the server has under way."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as found:
-        return re.search(r"^vllm:num_requests_running\{.*\} 1\.0$", found.read().decode(), re.M) is not None
+        return float(re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", found.read().decode(), re.M)[1])
+
+
+def long_answer(port: int, **more) -> urllib.request.Request:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 800, "ignore_eos": True, **more}
+    return urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
 
 
 def test_a_server_whose_worker_is_killed_ends(model, tmp_path):
     """With an error, and so does the request that was under way; nothing hangs, and nothing is left. vLLM's status is 0."""
-    log, config = tmp_path / "log", {"mac": {"rule": "index", "band": 16, "min_context": 64}}
-    executor = ["--distributed-executor-backend", "mp"]
-    with tiny(log, model, config, *executor) as (process, port), ThreadPoolExecutor(1) as pool:
+    log, executor = tmp_path / "log", ["--distributed-executor-backend", "mp"]
+    with tiny(log, model, BY_INDEX, *executor) as (process, port), ThreadPoolExecutor(1) as pool:
         assert healthy(process, port), log.read_text()
         (killed,) = [pid for pid, name in processes(process.pid).items() if name.startswith("VLLM::Worker")]
-        body = {"model": "tiny", "prompt": "tell me more " * 12, "max_tokens": 800, "ignore_eos": True}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        ask = partial(pool.submit, urllib.request.urlopen, request, timeout=120)
+        ask = partial(pool.submit, urllib.request.urlopen, long_answer(port), timeout=120)
         asked, end = ask(), time.monotonic() + 60
         while not decoding(port):
             assert time.monotonic() < end, log.read_text()
@@ -169,10 +195,42 @@ def test_a_server_whose_worker_is_killed_ends(model, tmp_path):
         with pytest.raises((urllib.error.HTTPError, urllib.error.URLError, ConnectionError, http.client.HTTPException)):
             asked.result(timeout=90)
         process.wait(60)
-        end = time.monotonic() + 20
-        while (left := running(process.pid)) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert left == [] and "EngineDeadError" in log.read_text()
+        assert left_of(process.pid) == [] and "EngineDeadError" in log.read_text()
+
+
+def reply(request: urllib.request.Request) -> tuple[int, str]:
+    """Its status, and all of its text."""
+    try:
+        with urllib.request.urlopen(request, timeout=60) as done:
+            return done.status, done.read().decode()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read().decode()
+
+
+def test_a_server_without_memory_for_a_prompt_ends(model, tmp_path):
+    """So do the requests that were under way, each with an error. The log names it. vLLM's status is 0 here, too."""
+    (tmp_path / "full.py").write_text(FULL)
+    log, path = tmp_path / "log", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    extension = ["--worker-extension-cls", "full.Extension"]
+    with tiny(log, model, BY_INDEX, *extension, PYTHONPATH=path) as (process, port), ThreadPoolExecutor(3) as pool:
+        assert healthy(process, port), log.read_text()
+        assert reply(long_answer(port, max_tokens=2))[0] == 200
+        whole, streamed = (pool.submit(reply, long_answer(port, stream=stream)) for stream in (False, True))
+        end = time.monotonic() + 60
+        while decoding(port) < 2:
+            assert time.monotonic() < end, log.read_text()
+        assert not whole.done() and not streamed.done()
+        status, text = reply(long_answer(port, prompt="x" * 640))
+        assert status == 500 and "error" in json.loads(text)
+        status, text = whole.result(timeout=30)
+        assert status == 500 and "error" in json.loads(text)
+        status, text = streamed.result(timeout=30)
+        assert status == 200 and '"finish_reason":null' in text and '"finish_reason":"length"' not in text
+        assert "error" in json.loads(text.removesuffix("data: [DONE]\n\n").rpartition("data: ")[2])
+        process.wait(60)
+        assert left_of(process.pid) == []
+    text = log.read_text()
+    assert "OutOfMemoryError: out of memory, as a test has it" in text and "EngineDeadError" in text
 
 
 def test_server_refuses_an_unknown_key_before_it_starts_an_engine(model, tmp_path):
