@@ -36,10 +36,17 @@ SHOWN = {
     ),
     "chunked prefill": (
         ["test_engine_index::test_every_step_is_the_rule_s", "test_index_features::test_features_are_exact_at_tolerance_nought",
-         "test_index_workers::test_two_workers_say_what_one_says", "test_cuda_lookup::test_a_captured_batch_has_rows_that_do_nothing",
+         "test_index_workers::test_two_workers_say_what_one_says", "test_index_data_parallel::test_two_engines_say_what_one_says",
+         "test_cuda_lookup::test_a_captured_batch_has_rows_that_do_nothing",
          "test_sleep::test_an_engine_sleeps_on_a_gpu"],
         ["test_engine_exact::test_tokens_equal_exact_attention", "test_engine_gpu::test_graphs_give_what_eager_steps_give",
-         "test_engine_gpu::test_two_gpus_give_what_one_gives", "test_sleep::test_an_engine_that_slept_decodes_and_counts_as_one_that_did_not"],
+         "test_index_features::test_features_are_exact_with_the_other_rule_at_threshold_one",
+         "test_metrics_server::test_a_request_s_counters_with_two_api_servers_and_two_engines", "test_engine_gpu::test_two_gpus_give_what_one_gives", "test_sleep::test_an_engine_that_slept_decodes_and_counts_as_one_that_did_not"],
+    ),
+    "`n`, beam search": (
+        ["test_index_features::test_features_are_exact_at_tolerance_nought", "test_index_features::test_prompt_logprobs_beside_requests_that_decode"],
+        ["test_index_features::test_features_are_exact_with_the_other_rule_at_threshold_one",
+         "test_index_features::test_prompt_logprobs_beside_requests_that_decode"],
     ),
     "models with Mamba": (
         ["test_index_hybrid::test_a_hybrid_model_is_served", "test_index_hybrid::test_a_hybrid_model_is_served_by_a_gpu",
