@@ -139,8 +139,8 @@ class MacConfig(_Section):
         48,
         ge=0,
         description="index: least MiB of keys and values that a step's long rows have together, in a layer of one GPU. "
-        "Smaller steps are read whole, which is faster; 0 looks up in every step. A third more for each token that a row "
-        "verifies beside its own. CPUs do not read it.",
+        "Smaller steps are read whole, which is faster; 0 looks up in every step. With speculation a third more for each "
+        "token beside its own that any row verifies. CPUs do not read it.",
     )
     window: int = Field(512, ge=1, le=65536, description="match: ring length, the last tokens a query can match.")
     band: int = Field(256, ge=1, description="The most recent tokens, always attended to exactly.")
