@@ -1,4 +1,5 @@
-"""Compiles the kernels for a GPU that need not be there: `python -m support.compiled ARCH [sass]` in `tests/`, 80 for sm80.
+"""Compiles the kernels for a GPU that need not be there: `python -m support.compiled ARCH [sass] [few]` in `tests/`, 80 for
+sm80. With `few`, for few shapes.
 
 Prints a JSON line for each kernel variant that the warm-up of a small server launches:
 
@@ -156,17 +157,17 @@ def main(arch: int, sass: bool, few: bool) -> None:
     if arch < 100:  # see `capabilities.INDEX_BEFORE`
         for shape, page in [*zip(SHAPES, (16, 64), strict=False)][few:]:
             if (arch, shape["d"]) not in ((80, 256), (89, 128)):  # sm89 has least shared memory, else they are alike
-                for fp8 in (False, True)[: 1 + (arch >= 89)]:  # see `capabilities.FLOAT8_FROM`
+                for fp8 in (False, True)[: 1 + (arch >= 89 and not few)]:  # see `capabilities.FLOAT8_FROM`
                     look_up(arch, shape, page, fp8)
         if arch == 90:
-            for shape, size in MORE[:: 1 + few]:
+            for shape, size in MORE[:1] if few else MORE:
                 look_up(arch, shape, 64, False, size)
     # All shapes where the kernels were measured; elsewhere the one whose threads need most registers.
     for shape in SHAPES[3 * few :] if arch == 90 else [LONG if arch == 89 else SHAPES[0]]:
         float8 = {"ring_dtype": "float8_e4m3fn"} if arch == 89 or shape["dtype"] == torch.float16 else {}
         decoder, layers, table = make(**{"window": 512, "band": 256, "min_context": 2048} | shape | float8)
-        few = lambda *span: SIZES if span[-1] > max(SIZES) else range(*span)
-        with patch.object(warmup, "range", few, create=True):  # the sizes of steps
+        some = lambda *span: SIZES if span[-1] > max(SIZES) else range(*span)
+        with patch.object(warmup, "range", some, create=True):  # the sizes of steps
             warmup.warm_up(decoder, layers[:1], table)
         # What goes before and after FlashInfer, which is not asked to plan without a GPU.
         fill_plans(2, shape["kv_heads"], sms, pdl, columns=37, block_pages=8, head_pages=1)

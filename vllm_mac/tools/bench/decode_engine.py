@@ -81,8 +81,9 @@ class BenchWorker(WorkerExtension):
         import torch
 
         torch.cuda.CUDAGraph.replay = self.bench_replay
-        torch.cuda.synchronize()
-        return [begin.elapsed_time(end) for _, begin, end in of_whole_batch(self.bench_replays)]
+        if own := of_whole_batch(self.bench_replays):  # none without a GPU
+            torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for _, begin, end in own]
 
     def bench_sharpen(self, context: int, seed: int) -> int:
         from vllm_mac.tools.bench.dummy_weights import sharpen
