@@ -26,14 +26,9 @@ def compiled(tmp_path_factory):
 
     @functools.cache
     def rows(arch, triton):
-        run = arch, triton
-        command = [
-            "-m",
-            "support.compiled",
-            str(arch),
-            *["sass"] * (run in (MEASURED, *OTHERS)),
-            *["few"] * (run in OTHERS),
-        ]
+        others = (arch, triton) in OTHERS
+        words = ["sass"] * (others or (arch, triton) == MEASURED) + ["few"] * others
+        command = ["-m", "support.compiled", str(arch), *words]
         return compiles(tmp_path_factory.mktemp("cache"), *command, first=tritons.folder(triton))
 
     return rows
@@ -41,9 +36,9 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize("arch, triton", RUNS)
 def test_kernels_compile_and_fit(arch, triton, compiled):
-    found = compiled(arch, triton)
+    found, few = compiled(arch, triton), (arch, triton) in OTHERS
     assert {row["triton"] for row in found} == {triton}
-    every = KERNELS - ({"_tally_kernel"} if (arch, triton) in OTHERS else set())  # a few shapes, which audit nothing
+    every = KERNELS - ({"_tally_kernel"} if few else set())  # a few shapes, which audit nothing
     assert {row["kernel"] for row in found} == every | (INDEXED if arch < 100 else set()) and len(found) >= 10
     assert all(row["shared"] <= GPUS[arch][0] for row in found), found
     assert max(row["shared"] for row in found) > 0
@@ -52,7 +47,7 @@ def test_kernels_compile_and_fit(arch, triton, compiled):
     at_once = {row["launch"]["T"] for row in found if row["kernel"] == "look_kernel"}
     assert at_once == {80: {1, 4}, 89: {1}, 90: {1, 4}, 100: set()}[arch]
     read = {row["itemsize"][0] for row in found if row["kernel"] == "look_kernel"}  # FP8 caches too
-    assert read == {80: {2}, 100: set()}.get(arch, {2} if (arch, triton) in OTHERS else {1, 2})
+    assert read == {80: {2}, 100: set()}.get(arch, {2} if few else {1, 2})
 
 
 def test_loops_read_ahead_and_16_bytes_at_a_time(compiled):
