@@ -83,6 +83,40 @@ tell(done=True)""",
     assert rows[4]["error"] == "RuntimeError: the KV cache is too small" and "p50" not in rows[4]
 
 
+def test_backends_take_turns_and_the_middle_round_is_shown(monkeypatch, tmp_path):
+    """Each round is another process; a round without a result leaves the others."""
+    log = tmp_path / "log"
+    fake_engine(
+        monkeypatch,
+        f"""
+name = spec["llm"]["attention_backend"]
+made = open({str(log)!r}, "a+"); made.write(name + "\\n"); made.seek(0)
+turn = made.read().split().count(name)
+if (name, turn) == ("SLOW", 2):
+    os._exit(9)
+step = {{"MAC": [3.0, 1.0, 2.0], "SLOW": [8.0, 0.0, 6.0]}}[name][turn - 1]
+for i, _ in enumerate(spec["shapes"]):
+    tell(shape=i, result={RESULT} | dict(step_ms=[step + i]))
+tell(done=True)""",
+    )
+    rows, told = decoded(((1, 100), (2, 50)), backends=("MAC", "SLOW"), rounds=3)
+    assert log.read_text().split() == ["MAC", "SLOW"] * 3 and sum(done for _, done in told) == len(rows) == 12
+    assert [row["round"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4
+    decode.compare(rows)
+    first = {(row["engine"], row["round"]): row for row in rows if row["batch"] == 1}
+    assert [first["MAC", i]["speedup"] for i in (1, 2, 3)] == [2.0, 6.0, 3.0]  # of the middle one of SLOW's, 6.0 ms
+    assert first["SLOW", 1]["speedup"] == 0.25 and "error" in first["SLOW", 2]
+    shown = row_files.middle_rounds(rows)
+    assert [(row["engine"], row["batch"], row.get("p50"), row.get("rounds")) for row in shown] == [
+        ("MAC", 1, 2.0, [1.0, 2.0, 3.0]), ("MAC", 2, 3.0, [2.0, 3.0, 4.0]),
+        ("SLOW", 1, 6.0, [6.0, 8.0]), ("SLOW", 2, 7.0, [7.0, 9.0]),
+        ("SLOW", 1, None, None), ("SLOW", 2, None, None),
+    ]  # fmt: skip
+    told = io.StringIO()
+    row_tables.show([{**row, **environment.environment()} for row in rows], Console(file=told, width=200))
+    assert "1.000 3.000" in told.getvalue() and "6.000 8.000" in told.getvalue()
+
+
 def test_what_was_measured_before_a_crash_is_kept(monkeypatch):
     fake_engine(
         monkeypatch,

@@ -150,6 +150,9 @@ def decode(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Decode steps to time.")] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Engines of each backend, one after another; backends take turns.")
+    ] = 1,
     prompt: Annotated[
         str, typer.Option(help="A text file, 'words' (random words) or 'ids' (random tokens).")
     ] = "words",
@@ -181,6 +184,9 @@ def decode(
     after the last prefill. Only steps in which every request gets a token are timed: the time from one such step to the
     next. The hit rate and the share of KV read are of the timed steps. The command also works on CPUs.
 
+    Steps of a few milliseconds follow the host, and vary from process to process by more than backends differ. With
+    --rounds 3 each backend starts three engines, in turns. The table shows the middle one, and how far they lie apart.
+
     VLLM_* variables reach the engines: VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps each in one process.
     """
     from vllm_mac.tools.bench.decode import OWN, DecodeBench, compare, run
@@ -199,8 +205,8 @@ def decode(
         names = option_types.names(backends or ("MAC,FLASHINFER,FLASH_ATTN" if on_gpu else f"MAC,{OWN}"))
         bench = DecodeBench(
             model=model, shapes=wanted, tokens=tokens, backends=names, prompt=prompt, seed=seed, load_format=load_format,
-            max_model_len=max_model_len, eager=eager, prefills=prefills, mac=keys, engine=arguments, timeout=timeout,
-            verbose=verbose,
+            max_model_len=max_model_len, eager=eager, rounds=rounds, prefills=prefills, mac=keys, engine=arguments,
+            timeout=timeout, verbose=verbose,
         )  # fmt: skip
 
         def keep(row: dict) -> None:
@@ -210,7 +216,7 @@ def decode(
                     f"{row['engine']}, batch {row['batch']}, {row['context']} tokens: {row['error']}", file=sys.stderr
                 )
 
-        with terminal.progress(progress, len(names) * len(wanted), done=True) as report:
+        with terminal.progress(progress, rounds * len(names) * len(wanted), done=True) as report:
             try:
                 run(bench, report, keep)
             finally:

@@ -10,11 +10,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 from vllm_mac.tools.bench import BenchError
-from vllm_mac.tools.bench.row_files import quantiles
+from vllm_mac.tools.bench.row_files import middle_rounds, quantiles
 from vllm_mac.tools.engine_process import follow
 
 # -P: import the installed package, not a folder of that name in the working directory.
@@ -39,14 +40,15 @@ SHAPES = {
 class DecodeBench:
     """What to measure.
 
-    shapes: requests at once, and prompt tokens of each. tokens: decode steps to time. prefills: times that the prompts
-    are prefilled. prompt: `words`, `ids` or a text file. mac: inline keys of MAC. engine: further arguments of
-    `vllm.LLM`. timeout: seconds for one stage of a backend.
+    shapes: requests at once, and prompt tokens of each. tokens: decode steps to time. rounds: engines of each backend, one
+    after another; backends take turns. prefills: times that the prompts are prefilled. prompt: `words`, `ids` or a text
+    file. mac: inline keys of MAC. engine: further arguments of `vllm.LLM`. timeout: seconds for one stage of a backend.
     """
 
     model: str
     shapes: tuple[tuple[int, int], ...]
     tokens: int = 64
+    rounds: int = 1
     backends: tuple[str, ...] = ("MAC", OWN)
     prompt: str = "words"
     seed: int = 0
@@ -64,20 +66,21 @@ def run(bench: DecodeBench, report: Callable[[str, int], None], keep: Callable[[
     """Measure each shape with each backend.
 
     report(stage, rows): called when a backend begins a stage, with the number of rows finished since the last call.
-    keep(row): called for each row, as soon as it exists. There is one row for each backend and shape; it has an error
-    where there is no result.
+    keep(row): called for each row, as soon as it exists. There is one row for each round, backend and shape; it has an
+    error where there is no result.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-mac-bench-") as folder:
         spec = _spec(bench, Path(folder))
-        for backend in bench.backends:
-            _run_backend(bench, backend, spec, Path(folder), report, keep)
+        for i, backend in product(range(bench.rounds), bench.backends):
+            own = {"round": i + 1} if bench.rounds > 1 else {}
+            _run_backend(bench, backend, spec, Path(folder), report, lambda row: keep(row | own))
 
 
 def compare(rows: list[dict]) -> None:
-    """Add to each row its speed-up over the fastest of the other backends with the same shape."""
-    shape = lambda row: (row["batch"], row["context"])
+    """Add to each row its speed-up over the fastest of the other backends with the same shape, by their middle rounds."""
     for row in rows:
-        others = [r["p50"] for r in rows if r is not row and "p50" in r and shape(r) == shape(row)]
+        of_shape = [r for r in rows if "p50" in r and (r["batch"], r["context"]) == (row["batch"], row["context"])]
+        others = [r["p50"] for r in middle_rounds(of_shape) if r["engine"] != row["engine"]]
         if others and "p50" in row:
             row["speedup"] = min(others) / row["p50"]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vllm_mac.tools.bench import BenchError
+from vllm_mac.tools.bench.row_files import middle_rounds
 from vllm_mac.tools.bench.row_tables import engine_name, kind
 from vllm_mac.tools.plotting import require_matplotlib
 
@@ -12,7 +13,7 @@ def plot(rows: list[dict], path: str | Path) -> None:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if not row.get("error")]
+    rows = middle_rounds([row for row in rows if not row.get("error")])
     if not rows:
         raise BenchError("plot: no rows to plot")
     kinds = {kind(row) for row in rows}

@@ -18,6 +18,22 @@ def quantiles(samples: list[float]) -> dict[str, float]:
     return {f"p{q}": ordered[round(q / 100 * last)] for q in (20, 50, 80)}
 
 
+def middle_rounds(rows: list[dict]) -> list[dict]:
+    """Of rows that differ by their `round` alone the one whose p50 is in the middle, the lower one of two; others as they
+    are. It gets `rounds`, the p50 of all of them in rising order."""
+    same = "engine", "model", "batch", "context", "mac", "engine_args", "gpu", "commit"
+    turns: dict[str, list[dict]] = {}
+    for i, row in enumerate(rows):
+        several = "round" in row and "p50" in row
+        turns.setdefault(json.dumps([row.get(name) for name in same] if several else i), []).append(row)
+    for several in turns.values():
+        if "round" in several[0] and "p50" in several[0]:
+            several.sort(key=lambda row: row["p50"])
+            middle = several[(len(several) - 1) // 2]
+            several[:] = [{**middle, "rounds": [row["p50"] for row in several]}]
+    return [several[0] for several in turns.values()]
+
+
 def save(rows: list[dict], path: str | Path) -> None:
     """Write rows as one JSON file, whole or not at all."""
     path = Path(path)

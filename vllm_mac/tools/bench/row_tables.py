@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vllm_mac.tools.bench.row_files import middle_rounds
 from vllm_mac.tools.environment import PACKAGES
 from vllm_mac.tools.folded_table import Column, folded
 
@@ -21,7 +22,7 @@ def show(rows: list[dict], console: Console) -> None:
         console.print(title, markup=False, highlight=False)
         columns, place = _TABLES[bench]
         for shape in dict.fromkeys(map(place, some)):
-            rows = [row for row in some if place(row) == shape]
+            rows = middle_rounds([row for row in some if place(row) == shape])
             console.print(folded(shape, columns, rows))
             if bench != "index" and (notes := _notes(rows)):
                 console.print(*notes, sep="; ", style="dim", markup=False, highlight=False)
@@ -101,6 +102,7 @@ _TABLES: dict[str, tuple[list[Column], Callable[[dict], str]]] = {
             ("backend", lambda r: r["engine"]),
             ("ms/token p50", lambda r: f"{r['p50']:.3f}"),
             ("p20 p80", lambda r: f"{r['p20']:.3f} {r['p80']:.3f}"),
+            ("rounds", lambda r: f"{r['rounds'][0]:.3f} {r['rounds'][-1]:.3f}"),
             ("mean", lambda r: f"{r['mean']:.3f}"),
             ("speed- up", lambda r: f"{r['speedup']:.2f}"),
             ("TTFT ms", lambda r: f"{r['ttft_p50']:.0f}"),
@@ -119,7 +121,7 @@ _NOTES = {
     "index": "p20 p80: percentiles of the times. KV read: the index counted. weigh, look, merge: what each "
     "kernel adds to those before it. floor: bytes that must move / read bandwidth measured in this run. speed-up: over "
     "the best exact decode. All times in us.",
-    "decode": "mean: over all steps; single steps vary with the time at which their tokens are returned. speed-up: over the "
+    "decode": "rounds: the least and the greatest p50 of all rounds; the other figures are of the middle one. mean: over all steps; single steps vary with the time at which their tokens are returned. speed-up: over the "
     "fastest other backend, by p50. heads hit, KV read: over the timed steps, all layers. "
     "GPU: its time for a step's graph, with the graph's launch where the GPU waits for it. host: its time to build a "
     "step's metadata.",
