@@ -113,8 +113,12 @@ tell(done=True)""",
         ("SLOW", 1, None, None), ("SLOW", 2, None, None),
     ]  # fmt: skip
     told = io.StringIO()
-    row_tables.show([{**row, **environment.environment()} for row in rows], Console(file=told, width=200))
-    assert "1.000 3.000" in told.getvalue() and "6.000 8.000" in told.getvalue()
+    every = {"ttft_p50": 12345.6, "graph_p50": 12.345, "metadata_p50": 0.123}
+    wide = [{**row, **environment.environment(), **({} if "error" in row else every)} for row in rows]
+    row_tables.show(wide, Console(file=told, width=80))
+    text = " ".join(told.getvalue().split())
+    assert "rounds" in text and max(map(len, told.getvalue().splitlines())) <= 80 and "…" not in text
+    assert {"1.000", "3.000", "6.000", "8.000", "12346", "12.345"} <= set(text.split())
 
 
 def test_what_was_measured_before_a_crash_is_kept(monkeypatch):

@@ -10,10 +10,9 @@ import torch
 
 from support import engine as harness
 from support.engine import Add
-from support.index_engine import check_pages, counts, layers
+from support.index_engine import check_pages, counts, layers, watched
 from support.indexed import Batch, Case
 from support.scenarios import text
-from vllm_mac import lookup
 from vllm_mac.kernels.encode import append
 from vllm_mac.key_index import numbers
 from vllm_mac.layers import index_rule
@@ -68,40 +67,18 @@ def test_append_writes_what_vllm_writes(dtype):
     assert (batch.kv.float().abs() == 448).any() and batch.kv.float()[1, 0, 1, 2].isnan()
 
 
-@contextmanager
-def watched(worst: list[float]):
-    """Runs the oracle beside each decode step of each layer; collects errors as shares of the largest value."""
-    from vllm_mac import cuda
-
-    decode = cuda.LookupDecoder.decode
-
-    def watching(decoder, index, rows, query, kv, out):
-        decode(decoder, index, rows, query, kv, out)
-        want = lookup.decode(rows, query[: len(rows.position)], kv, decoder.layout, index.maps, decoder.rule)
-        pages = torch.cat([rows.block_table[i, : m // kv.shape[2] + 1] for i, m in enumerate(rows.position.tolist())])
-        largest = index.maps.values(kv[pages.long()][..., kv.shape[3] // 2 :]).nan_to_num(0).abs().max()
-        worst.append(float((out[: len(want.out)].float() - want.out).abs().max() / largest))
-
-    cuda.LookupDecoder.decode = watching
-    try:
-        yield
-    finally:
-        cuda.LookupDecoder.decode = decode
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_step_is_the_rule_s(byte_model, dtype):
     """With tolerance 0, where no choice is left to rounding; graphs give the tokens of eager steps."""
-    worst: list[float] = []
     with engine(byte_model, "MAC", True, dtype) as llm:
-        with watched(worst):
+        with watched() as watch:
             run = harness.run_schedule(llm, events())
-        assert all(len(tokens) == NEW for tokens in run.tokens.values()) and len(worst) > NEW
+        assert all(len(tokens) == NEW for tokens in run.tokens.values()) and watch.steps > NEW
         assert counts(llm)["HIT"] > 0 and all(layer.fp8 and layer.index.maps.ready.item() for layer in layers(llm))
         # Weights are float16 and the output is in the model's dtype: half a step each, twice for sums of float32.
         eps = torch.finfo(getattr(torch, dtype)).eps
-        print(f"\n{dtype}: {len(worst)} steps of layers, at most {max(worst):.2e} off")
-        assert max(worst) <= 2 * (2**-11 + eps / 2)
+        print(f"\n{dtype}: {watch.steps} steps of layers, at most {watch.worst:.2e} off")
+        assert watch.worst <= 2 * (2**-11 + eps / 2)
         assert all(index_rule(layer).tolerance == 0 for layer in layers(llm)) and check_pages(llm) > 50
     with engine(byte_model, "MAC", False, dtype) as llm:
         graphs = harness.run_schedule(llm, events())

@@ -5,17 +5,14 @@ A page is indexed when its last slot is written, and a draft's token may write i
 later, with other tokens before it in the same page.
 """
 
-import json
 import os
-import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
 from support import engine as harness
-from support.drafts import Drafts
+from support.drafts import Drafts, write_eagle_head, write_near_twin
 from support.engine import Abort, Add, Limits, Preempt
 from support.index_engine import CONFIG, OUTCOMES, check_pages, counts, forget, set_tolerance
 from support.index_shadow import index_shadow
@@ -61,33 +58,12 @@ def check(llm, run, exact: dict) -> None:
 
 @pytest.fixture
 def near_twin(model, tmp_path):
-    """The folder of a model that says nearly what `model` says: another output layer, by half its size."""
-    from safetensors.torch import load_file, save_file
-
-    twin = shutil.copytree(model, tmp_path / "twin")
-    weights = load_file(twin / "model.safetensors")
-    noise = torch.randn(weights["lm_head.weight"].shape, generator=torch.Generator().manual_seed(0))
-    weights["lm_head.weight"] += 0.5 * weights["lm_head.weight"].std() * noise
-    save_file(weights, twin / "model.safetensors", {"format": "pt"})
-    return str(twin)
+    return write_near_twin(model, tmp_path)
 
 
 @pytest.fixture
 def eagle_head(model, tmp_path):
-    """The folder of an EAGLE head: the model's first layer, which sees the last token and not the model's last state."""
-    from safetensors.torch import load_file, save_file
-
-    head = tmp_path / "head"
-    head.mkdir()
-    config = json.loads((Path(model) / "config.json").read_text())
-    (head / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    weights, size = load_file(f"{model}/model.safetensors"), config["hidden_size"]
-    # A head norms its first layer's input nowhere, and joins the token's embedding and the model's state by `fc`.
-    names = [name for name in weights if name.startswith("model.layers.0.") and "input_layernorm" not in name]
-    join = torch.cat((torch.eye(size), torch.zeros(size, size)), 1).to(weights[names[0]].dtype)
-    own = {name.removeprefix("model."): weights[name] for name in names} | {"fc.weight": join}
-    save_file(own, head / "model.safetensors", {"format": "pt"})
-    return str(head)
+    return write_eagle_head(model, tmp_path)
 
 
 def speculation(method: str, exact: dict, twin: str, head: str, monkeypatch) -> dict:

@@ -91,6 +91,8 @@ class Limits:
 @dataclass
 class Run:
     tokens: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    # How many tokens a request had said after each step that gave some: with speculation a step gives several.
+    said: dict[str, list[int]] = field(default_factory=dict, repr=False)
     # If asked for, of each token: by how much the best log-probability leads, and the chosen one's.
     gaps: dict[str, list[float]] = field(default_factory=dict, repr=False)
     tops: dict[str, list[dict[int, float]]] = field(default_factory=dict, repr=False)  # {token: log-probability}
@@ -259,6 +261,7 @@ def _apply(llm, run: Run, event, logprobs: int) -> None:
         )
         prompt = event.prompt(run.tokens) if callable(event.prompt) else event.prompt
         run.tokens[event.id], run.gaps[event.id], run.logprobs[event.id] = [], [], []
+        run.said[event.id] = []
         llm.llm_engine.add_request(event.id, {"prompt_token_ids": prompt}, params)
     elif isinstance(event, Abort):
         run.aborted[event.id] = len(run.tokens[event.id])
@@ -277,6 +280,8 @@ def _apply(llm, run: Run, event, logprobs: int) -> None:
 
 def _record(run: Run, output) -> None:
     completion = output.outputs[0]
+    if len(completion.token_ids) > len(run.tokens[output.request_id]):
+        run.said[output.request_id].append(len(completion.token_ids))
     run.tokens[output.request_id] = list(completion.token_ids)
     if completion.logprobs:
         rows = list(zip(completion.token_ids, completion.logprobs, strict=True))

@@ -1,11 +1,14 @@
 """What tests of engines with `rule: index` look at: layers, counters, and the index of pages in the prefix cache."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from vllm.v1.core.kv_cache_utils import get_group_id
 
 from support.engine import worker
+from vllm_mac import lookup
 from vllm_mac.counters import Count
 from vllm_mac.kernels import encode as encode_kernels
 from vllm_mac.key_index import FEW, PageLayout, encode
@@ -77,3 +80,39 @@ def check_pages(llm) -> int:
             assert torch.equal(codes[one], code), f"{layer.name}: codes of page {one}"
             assert torch.equal(means[one], mean.to(means.dtype)), f"{layer.name}: mean of page {one}"
     return min(found)
+
+
+@dataclass
+class Watch:
+    """Decode steps of layers beside the oracle. steps: how many. several: those with rows of several tokens. worst: largest
+    |engine - oracle| over the largest |value|."""
+
+    steps: int = 0
+    several: int = 0
+    worst: float = 0.0
+
+
+@contextmanager
+def watched() -> Iterator[Watch]:
+    """Runs the oracle beside each decode step of each layer of an eager engine on a GPU. `index_shadow` does so on CPUs."""
+    from vllm_mac import cuda
+
+    decode, watch = cuda.LookupDecoder.decode, Watch()
+
+    def watching(decoder, index, rows, query, kv, out):
+        decode(decoder, index, rows, query, kv, out)
+        first = list(range(len(rows.position) + 1)) if rows.begin is None else rows.begin.tolist()
+        want = lookup.decode(rows, query[: first[-1]], kv, decoder.layout, index.maps, decoder.rule)
+        last = [m + first[i + 1] - first[i] - 1 for i, m in enumerate(rows.position.tolist())]
+        pages = torch.cat([rows.block_table[i, : m // kv.shape[2] + 1] for i, m in enumerate(last)])
+        largest = index.maps.values(kv[pages.long()][..., kv.shape[3] // 2 :]).nan_to_num(0).abs().max()
+        error = float((out[: first[-1]].float() - want.out).abs().max() / largest)
+        watch.steps += 1
+        watch.several += first[-1] > len(rows.position)
+        watch.worst = error if error != error else max(watch.worst, error)  # NaN stays
+
+    cuda.LookupDecoder.decode = watching
+    try:
+        yield watch
+    finally:
+        cuda.LookupDecoder.decode = decode

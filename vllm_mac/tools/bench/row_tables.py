@@ -23,7 +23,8 @@ def show(rows: list[dict], console: Console) -> None:
         columns, place = _TABLES[bench]
         for shape in dict.fromkeys(map(place, some)):
             rows = middle_rounds([row for row in some if place(row) == shape])
-            console.print(folded(shape, columns, rows))
+            hidden = "mean" if any("rounds" in row for row in rows) else "rounds"  # 80 columns have no room for both
+            console.print(folded(shape, [column for column in columns if column[0] != hidden], rows))
             if bench != "index" and (notes := _notes(rows)):
                 console.print(*notes, sep="; ", style="dim", markup=False, highlight=False)
         for row in some:
