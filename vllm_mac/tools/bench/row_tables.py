@@ -23,7 +23,7 @@ def show(rows: list[dict], console: Console) -> None:
         columns, place = _TABLES[bench]
         for shape in dict.fromkeys(map(place, some)):
             rows = middle_rounds([row for row in some if place(row) == shape])
-            hidden = "mean" if any("rounds" in row for row in rows) else "rounds"  # 80 columns have no room for both
+            hidden = "p20 p80" if any("rounds" in row for row in rows) else "rounds"  # 80 columns lack room for both
             console.print(folded(shape, [column for column in columns if column[0] != hidden], rows))
             if bench != "index" and (notes := _notes(rows)):
                 console.print(*notes, sep="; ", style="dim", markup=False, highlight=False)
@@ -101,11 +101,11 @@ _TABLES: dict[str, tuple[list[Column], Callable[[dict], str]]] = {
     "decode": (
         [
             ("backend", lambda r: r["engine"]),
-            ("ms/token p50", lambda r: f"{r['p50']:.3f}"),
+            ("ms/ token p50", lambda r: f"{r['p50']:.3f}"),
             ("p20 p80", lambda r: f"{r['p20']:.3f} {r['p80']:.3f}"),
             ("rounds", lambda r: f"{r['rounds'][0]:.3f} {r['rounds'][-1]:.3f}"),
             ("mean", lambda r: f"{r['mean']:.3f}"),
-            ("speed- up", lambda r: f"{r['speedup']:.2f}"),
+            ("speed up", lambda r: f"{r['speedup']:.2f}"),
             ("TTFT ms", lambda r: f"{r['ttft_p50']:.0f}"),
             ("heads hit", lambda r: f"{r['hit_rate']:.3f}"),
             ("KV read", lambda r: f"{r['read_share']:.3f}"),
