@@ -77,7 +77,7 @@ def case(monkeypatch, request):
     group.layers, group.decoder = [layer], decoder
     builder = object.__new__(cuda.MacCUDAMetadataBuilder)
     vars(builder).update(
-        decoder=decoder, config=layer.config, all_served=True, most=1, served=[layer],
+        decoder=decoder, config=layer.config, all_run=True, most=1, served=[layer],
         _planned=MagicMock(), _least=0, _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
         cache_config=MagicMock(), q_data_type_prefill=torch.float32, q_data_type_decode=torch.float32,
         group=group,
@@ -165,6 +165,37 @@ def test_rows_are_read_whole_before_maps_are_learned(case):
     case.impl.forward(None, case.query[:2], None, None, case.kv, metadata, out)
     torch.testing.assert_close(out, decoded(case), rtol=1e-5, atol=1e-5)
     assert case.index.counts[Count.SKIPPED] == 0 and case.index.counts[Count.READ] == (500 + 300) * KV_HEADS
+
+
+def test_a_draft_s_layer_reads_everything(case, monkeypatch):
+    """In the batch of the model's own layers, which verifies, and in batches of its own, while no requests are executed."""
+    case.index.maps.ready.fill_(0)
+    draft = SimpleNamespace(name="draft", state=None, index=None, drafting=case.index, served=False, rows=lambda kv: kv)
+    case.impl.mac, case.builder.most = draft, 4
+    counts = (3, 1, CHUNK)
+    metadata = case.builder._build(case.common(True, counts), False, capture=False)
+    out = torch.full_like(case.query[: sum(counts)], torch.nan)
+    metadata.num_decodes, metadata.num_decode_tokens = 2, 4
+    case.impl.forward(None, case.query[: sum(counts)], None, None, case.kv, metadata, out)
+    assert metadata.step.learning is not None and not metadata.step.learning.moments and (out[4:] == 7).all()
+    torch.testing.assert_close(out[:4], decoded(case, counts[:2], whole=(0, 1)), rtol=1e-5, atol=1e-5)
+
+    case.builder.served = []
+    monkeypatch.setattr(case.cuda, "executing", lambda: False)
+    common = case.common(False)
+    monkeypatch.setattr(case.cuda, "row_rings", None)  # no request's rows are known
+    case.builder._build(common, False, capture=True)
+    assert case.decoder.position.tolist() == [-1] * 4
+    common.seq_lens -= 1
+    metadata = case.builder._build(common, False, capture=False)
+    assert metadata.step.rows.position.tolist() == [498, 298] and metadata.step.learning is None
+    common.seq_lens += 1  # vLLM's own step
+    case.builder.update_draft_decode_metadata(metadata)
+    assert metadata.step.rows.position.tolist() == [499, 299]
+    out = torch.full_like(case.query[:2], torch.nan)
+    case.impl.forward(None, case.query[:2], None, None, case.kv, metadata, out)
+    torch.testing.assert_close(out, decoded(case, whole=(0, 1)), rtol=1e-5, atol=1e-5)
+    assert case.index.counts[Count.SKIPPED] == 0
 
 
 def test_rows_that_began_are_indexed_before_the_next_step(case):
@@ -307,11 +338,15 @@ def test_rows_of_padding_decode_nothing(case):
         ((True, False), (4, 4), "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_SINGLE_TOKEN_DECODE"),
         ((True, False), (4, 4), "ALWAYS", "UNIFORM_BATCH"),
         ((False, False), (4, 4), "UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE"),
+        ((True, "draft"), (4, 4), "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_BATCH"),
+        ((True, "draft", False), (4, 4, 1), "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_SINGLE_TOKEN_DECODE"),
     ],
 )
 def test_which_steps_are_in_graphs(case, monkeypatch, served, most, base, support):
-    """most: tokens of a row that MAC decodes at once in each layer. base: what FlashInfer's own builder says."""
-    cuda, layers = case.cuda, [SimpleNamespace(served=is_served) for is_served in served]
+    """served: of each layer whether MAC serves it, or runs it for a draft. most: tokens of a row that MAC decodes at once in
+    each. base: what FlashInfer's own builder says."""
+    cuda, drafting = case.cuda, {"draft": case.index}
+    layers = [SimpleNamespace(served=of is True, drafting=drafting.get(of)) for of in served]
     monkeypatch.setattr(cuda, "mac_layers", lambda _: layers)
     monkeypatch.setattr(cuda, "at_once", lambda layer: most[[layer is one for one in layers].index(True)])
     levels = cuda.AttentionCGSupport

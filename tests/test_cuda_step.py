@@ -29,7 +29,7 @@ def case(monkeypatch):
     monkeypatch.setattr(cuda, "executing", lambda: True)
     batch = Batch(Case((200, 131, 90), "all", ringless=(1,)), config(miss_engine="triton", audit=0.0), "cpu")
     decoder = batch.decoder()
-    layer = SimpleNamespace(name=NAME, state=batch.layer(), served=True, rows=lambda kv: kv)
+    layer = SimpleNamespace(name=NAME, state=batch.layer(), index=None, drafting=None, served=True, rows=lambda kv: kv)
     rings = batch.ring.numpy()
 
     def common(mixed: bool) -> CommonAttentionMetadata:
@@ -57,7 +57,7 @@ def case(monkeypatch):
     )  # fmt: skip
     builder = object.__new__(cuda.MacCUDAMetadataBuilder)
     vars(builder).update(
-        decoder=decoder, config=batch.config, all_served=True, most=1, served=[layer], _planned=MagicMock(), _seeds=planner,
+        decoder=decoder, config=batch.config, all_run=True, most=1, served=[layer], _planned=MagicMock(), _seeds=planner,
         _rows=[torch.zeros_like(decoder.position) for _ in range(3)], _facts={}, device=torch.device("cpu"),
         _written={"slack": decoder.slack.clone().numpy()}, cache_config=MagicMock(), q_data_type_prefill=torch.float32,
         q_data_type_decode=torch.float32, group=MagicMock(table=table, begin_decodes=lambda: False),

@@ -104,7 +104,7 @@ def building(builder, seeds, monkeypatch):
     layer = SimpleNamespace(name="layer")
     context = {"layer": SimpleNamespace(kv_cache=torch.zeros(0))}
     vars(builder).update(
-        all_served=False, most=1, served=[layer], group=MagicMock(), _planned=MagicMock(), _facts={}, _rows=[buffers() for _ in range(3)],
+        all_run=False, most=1, served=[layer], group=MagicMock(), _planned=MagicMock(), _facts={}, _rows=[buffers() for _ in range(3)],
         _written={"slack": np.ones(8, dtype=np.float32)}, _seeds=seeds.planner, config=SimpleNamespace(audit=0.0), device="cpu",
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context)),
     )  # fmt: skip
@@ -166,7 +166,7 @@ def test_rows_read_what_their_requests_may(builder, building):
 def test_steps_that_only_decode_write_what_graphs_read(builder, building):
     """In whatever order rows come, and with padding after them."""
     table, decoder = builder.group.table, builder.decoder
-    builder.all_served = True
+    builder.all_run = True
     vars(builder).update(cache_config=MagicMock(), q_data_type_prefill=None, q_data_type_decode=None)
     holding(table, [(70, 89), (60, 99), (0, 0), (0, 0), (0, 0)])
     building(prepared([1, 1, 0], [91, 101, 0], [False, False], 3), rows_of([0, 1, -1]))

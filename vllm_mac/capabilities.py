@@ -184,10 +184,10 @@ BUILDER = {
     ),
     "requires_block_table_width": platform("for the platform's own use"),
     "set_workspace_buffer": platform("for the platform's own use"),
-    "supports_draft_decode_metadata_update": own("where MAC runs a layer, metadata is built for each step"),
+    "supports_draft_decode_metadata_update": own("where MAC's kernels run a draft's layers, and those alone"),
     "supports_update_block_table": lacking("a step is planned for one block table, while building"),
     "update_block_table": platform("never called"),
-    "update_draft_decode_metadata": platform("of groups in which all layers are exact"),
+    "update_draft_decode_metadata": own("a draft's rows move on"),
 }
 
 

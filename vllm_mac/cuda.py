@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.flashinfer import (
     FlashInferBackend,
@@ -37,6 +38,8 @@ from vllm_mac.requests import RowRings, executing, row_rings
 from vllm_mac.seeding import Seeding, SeedPlanner
 from vllm_mac.state import Geometry, Learning, Rows
 from vllm_mac.warmup import warm_up, warm_up_index
+
+logger = init_logger("vllm.mac")
 
 PREFERRED_PAGE = 64  # tokens, with an index
 
@@ -78,10 +81,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class LookupStep:
-    """The same for layers that decode by the index of keys. learning: the row that maps are learned from, if any."""
+    """The same for layers that decode by the index of keys. length: `[B]` int32, vLLM's own lengths of the rows that decode.
+    learning: the row that maps are learned from, if any."""
 
     decoder: LookupDecoder
     rows: Rows
+    length: Tensor
     rest: FlashInferMetadata | None = None
     learning: Learning | None = None
 
@@ -104,10 +109,10 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec) -> AttentionCGSupport:
         layers = mac_layers(vllm_config)
-        served = [layer for layer in layers if layer.served]
-        if not served or any(at_once(layer) == 1 for layer in served):
+        run = [layer for layer in layers if layer.served or layer.drafting is not None]
+        if not run or any(at_once(layer) == 1 for layer in run):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-        if len(served) == len(layers):
+        if len(run) == len(layers):
             return AttentionCGSupport.UNIFORM_BATCH
         found = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # exact layers' steps are in the same graphs
         return min(found, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
@@ -120,30 +125,38 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.group = Group(layer_names, vllm_config, device)
         self.served = [layer for layer in self.group.layers if layer.served]
-        self.decoder, self.all_served, self.most = None, False, 1
+        drafts = [layer for layer in self.group.layers if layer.drafting is not None]
+        self.decoder, self.all_run, self.most = None, False, 1
         self._planned = torch.cuda.Event()
-        if not self.served:
+        run = self.served + drafts  # by MAC's kernels
+        if not run:
             return
-        self.config = self.served[0].config
-        self.all_served = len(self.served) == len(layer_names)
-        if self.all_served:
+        self.config = run[0].config
+        self.all_run = len(run) == len(layer_names)
+        if self.all_run:
             # Nothing runs the base's decode. So it makes the metadata of XQA, which needs no
             # planning, instead of a plan.
             self.use_trtllm_decode_attention = self.use_xqa = True
             self.flashinfer_trtllm_api_decode_kernel = FlashInferDecodeKernel.XQA
             self.use_trtllm_gen_varlen_decode = False
         # Rows of so many tokens decode. Exact layers of the group run the base's decode, which may take one token only.
-        most = min(at_once(layer) for layer in self.served)
-        self.most = self.reorder_batch_threshold = most if self.all_served else min(most, self.reorder_batch_threshold)
-        self.supports_draft_decode_metadata_update = False
-        self.decoder = self.group.decoder = decoder_of(self.served, self.page_size, layer_names)
+        most = min(at_once(layer) for layer in run)
+        self.most = self.reorder_batch_threshold = most if self.all_run else min(most, self.reorder_batch_threshold)
+        if self.most < most:
+            logger.warning_once(
+                "MAC reads steps that verify speculated tokens whole: FlashInfer takes them for prefills here, and runs "
+                "layers with the same KV cache: %s",
+                ", ".join(f"{layer.name} ({layer.exact})" for layer in self.group.layers if layer not in run),
+            )
+        self.supports_draft_decode_metadata_update = not self.served
+        self.decoder = self.group.decoder = decoder_of(self.served or drafts, self.page_size, layer_names)
         self._facts: dict[str, tuple[bytes, Tensor]] = {}
         warm = vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager
         if isinstance(self.decoder, LookupDecoder):
             with torch.inference_mode(), explained():
                 self.decoder.ring.fill_(-1)
                 if warm:
-                    warm_up_index(self.decoder, self.served[0].index)
+                    warm_up_index(self.decoder, run[0].index or run[0].drafting)
             self._written = {"ring": self.decoder.ring.to("cpu", copy=True).numpy()}
             self._least = least_tokens(self.config.min_step_mib, self.decoder.geometry)
             return
@@ -171,11 +184,11 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
 
     def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> FlashInferMetadata:
         # Layers of a draft model are exact, and may share this builder with layers that are not: no ring may
-        # count what only the draft reads.
+        # count what only the draft reads. V1 asks for this, where no draft has MAC's layers.
         return super().build(0, common_attn_metadata, fast_build=True)
 
     def _build(self, common: CommonAttentionMetadata, fast_build: bool, capture: bool) -> MacCUDAMetadata:
-        decoding = self.all_served and common.max_query_len <= self.most
+        decoding = self.all_run and common.max_query_len <= self.most
         if decoding:
             metadata = self._of_decodes(common)
         else:
@@ -202,10 +215,14 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             if common.max_query_len > 1:
                 count = np.diff(common.query_start_loc_cpu.numpy()[: decodes + 1])
                 count = count if (count > 1).any() else None
-            learning = self._look(decoder, common, decodes, count) if real else None
-            if not real:
+            # A draft decodes when the batch of requests has been executed.
+            if real or not (self.served or capture):
+                self._place(decoder, common, decodes, count)
+            else:
                 decoder.position.fill_(-1)
-            metadata.step = LookupStep(decoder, decoder.rows(table, count is not None), rest, learning)
+            learning = self._look(decoder, common, decodes, count) if real and self.served else None
+            rows = decoder.rows(table, count is not None)
+            metadata.step = LookupStep(decoder, rows, common.seq_lens[:decodes], rest, learning)
             return metadata
         rows = decoder.rows(table)
         if real:
@@ -245,23 +262,36 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             self._write("spared", np.where(rings.audited, 0, -1).astype(np.int32))
         return seeding
 
-    def _look(
-        self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int, count: np.ndarray | None
-    ) -> Learning | None:
-        """Write what the rows of a batch of requests do into the decoder's buffers; choose what maps are learned from.
+    def update_draft_decode_metadata(self, _metadata: MacCUDAMetadata) -> None:
+        """A draft's next step: vLLM's lengths have grown. Also recorded in CUDA graphs."""
+        if isinstance(step := _metadata.step, LookupStep):
+            torch.sub(step.length, 1, out=step.rows.position)
 
-        count: `[decodes]`, tokens of each row that decodes, None for one each. Unlike lengths the host knows them always.
+    def _place(
+        self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int, count: np.ndarray | None
+    ) -> None:
+        """Write where the rows that decode are into the decoder's buffers. count: as in `_look`.
 
         The GPU may wait for this before every step: where all rows decode a token, little is done.
         """
-        rings = row_rings(common)
-        ring, length, position = rings.ring[:decodes], common.seq_lens[:decodes], decoder.position[:decodes]
+        length, position = common.seq_lens[:decodes], decoder.position[:decodes]
         if count is None:
             torch.sub(length, 1, out=position)
         else:
             begin = common.query_start_loc[: decodes + 1]
             decoder.begin[: decodes + 1].copy_(begin)
             torch.sub(length, begin.diff().clamp(min=1), out=position)
+
+    def _look(
+        self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int, count: np.ndarray | None
+    ) -> Learning | None:
+        """Write what the rows of a batch of requests do into the decoder's buffers; choose what maps are learned from.
+
+        count: `[decodes]`, tokens of each row that decodes, None for one each. Unlike lengths the host knows them always.
+        """
+        rings = row_rings(common)
+        ring = rings.ring[:decodes]
+        if count is not None:
             ring = np.where((count > 1) & ~rings.verifies[:decodes], np.int32(PREFILLED), ring)
         if self._least and common.seq_lens_cpu_upper_bound is not None:
             tokens = 1 if count is None else int(count.max())
@@ -324,14 +354,15 @@ def decoder_of(layers: list[MacLayer], page_size: int, layer_names: list[str]) -
     vLLM makes builders more than once, and after it has measured its memory. So buffers that are
     made here are not measured; only a group beyond the first, or an unusual page size, needs them.
     """
+    names = tuple(sorted(layer_names))  # vLLM orders a draft's as it likes
     for layer in layers:
         made = layer.decoder
-        if made is not None and made.geometry.page_size == page_size and made.names in (None, tuple(layer_names)):
-            made.names = tuple(layer_names)
+        if made is not None and made.geometry.page_size == page_size and made.names in (None, names):
+            made.names = names
             return made
     first = layers[0]
-    first.decoder = make_decoder(first, page_size, first.counts.device)
-    first.decoder.names = tuple(layer_names)
+    first.decoder = make_decoder(first, page_size, (first.drafting or first).counts.device)
+    first.decoder.names = names
     return first.decoder
 
 
@@ -355,9 +386,10 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         mac = self.mac
         device = mac.vllm_config.device_config.device
         mac.load(act_dtype, torch.device(device))
-        if mac.served and all(x.decoder is None for x in mac_layers(mac.vllm_config)):
+        of_model = [x for x in mac_layers(mac.vllm_config) if (x.exact == "draft") == (mac.exact == "draft")]
+        if (mac.served or mac.drafting is not None) and all(x.decoder is None for x in of_model):
             page = mac.vllm_config.cache_config.block_size
-            page = index_page(page, "cuda") if mac.index is not None else page
+            page = page if mac.state is not None else index_page(page, "cuda")
             mac.decoder = make_decoder(mac, page, torch.device(device))
             mac.keep(**mac.decoder.lasting())
 
@@ -387,7 +419,8 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         kv_cache = self.mac.rows(kv_cache)
-        if attn_metadata is None or not self.mac.served:
+        index = self.mac.index or self.mac.drafting
+        if attn_metadata is None or (index is None and self.mac.state is None):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -399,10 +432,10 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
             super().forward(layer, query[tokens:], key, value, kv_cache, step.rest, output[tokens:])
         if isinstance(step, LookupStep):
             kv = numbers(kv_cache)
-            if step.learning is not None:
-                step.learning.add(self.mac.name, self.mac.index.maps, query, kv)
+            if step.learning is not None and self.mac.served:
+                step.learning.add(self.mac.name, index.maps, query, kv)
             if decodes:
-                step.decoder.decode(self.mac.index, step.rows, query, kv, output)
+                step.decoder.decode(index, step.rows, query, kv, output)
             return output
         if step.seeding is not None:
             step.seeding.record(state, query, kv_cache)

@@ -45,7 +45,8 @@ class MacLayer:
         Reasons that depend on the row of a batch instead (`short_context`, `no_ring`, `request`), or come and
         go (`error_budget`, `no_maps`, `small_step`), are counted, not kept.
     state: what the steps of the layer read and write with `rule: match`; None for a layer that is exact, and before it is
-        loaded. index: the same with `rule: index`.
+        loaded. index: the same with `rule: index`. drafting: the same of a draft's layer, which is exact, on a GPU with `rule:
+        index`: it has no maps, so MAC's kernels read everything.
     rings: how many rings it has with `rule: match`, as many as the others; 0 before it is settled.
     counts: `[len(Count)]` int64 on the layer's device, see `counters.Count`.
     audited: the histograms of audited steps (`audit.histograms`); None where no step is audited.
@@ -84,7 +85,9 @@ class MacLayer:
             **special,
             "head_size": head_size not in HEAD_SIZES,
         }
-        self.exact: str | None = next((reason for reason, holds in own.items() if holds), None)
+        reasons = [reason for reason, holds in own.items() if holds]
+        self.exact: str | None = reasons[0] if reasons else None
+        self._drafts = reasons == ["draft"]
         self.settled = False
         self.name: str | None = None
         self.holder: nn.Module | None = None
@@ -92,6 +95,7 @@ class MacLayer:
         self.rings = 0
         self.state: LayerState | None = None
         self.index: IndexState | None = None
+        self.drafting: IndexState | None = None
         self.counts: Tensor | None = None
         self.audited: Tensor | None = None
         self.totals: Tensor | None = None
@@ -135,24 +139,22 @@ class MacLayer:
         Raises MacConfigError where the byte budget does not hold the rings (`ring_count`), where the device
         cannot convert to the rings' dtype, and where MAC is chosen for a draft model by name.
         """
-        if self.served:  # weights were reloaded
+        if self.served or self.drafting is not None:  # weights were reloaded
             if self.index is not None and self.group is not None:
                 self.group.learn_anew(self)
             return
         layers = mac_layers(self.vllm_config)
         if not self.settled:
             settle([layer for layer in layers if not layer.settled], dtype)
+        if self._drafts and self._drafted(device):
+            self.drafting = self._index_state(torch.zeros(len(Count), dtype=torch.int64, device=device), dtype)
         if self.exact is not None:
             return
         if self.counts is None:
             count([layer for layer in layers if layer.exact is None], device)
         if self.config.rule == "index":
             check_index_device(device, self.fp8)
-            size = directions(self.head_size, self.config.index_size)
-            scales = Scales(self.attention._k_scale, self.attention._v_scale) if self.fp8 else None
-            maps = Maps.allocate(self.num_kv_heads, self.head_size, size, dtype, device, scales)
-            self.keep(counts=self.counts, **{f"index_{name}": one for name, one in maps.own().items()})
-            self.index = IndexState(maps, self.counts)
+            self.index = self._index_state(self.counts, dtype)
             return
         query_dtype, out_dtype = ring_dtypes(self.config, dtype)
         check_device(query_dtype, device)
@@ -169,6 +171,25 @@ class MacLayer:
             out_dtype,
         )
         self.state = LayerState(store, self.config, self.rotary, **kept)
+
+    def _drafted(self, device: torch.device) -> bool:
+        """Whether MAC's kernels run this layer of a draft: with the model's own layers it then has full CUDA graphs of steps
+        that verify, which FlashInfer's backend takes for prefills where it lacks kernels of its own."""
+        if device.type != "cuda" or self.settings.rule != "index" or is_hybrid(self.vllm_config):
+            return False
+        method = mac_layers(self.vllm_config)[0].vllm_config.speculative_config.method
+        # Drafts that write one token after another; queries of others (DFlash) see tokens behind them.
+        causal = method in ("draft_model", "eagle", "eagle3") or method.endswith("mtp")
+        plain = type(self.attention.get_kv_cache_spec(self.vllm_config)) is FullAttentionSpec
+        refused = capabilities.refused_index_size(self.settings.index_size, self.head_size)
+        return causal and plain and refused is None and at_once(self) > 1
+
+    def _index_state(self, counts: Tensor, dtype: torch.dtype) -> IndexState:
+        size = directions(self.head_size, self.config.index_size)
+        scales = Scales(self.attention._k_scale, self.attention._v_scale) if self.fp8 else None
+        maps = Maps.allocate(self.num_kv_heads, self.head_size, size, dtype, counts.device, scales)
+        self.keep(counts=counts, **{f"index_{name}": one for name, one in maps.own().items()})
+        return IndexState(maps, counts)
 
     def keep(self, **tensors: Tensor) -> None:
         """Have vLLM keep the content of these tensors through sleep level 2, in place.
@@ -196,7 +217,7 @@ def index_rule(layer: MacLayer) -> IndexRule:
 
 def at_once(layer: MacLayer) -> int:
     """Most tokens of a row that MAC decodes in one step of a layer: with speculation by index those that a step verifies."""
-    speculation = layer.vllm_config.speculative_config
+    speculation = mac_layers(layer.vllm_config)[0].vllm_config.speculative_config  # not a draft's own configuration
     if speculation is None or layer.settings.rule != "index":
         return 1
     tokens = 1 + (speculation.num_speculative_tokens or 0)

@@ -51,7 +51,7 @@ def write_near_twin(model, folder: Path) -> str:
 
 
 def write_eagle_head(model, folder: Path) -> str:
-    """The folder of an EAGLE head: the model's first layer, which sees the last token and not the model's last state."""
+    """The folder of an EAGLE head: the model's first layer, which sees the last token, not the model's last state."""
     from safetensors.torch import load_file, save_file
 
     head = folder / "head"
