@@ -339,14 +339,15 @@ def test_rows_of_padding_decode_nothing(case):
         ((True, False), (4, 4), "ALWAYS", "UNIFORM_BATCH"),
         ((False, False), (4, 4), "UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE"),
         ((True, "draft"), (4, 4), "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_BATCH"),
+        ((True, "apart"), (4, 1), "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_BATCH"),
         ((True, "draft", False), (4, 4, 1), "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_SINGLE_TOKEN_DECODE"),
     ],
 )
 def test_which_steps_are_in_graphs(case, monkeypatch, served, most, base, support):
-    """served: of each layer whether MAC serves it, or runs it for a draft. most: tokens of a row that MAC decodes at once in
+    """served: of each layer whether MAC serves it, runs it for a draft, or a draft's steps are no part of graphs. most: tokens of a row that MAC decodes at once in
     each. base: what FlashInfer's own builder says."""
     cuda, drafting = case.cuda, {"draft": case.index}
-    layers = [SimpleNamespace(served=of is True, drafting=drafting.get(of)) for of in served]
+    layers = [SimpleNamespace(served=of is True, drafting=drafting.get(of), apart=of == "apart") for of in served]
     monkeypatch.setattr(cuda, "mac_layers", lambda _: layers)
     monkeypatch.setattr(cuda, "at_once", lambda layer: most[[layer is one for one in layers].index(True)])
     levels = cuda.AttentionCGSupport

@@ -36,11 +36,13 @@ def load(monkeypatch):
 
     def load(
         count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None,
-        holders=None, media=False, specs={}, speculated=0, kv_cache_dtype="auto", sequences=2, hybrid=False,
+        holders=None, media=False, specs={}, speculated=0, method="ngram", kv_cache_dtype="auto", sequences=2, hybrid=False,
     ) -> list[MacLayer]:  # fmt: skip
         of_rule = {} if mac.get("rule") == "index" else {"rule": "match", "window": 8}
         drafting = SimpleNamespace(
-            attention_backend=backend and SimpleNamespace(name=backend), num_speculative_tokens=speculated
+            attention_backend=backend and SimpleNamespace(name=backend),
+            num_speculative_tokens=speculated,
+            method=method,
         )
         vllm_config = after[0].vllm_config if after else SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={}),
@@ -137,6 +139,37 @@ def test_a_draft_model_leaves_the_model_it_drafts_for_as_it_was(load, warnings, 
     assert not any(x.state is not None or x.counts is not None for draft in drafts for x in draft)
     assert same(state(target), before)
     assert not warnings and said[lines:] == [f"MAC leaves {n} attention layers of a draft model exact" for n in (2, 1)]
+
+
+@pytest.mark.parametrize(
+    "method, changes, most",
+    [
+        ("draft_model", {}, 5),  # one more than a step verifies
+        ("eagle", {}, 4),
+        ("qwen3_next_mtp", {}, 4),
+        ("dflash", {}, None),  # its queries see tokens behind them
+        ("eagle", {"rule": "match"}, None),
+        ("eagle", {"exact": [2]}, None),  # a sliding window
+        ("eagle", {"specs": {2: SlidingWindowSpec}}, None),
+        ("eagle", {"hybrid": True}, None),
+        ("eagle", {"device": "cpu"}, None),
+        ("draft_model", {"speculated": 15}, None),  # 17 tokens of a group of two heads take 34 columns of 32
+    ],
+)
+def test_which_layers_of_a_draft_run_on_macs_kernels(load, monkeypatch, method, changes, most):
+    """most: tokens of a row; None where the platform's own backend runs them. They stay exact, and have no counters."""
+    monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    options = {"device": "meta", "rule": "index", "speculated": 3} | changes
+    mac, device = {"rule": options.pop("rule")}, options.pop("device")
+    ours = {name: options.pop(name) for name in ("hybrid", "speculated") if name in options}
+    target = load(2, mac, method=method, **ours)
+    (draft,) = load(1, mac, after=target, device=device, **options)
+    assert draft.exact == "draft" and not draft.served and draft.counts is None and all(x.served for x in target)
+    assert (draft.drafting is not None) == (most is not None) and draft.apart == (method == "draft_model")
+    assert most in (None, layers.at_once(draft)) and not any(x.drafting or x.apart for x in target)
+    before = draft.drafting
+    draft.load(torch.float32, torch.device(device))
+    assert draft.drafting is before
 
 
 def test_weights_that_are_loaded_again_change_nothing(load, warnings, said):

@@ -108,7 +108,7 @@ def least_tokens(mib: int, geometry: Geometry) -> int:
 class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec) -> AttentionCGSupport:
-        layers = mac_layers(vllm_config)
+        layers = [layer for layer in mac_layers(vllm_config) if not layer.apart]
         run = [layer for layer in layers if layer.served or layer.drafting is not None]
         if not run or any(at_once(layer) == 1 for layer in run):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -125,14 +125,15 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.group = Group(layer_names, vllm_config, device)
         self.served = [layer for layer in self.group.layers if layer.served]
-        drafts = [layer for layer in self.group.layers if layer.drafting is not None]
+        elsewhere = [layer for layer in self.group.layers if layer.apart and self.served]  # take no metadata from here
+        drafts = [layer for layer in self.group.layers if layer.drafting is not None and layer not in elsewhere]
         self.decoder, self.all_run, self.most = None, False, 1
         self._planned = torch.cuda.Event()
         run = self.served + drafts  # by MAC's kernels
         if not run:
             return
         self.config = run[0].config
-        self.all_run = len(run) == len(layer_names)
+        self.all_run = len(run) + len(elsewhere) == len(layer_names)
         if self.all_run:
             # Nothing runs the base's decode. So it makes the metadata of XQA, which needs no
             # planning, instead of a plan.
@@ -146,7 +147,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             logger.warning_once(
                 "MAC reads steps that verify speculated tokens whole: FlashInfer takes them for prefills here, and runs "
                 "layers with the same KV cache: %s",
-                ", ".join(f"{layer.name} ({layer.exact})" for layer in self.group.layers if layer not in run),
+                ", ".join(
+                    f"{layer.name} ({layer.exact})" for layer in self.group.layers if layer not in run + elsewhere
+                ),
             )
         self.supports_draft_decode_metadata_update = not self.served
         self.decoder = self.group.decoder = decoder_of(self.served or drafts, self.page_size, layer_names)

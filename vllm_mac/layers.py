@@ -123,6 +123,15 @@ class MacLayer:
         """The layer's KV cache, `[blocks, K, block, 2 D]`."""
         return numbers(self.rows(self.attention.kv_cache))
 
+    @property
+    def apart(self) -> bool:
+        """Whether the layer is of a draft model for whose steps vLLM makes metadata of its own, and no CUDA graphs. An EAGLE
+        head also takes the metadata of the model that it drafts for."""
+        return (
+            self.exact == "draft"
+            and mac_layers(self.vllm_config)[0].vllm_config.speculative_config.method == "draft_model"
+        )
+
     def rows(self, kv_cache: Tensor) -> Tensor:
         """The layer's KV cache as pages of plain rows, which those of hybrid models are not, see `index_pages.in_rows`."""
         hybrid = kv_cache.dim() == 4 and is_hybrid(self.vllm_config)
@@ -175,7 +184,7 @@ class MacLayer:
     def _drafted(self, device: torch.device) -> bool:
         """Whether MAC's kernels run this layer of a draft: with the model's own layers it then has full CUDA graphs of steps
         that verify, which FlashInfer's backend takes for prefills where it lacks kernels of its own."""
-        if device.type != "cuda" or self.settings.rule != "index" or is_hybrid(self.vllm_config):
+        if device.type == "cpu" or self.settings.rule != "index" or is_hybrid(self.vllm_config):
             return False
         method = mac_layers(self.vllm_config)[0].vllm_config.speculative_config.method
         # Drafts that write one token after another; queries of others (DFlash) see tokens behind them.
@@ -220,7 +229,8 @@ def at_once(layer: MacLayer) -> int:
     speculation = mac_layers(layer.vllm_config)[0].vllm_config.speculative_config  # not a draft's own configuration
     if speculation is None or layer.settings.rule != "index":
         return 1
-    tokens = 1 + (speculation.num_speculative_tokens or 0)
+    # A draft model that is planned apart has read none of these, nor the token that the model wrote behind them.
+    tokens = 1 + (speculation.num_speculative_tokens or 0) + layer.apart
     columns = layer.num_heads // layer.num_kv_heads * tokens
     return tokens if not current_platform.is_cuda() or columns <= most_columns(layer.head_size) else 1
 
