@@ -29,6 +29,11 @@ SHOWN = {
         ["test_engine_index::test_every_step_is_the_rule_s", "test_index_models::test_models_whose_rotation_is_unknown_are_served"],
         ["test_rope::test_undo_inverts_the_module_that_the_model_runs", "test_engine_exact::test_tokens_equal_exact_attention"],
     ),
+    "speculation": (
+        ["test_index_speculation::test_rejected_tokens_leave_no_stale_index", "test_speculation_gpu::test_steps_that_verify_skip_tokens",
+         "test_layers::test_which_layers_of_a_draft_run_on_macs_kernels"],
+        ["test_layers::test_how_many_tokens_of_a_row_decode_at_once", "test_engine_draft::test_a_draft_model_is_exact_and_leaves_the_other_served"],
+    ),
     "LongRoPE": (
         ["test_index_models::test_models_whose_rotation_is_unknown_are_served"],
         ["test_rope::test_longrope_is_refused", "test_rope::test_rope_somewhere_else_is_refused",

@@ -151,7 +151,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
                     f"{layer.name} ({layer.exact})" for layer in self.group.layers if layer not in run + elsewhere
                 ),
             )
-        self.supports_draft_decode_metadata_update = not self.served
+        self.supports_draft_decode_metadata_update = self.all_run and not self.served
         self.decoder = self.group.decoder = decoder_of(self.served or drafts, self.page_size, layer_names)
         self._facts: dict[str, tuple[bytes, Tensor]] = {}
         warm = vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager
