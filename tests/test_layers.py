@@ -36,7 +36,7 @@ def load(monkeypatch):
 
     def load(
         count: int, mac: dict, stages=1, dtype=torch.float32, device="cpu", exact=(), after=(), backend=None,
-        holders=None, media=False, specs={}, speculated=0, method="ngram", kv_cache_dtype="auto", sequences=2, hybrid=False,
+        holders=None, media=False, specs={}, speculated=0, method="ngram", v2=True, kv_cache_dtype="auto", sequences=2, hybrid=False,
     ) -> list[MacLayer]:  # fmt: skip
         of_rule = {} if mac.get("rule") == "index" else {"rule": "match", "window": 8}
         drafting = SimpleNamespace(
@@ -51,7 +51,7 @@ def load(monkeypatch):
             ),
             parallel_config=SimpleNamespace(pipeline_parallel_size=stages, use_ubatching=False),
             scheduler_config=SimpleNamespace(max_num_seqs=sequences),
-            speculative_config=drafting if backend or speculated else None,
+            speculative_config=drafting if backend or speculated else None, use_v2_model_runner=v2,
             additional_config={"mac": of_rule | {"band": 4, "min_context": 16} | mac},
         )  # fmt: skip
         made = []
@@ -77,7 +77,8 @@ def load(monkeypatch):
 @pytest.fixture
 def warnings(monkeypatch):
     found = []
-    monkeypatch.setattr(layers.logger, "warning", lambda text, *args, **_: found.append(text % args))
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(layers.logger, name, lambda text, *args, **_: found.append(text % args))
     return found
 
 
@@ -152,21 +153,29 @@ def test_a_draft_model_leaves_the_model_it_drafts_for_as_it_was(load, warnings, 
         ("eagle", {"exact": [2]}, None),  # a sliding window
         ("eagle", {"specs": {2: SlidingWindowSpec}}, None),
         ("eagle", {"hybrid": True}, None),
+        ("eagle", {"v2": False}, None),
+        ("eagle", {"all": [0, 1]}, None),  # all layers of the model are exact, so pages have no index
         ("eagle", {"device": "cpu"}, None),
         ("draft_model", {"speculated": 15}, None),  # 17 tokens of a group of two heads take 34 columns of 32
     ],
 )
-def test_which_layers_of_a_draft_run_on_macs_kernels(load, monkeypatch, method, changes, most):
+def test_which_layers_of_a_draft_run_on_macs_kernels(load, warnings, monkeypatch, method, changes, most):
     """most: tokens of a row; None where the platform's own backend runs them. They stay exact, and have no counters."""
     monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     options = {"device": "meta", "rule": "index", "speculated": 3} | changes
     mac, device = {"rule": options.pop("rule")}, options.pop("device")
-    ours = {name: options.pop(name) for name in ("hybrid", "speculated") if name in options}
-    target = load(2, mac, method=method, **ours)
+    ours = {name: options.pop(name) for name in ("hybrid", "speculated", "v2") if name in options}
+    windows = options.pop("all", ())
+    target = load(2, mac, method=method, exact=windows, **ours)
+    warnings.clear()
     (draft,) = load(1, mac, after=target, device=device, **options)
-    assert draft.exact == "draft" and not draft.served and draft.counts is None and all(x.served for x in target)
+    assert draft.exact == "draft" and not draft.served and draft.counts is None
+    assert all(x.served == (not windows) for x in target)
     assert (draft.drafting is not None) == (most is not None) and draft.apart == (method == "draft_model")
     assert most in (None, layers.at_once(draft)) and not any(x.drafting or x.apart for x in target)
+    assert [text.partition(",")[0] for text in warnings] == (
+        ["MAC leaves layers of a draft model to FlashInfer"] if changes == {"speculated": 15} else []
+    )
     before = draft.drafting
     draft.load(torch.float32, torch.device(device))
     assert draft.drafting is before

@@ -187,7 +187,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
 
     def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> FlashInferMetadata:
         # Layers of a draft model are exact, and may share this builder with layers that are not: no ring may
-        # count what only the draft reads. V1 asks for this, where no draft has MAC's layers.
+        # count what only the draft reads. V1 alone asks for this, where FlashInfer runs a draft's layers.
         return super().build(0, common_attn_metadata, fast_build=True)
 
     def _build(self, common: CommonAttentionMetadata, fast_build: bool, capture: bool) -> MacCUDAMetadata:

@@ -184,14 +184,25 @@ class MacLayer:
     def _drafted(self, device: torch.device) -> bool:
         """Whether MAC's kernels run this layer of a draft: with the model's own layers it then has full CUDA graphs of steps
         that verify, which FlashInfer's backend takes for prefills where it lacks kernels of its own."""
-        if device.type == "cpu" or self.settings.rule != "index" or is_hybrid(self.vllm_config):
+        layers = mac_layers(self.vllm_config)
+        target = layers[0].vllm_config
+        # V1 plans a draft's steps by another method. Where all layers of the model are exact, pages have no index.
+        served = target.use_v2_model_runner and any(layer.exact is None for layer in layers)
+        if device.type == "cpu" or self.settings.rule != "index" or not served or is_hybrid(self.vllm_config):
             return False
-        method = mac_layers(self.vllm_config)[0].vllm_config.speculative_config.method
         # Drafts that write one token after another; queries of others (DFlash) see tokens behind them.
+        method = target.speculative_config.method
         causal = method in ("draft_model", "eagle", "eagle3") or method.endswith("mtp")
         plain = type(self.attention.get_kv_cache_spec(self.vllm_config)) is FullAttentionSpec
-        refused = capabilities.refused_index_size(self.settings.index_size, self.head_size)
-        return causal and plain and refused is None and at_once(self) > 1
+        able = plain and capabilities.refused_index_size(self.settings.index_size, self.head_size) is None
+        if self.fp8 and device.type == "cuda":
+            able &= capabilities.refused_float8_gpu(torch.cuda.get_device_capability(device)) is None
+        if causal and able and at_once(self) == 1:
+            logger.warning_once(
+                "MAC leaves layers of a draft model to FlashInfer, and steps may run outside of full CUDA graphs: query "
+                "heads of a KV head, times tokens of a step, exceed %d", most_columns(self.head_size),
+            )  # fmt: skip
+        return causal and able and at_once(self) > 1
 
     def _index_state(self, counts: Tensor, dtype: torch.dtype) -> IndexState:
         size = directions(self.head_size, self.config.index_size)
