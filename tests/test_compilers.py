@@ -94,8 +94,8 @@ def test_a_kernel_that_does_not_compile_ends_the_start(monkeypatch, tmp_path):
     cuda = gpu_backend()
     geometry = Geometry(4, 6, 2, 64, 16, 32, torch.float32, 64, 16, 0.125)
     decoder = cuda.LookupDecoder(geometry, IndexRule(1.5, 64, 16, 128, 0.125), None, torch.device("cpu"))
-    engine = SimpleNamespace(speculative_config=None)
-    layer = SimpleNamespace(served=True, config=MacConfig(), index=MagicMock(), vllm_config=engine)
+    layer = SimpleNamespace(served=True, config=MacConfig(), index=MagicMock(), drafting=None, apart=False)
+    monkeypatch.setattr(cuda, "at_once", lambda _: 1)
 
     def base(self, spec, names, vllm_config, device):
         self.page_size = 16
