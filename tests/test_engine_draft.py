@@ -57,9 +57,10 @@ def test_a_draft_model_is_exact_and_leaves_the_other_served(tmp_path, said, runn
     assert first.tokens == plain.tokens
 
 
-@pytest.mark.parametrize("runner, name", [("v1", "qwen3"), ("v2", "llama")])
+@pytest.mark.parametrize("runner, name", [("v1", "qwen3"), ("v2", "llama"), ("v2", "qwen3")])
 def test_a_draft_model_has_pages_like_those_with_an_index(tmp_path, runner, name):
-    """Whichever backend V1 chooses for it: its layers share the KV-cache group of those that MAC serves."""
+    """Whichever backend V1 chooses for it: its layers share the KV-cache group of those that MAC serves, also where its heads
+    and so its pages are larger."""
     target, draft = str(write("llama", tmp_path)), str(write(name, tmp_path, seed=1))
     events = [harness.Add(0, "a", text("a", 200), 12), harness.Add(0, "b", text("b", 300), 12)]
     speculation = dict(method="draft_model", model=draft, num_speculative_tokens=2)
@@ -68,7 +69,8 @@ def test_a_draft_model_has_pages_like_those_with_an_index(tmp_path, runner, name
         found = mac_layers(harness.worker(llm).vllm_config)
         assert [layer.index is not None for layer in found] == [True] * 2 + [False] * (len(found) - 2)
         (group,) = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
-        assert len(group.layer_names) == 4 and group.kv_cache_spec.page_size_padded
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
+        assert len(group.layer_names) == 4 and all(spec.page_size_padded for spec in specs)
         run = harness.run_schedule(llm, events)
     with harness.engine(target) as llm:
         assert run.tokens == harness.run_schedule(llm, events).tokens
