@@ -124,13 +124,15 @@ class MacLayer:
         return numbers(self.rows(self.attention.kv_cache))
 
     @property
+    def engine_config(self) -> VllmConfig:
+        """The configuration of the engine's own model, also for a layer of its draft."""
+        return mac_layers(self.vllm_config)[0].vllm_config
+
+    @property
     def apart(self) -> bool:
         """Whether the layer is of a draft model for whose steps vLLM makes metadata of its own, and no CUDA graphs. An EAGLE
         head also takes the metadata of the model that it drafts for."""
-        return (
-            self.exact == "draft"
-            and mac_layers(self.vllm_config)[0].vllm_config.speculative_config.method == "draft_model"
-        )
+        return self.exact == "draft" and self.engine_config.speculative_config.method == "draft_model"
 
     def rows(self, kv_cache: Tensor) -> Tensor:
         """The layer's KV cache as pages of plain rows, which those of hybrid models are not, see `index_pages.in_rows`."""
@@ -184,25 +186,25 @@ class MacLayer:
     def _drafted(self, device: torch.device) -> bool:
         """Whether MAC's kernels run this layer of a draft: with the model's own layers it then has full CUDA graphs of steps
         that verify, which FlashInfer's backend takes for prefills where it lacks kernels of its own."""
-        layers = mac_layers(self.vllm_config)
-        target = layers[0].vllm_config
+        engine = self.engine_config
         # V1 plans a draft's steps by another method. Where all layers of the model are exact, pages have no index.
-        served = target.use_v2_model_runner and any(layer.exact is None for layer in layers)
+        served = engine.use_v2_model_runner and any(layer.exact is None for layer in mac_layers(engine))
         if device.type == "cpu" or self.settings.rule != "index" or not served or is_hybrid(self.vllm_config):
             return False
         # Drafts that write one token after another; queries of others (DFlash) see tokens behind them.
-        method = target.speculative_config.method
+        method = engine.speculative_config.method
         causal = method in ("draft_model", "eagle", "eagle3") or method.endswith("mtp")
         plain = type(self.attention.get_kv_cache_spec(self.vllm_config)) is FullAttentionSpec
         able = plain and capabilities.refused_index_size(self.settings.index_size, self.head_size) is None
         if self.fp8 and device.type == "cuda":
             able &= capabilities.refused_float8_gpu(torch.cuda.get_device_capability(device)) is None
-        if causal and able and at_once(self) == 1:
+        fits = at_once(self) > 1
+        if causal and able and not fits:
             logger.warning_once(
                 "MAC leaves layers of a draft model to FlashInfer, and steps may run outside of full CUDA graphs: query "
                 "heads of a KV head, times tokens of a step, exceed %d", most_columns(self.head_size),
             )  # fmt: skip
-        return causal and able and at_once(self) > 1
+        return causal and able and fits
 
     def _index_state(self, counts: Tensor, dtype: torch.dtype) -> IndexState:
         size = directions(self.head_size, self.config.index_size)
@@ -237,10 +239,10 @@ def index_rule(layer: MacLayer) -> IndexRule:
 
 def at_once(layer: MacLayer) -> int:
     """Most tokens of a row that MAC decodes in one step of a layer: with speculation by index those that a step verifies."""
-    speculation = mac_layers(layer.vllm_config)[0].vllm_config.speculative_config  # not a draft's own configuration
+    speculation = layer.engine_config.speculative_config
     if speculation is None or layer.settings.rule != "index":
         return 1
-    # A draft model that is planned apart has read none of these, nor the token that the model wrote behind them.
+    # A draft model that is planned apart reads them all again, and the token that the model wrote behind them.
     tokens = 1 + (speculation.num_speculative_tokens or 0) + layer.apart
     columns = layer.num_heads // layer.num_kv_heads * tokens
     return tokens if not current_platform.is_cuda() or columns <= most_columns(layer.head_size) else 1

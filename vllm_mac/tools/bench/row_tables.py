@@ -122,7 +122,8 @@ _NOTES = {
     "index": "p20 p80: percentiles of the times. KV read: the index counted. weigh, look, merge: what each "
     "kernel adds to those before it. floor: bytes that must move / read bandwidth measured in this run. speed-up: over "
     "the best exact decode. All times in us.",
-    "decode": "rounds: the least and the greatest p50 of all rounds; the other figures are of the middle one. mean: over all steps; single steps vary with the time at which their tokens are returned. speed-up: over the "
+    "decode": "rounds: the least and the greatest p50 of all rounds; the other figures are of the middle one. mean: over "
+    "all steps; single steps vary with the time at which their tokens are returned. speed-up: over the "
     "fastest other backend, by p50. heads hit, KV read: over the timed steps, all layers. "
     "GPU: its time for a step's graph, with the graph's launch where the GPU waits for it. host: its time to build a "
     "step's metadata.",
