@@ -83,7 +83,7 @@ def look_kernel(
     p_slots, p_words, p_rest, p_part, p_part_acc, p_read, p_key_scale, p_value_scale,
     s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, s_mean_page,
     ns, nw, log2_scale, log2_tolerance,
-    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr, TURN: tl.constexpr,
     ROOM: tl.constexpr, BT: tl.constexpr,
     BQ: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BNW: tl.constexpr,
@@ -103,7 +103,7 @@ def look_kernel(
     i_s, i_k, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     m = tl.load(p_position + i_row).to(tl.int32)
     end = indexed_end(m, tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready), BAND, BEGIN, MIN_CONTEXT)
-    first_query, count = tokens_of(p_begin, i_row, T)
+    first_query, count = tokens_of(p_begin, i_row)
     tl.static_assert(SPAN == 128, "a thread has 32 tokens of a span, the bits of a word")
     tl.static_assert((PAGE % BT == 0) & (BEGIN % BT == 0), "near tokens are read by blocks that lie in one page")
     HALF: tl.constexpr = N // 2
@@ -117,7 +117,7 @@ def look_kernel(
     m_q, m_d = o_q < G * count, o_d < D
     i_bk = i_row * K + i_k
     i_part = i_bk * ns + i_s
-    p_row_table = p_table + i_row * s_table_row
+    p_row_table = p_table + i_row // PARTS * s_table_row
     p_list = p_slots + i_part * ROOM
     p_own_words = p_words + i_part * (TURN * WORDS)
     p_own_rest = p_rest + i_part * (TURN * NP * BQ)
@@ -298,10 +298,10 @@ def launches(
     """
     out, counts = result
     count, (_, heads, d) = len(rows.position), query.shape
-    at_once = 1 if rows.begin is None else work.at_once
+    together, parts = (1, 1) if rows.begin is None else (work.together, work.parts)
     kv_heads, page, tuning = layout.kv_heads, layout.page, work.tuning
     group = heads // kv_heads
-    width = work.width(group * at_once)
+    width = work.width(group * together)
     ns, nw = work.splits(count * kv_heads, width), work.weigh_splits(count * kv_heads)
     codes, means = layout.views(kv)
     s_query, s_kv, s_out = query.stride(), kv.stride(), out.stride()
@@ -314,19 +314,19 @@ def launches(
         p_kv=kv, p_codes=codes.view(torch.int8), p_lse2=work.lse2, p_narrow=work.narrow, p_scale=work.scale,
         s_query_row=s_query[0], s_query_head=s_query[1], s_table_row=rows.block_table.stride(0),
         s_kv_page=s_kv[0], s_kv_head=s_kv[1], s_kv_token=s_kv[2], s_code_page=codes.stride(0),
-        log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, T=at_once, D=d, N=layout.directions, PAGE=page,
+        log2_scale=rule.scale * LOG2_E.value, K=kv_heads, G=group, T=together, PARTS=parts, D=d, N=layout.directions, PAGE=page,
         BAND=rule.band, BEGIN=begin, MIN_CONTEXT=rule.min_context, nw=nw,
         BQ=width, BR=max(width, 16), BD=power_of_two(d), BN=narrow_width(layout.directions), SPAN=SPAN, BT=block, PDL=work.pdl,
         **({"launch_pdl": True} if work.pdl else {}),
     )  # fmt: skip
-    parts = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
+    found = dict(p_part=work.part, p_part_acc=work.part_acc, p_read=work.read)
     weigh_kernel[(nw, kv_heads, count)](
         **everywhere, p_to_query=maps.to_query, p_mean=maps.mean, STAGES=tuning.weigh_stages,
         **work.weigher_options(width, d, layout.directions),
     )  # fmt: skip
     yield "weigh"
     arguments = dict(
-        **everywhere, **parts, p_value_scale=maps.scales and maps.scales.value, p_means=means, p_slots=work.slots,
+        **everywhere, **found, p_value_scale=maps.scales and maps.scales.value, p_means=means, p_slots=work.slots,
         p_words=work.words, p_rest=work.rest, s_mean_page=means.stride(0), ns=ns, TURN=tuning.turn, ROOM=work.slots.shape[1],
         log2_tolerance=math.log2(rule.tolerance) if rule.tolerance > 0 else -1e9,  # 0 reads every token
         BNW=power_of_two(tuning.most_weighers), MARK_STAGES=tuning.mark_stages, READ_STAGES=tuning.read_stages,
@@ -338,10 +338,10 @@ def launches(
         work.found[width],
     )  # fmt: skip
     yield "look"
-    shared = "p_position p_begin p_ring p_ready K G T D BAND BEGIN MIN_CONTEXT PDL launch_pdl".split()
+    shared = "p_position p_begin p_ring p_ready K G T PARTS D BAND BEGIN MIN_CONTEXT PDL launch_pdl".split()
     results, numbers = merged_at_once(ns, d)
-    merge_kernel[(heads * at_once, count, triton.cdiv(d, numbers))](
-        **{name: everywhere[name] for name in shared if name in everywhere}, **parts, ns=ns, p_out=out, p_counters=counts,
+    merge_kernel[(heads * together, count, triton.cdiv(d, numbers))](
+        **{name: everywhere[name] for name in shared if name in everywhere}, **found, ns=ns, p_out=out, p_counters=counts,
         s_out_row=s_out[0], s_out_head=s_out[1], INDEX_BYTES=layout.index_bytes, KV_BYTES=layout.kv_bytes,
         SPAN=SPAN, BD=numbers, BNS=results, num_warps=max(results * numbers // MERGED, 1),
     )  # fmt: skip

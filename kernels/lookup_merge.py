@@ -39,9 +39,9 @@ def programs_of(ns, end, last, BEGIN: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def tokens_of(p_begin, i_row, T: tl.constexpr):
-    """Where a row's tokens begin among all queries, and how many there are. p_begin: see `state.Rows`; None where `T` is 1."""
-    if T == 1:
+def tokens_of(p_begin, i_row):
+    """Where a row's tokens begin among all queries, and how many there are. p_begin: see `state.Rows`."""
+    if p_begin is None:
         first, count = i_row, 1
     else:
         first = tl.load(p_begin + i_row).to(tl.int64)
@@ -71,7 +71,7 @@ def seen(m_t, token, m, o_q, G: tl.constexpr, T: tl.constexpr):
 @triton.jit(do_not_specialize=("ns",))
 def merge_kernel(
     p_position, p_begin, p_ring, p_ready, p_out, p_counters, p_part, p_part_acc, p_read, s_out_row, s_out_head, ns,
-    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr,
     INDEX_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, BD: tl.constexpr, BNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def merge_kernel(
     i_h, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     m = tl.load(p_position + i_row).to(tl.int32)
     ring, ready = tl.load(p_ring + i_row).to(tl.int32), tl.load(p_ready)
-    first, count = tokens_of(p_begin, i_row, T)
+    first, count = tokens_of(p_begin, i_row)
     if PDL:
         gdc_wait()
     if m < 0:
@@ -107,16 +107,27 @@ def merge_kernel(
     out = tl.sum(weight[:, None] * part, 0) / tl.sum(weight * totals, 0)  # [BD]
     tl.store(p_out + (first + i_t) * s_out_row + i_h * s_out_head + o_d, out.to(p_out.dtype.element_ty), mask=o_d < D)
     counted = (i_g == 0) & (tl.program_id(2) == 0)
-    if T > 1:
+    if p_begin is not None:
         counted &= ring != PREFILLED
-    if counted:  # The index counts as the tokens that have as many bytes.
+    if counted:
         n = m + 1
         kind = tl.where(ready != 0, HIT, NO_MAPS)
         kind = tl.where(ring == IN_SMALL_STEP, SMALL_STEP, kind)
         kind = tl.where(n < MIN_CONTEXT, SHORT_CONTEXT, kind)
         kind = tl.where(ring == OPTED_OUT, REQUEST, kind)
-        read = tl.sum(tl.load(p_read + i_bk * ns + o_ns, mask=m_ns, other=0), 0).to(tl.int64)
-        read += (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES
         tl.atomic_add(p_counters + kind, tl.full((), G, tl.int64) * count, sem="relaxed")
+    # What all parts of a row read counts beside what one read of the row would have been.
+    if counted & (i_row % PARTS == 0):
+        read, length = tl.zeros((), tl.int64), m + count
+        for i in tl.static_range(PARTS):
+            if i > 0:
+                m = tl.load(p_position + i_row + i).to(tl.int32)
+                first, count = tokens_of(p_begin, i_row + i)
+                end = indexed_end(m, ring, ready, BAND, BEGIN, MIN_CONTEXT)
+                some = tl.where(m < 0, 0, programs_of(ns, end, m + count, BEGIN, SPAN))
+                length = tl.maximum(length, m + count)
+            p_of_part = p_read + (i_bk + i * K) * ns
+            read += tl.sum(tl.load(p_of_part + o_ns, mask=o_ns < some, other=0), 0)
+            read += (end - BEGIN).to(tl.int64) * INDEX_BYTES // KV_BYTES  # it counts as tokens that have as many bytes
         tl.atomic_add(p_counters + READ, read, sem="relaxed")
-        tl.atomic_add(p_counters + SKIPPED, tl.maximum((m + count).to(tl.int64) - read, 0), sem="relaxed")
+        tl.atomic_add(p_counters + SKIPPED, tl.maximum(length.to(tl.int64) - read, 0), sem="relaxed")

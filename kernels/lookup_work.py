@@ -57,8 +57,8 @@ class LookupWork:
     slots: int32 `[programs, tokens]`, what each program of `look_kernel` lists in a turn. words: int32 `[programs, turn,
     SPAN / 32]`. rest: float32 `[programs, turn, SPAN / page, BQ]`. read: int32, of each program. narrow: `[pairs, 2, 2 BQ,
     BN]` int8. scale: `[pairs, 2, BQ]`. lse2: float32 base 2, of each program's tokens. part, part_acc: float32, of each
-    program. programs: how many share a step in `look_kernel`, by `BQ`, at most. weighers: the same in `weigh_kernel`. at_once:
-    `T` of steps in which rows decode several tokens. found: how `look_kernel` is launched, by `BQ`, see `launch`.
+    program. programs: how many share a step in `look_kernel`, by `BQ`, at most. weighers: the same in `weigh_kernel`. together,
+    parts: `T` and `PARTS` of steps in which rows decode several tokens. found: how `look_kernel` is launched, by `BQ`, see `launch`.
     """
 
     slots: Tensor
@@ -73,7 +73,8 @@ class LookupWork:
     sms: int
     programs: dict[int, int]
     weighers: int
-    at_once: int
+    together: int
+    parts: int
     pdl: bool
     tuning: Tuning
     found: dict[int, dict]
@@ -84,7 +85,7 @@ class LookupWork:
         on, g, tuning = torch.device(device), geometry, tuning or Tuning()
         gpu = torch.cuda.get_device_properties(on) if on.type == "cuda" else None
         sms = gpu.multi_processor_count if gpu else 1
-        pairs, queries = g.max_rows * g.kv_heads, g.group * g.at_once
+        pairs, queries = g.max_rows * g.parts * g.kv_heads, g.group * g.together
         width = cls.width(queries)
         widths = {cls.width(g.group), width}
         programs = {one: cls.resident(one, g.head_size, g.kv_dtype.itemsize, directions) * sms for one in widths}
@@ -104,7 +105,7 @@ class LookupWork:
             narrow=empty(pairs, 2, 2 * width, narrow_width(directions), dtype=torch.int8), scale=empty(pairs, 2, width),
             lse2=empty(parts, queries), part=empty(parts, queries, 2),
             part_acc=empty(parts, queries, g.head_size),
-            sms=sms, programs=programs, weighers=weighers, at_once=g.at_once, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
+            sms=sms, programs=programs, weighers=weighers, together=g.together, parts=g.parts, pdl=gpu is not None and gpu.major >= 9, tuning=tuning,
             found={one: {} for one in widths},
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ def _sampled(end, SPAN: tl.constexpr):
 def weigh_kernel(
     p_query, p_position, p_begin, p_ring, p_ready, p_table, p_kv, p_codes, p_to_query, p_mean, p_lse2, p_narrow, p_scale,
     p_key_scale, s_query_row, s_query_head, s_table_row, s_kv_page, s_kv_head, s_kv_token, s_code_page, nw, log2_scale,
-    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     BAND: tl.constexpr, BEGIN: tl.constexpr, MIN_CONTEXT: tl.constexpr, SPAN: tl.constexpr, BT: tl.constexpr,
     BQ: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def weigh_kernel(
         gdc_launch_dependents()
     if end <= BEGIN:
         return
-    first, count = tokens_of(p_begin, i_row, T)
+    first, count = tokens_of(p_begin, i_row)
     m_q = o_q < G * count
     p_own_lse2 = p_lse2 + ((i_row * K + i_k) * nw + i_s) * (G * T) + o_q
     # Near tokens, in blocks: [0, BEGIN), then [end, last). The first programs have spans of the sample, so the last ones begin.
@@ -61,7 +61,7 @@ def weigh_kernel(
         tl.store(p_own_lse2, tl.full([BQ], float("-inf"), tl.float32), mask=m_q)
         return
     p_group_query = p_query + first * s_query_row + i_k * G * s_query_head
-    p_row_table = p_table + i_row * s_table_row
+    p_row_table = p_table + i_row // PARTS * s_table_row
     p_head_codes = p_codes + i_k * PAGE * HALF
     next_page = pages_of(p_row_table, i_s * (SPAN * SAMPLE), end, PAGE, SPAN)  # early, as reads wait for it
     o_query = query_at(o_q, s_query_row, s_query_head, G, T)

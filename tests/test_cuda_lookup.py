@@ -26,8 +26,10 @@ LENGTHS = (500, 300, 400)  # two rows that decode, and one whose last CHUNK toke
 
 @pytest.fixture
 def case(monkeypatch, request):
-    """With a parameter, its scales, the cache is FP8, in bytes as vLLM has it."""
-    scales = getattr(request, "param", None) and Scales(*map(torch.tensor, request.param))
+    """With a pair as parameter, its scales, the cache is FP8, in bytes as vLLM has it. A number: tokens of a row at most."""
+    given = getattr(request, "param", None) or 4
+    at_once = given if isinstance(given, int) else 4
+    scales = None if isinstance(given, int) else Scales(*map(torch.tensor, given))
     dtype = FP8 if scales else torch.float32
     draw = torch.Generator().manual_seed(0)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
@@ -35,7 +37,7 @@ def case(monkeypatch, request):
     monkeypatch.setattr(cuda, "executing", lambda: True)
     rule = IndexRule(1.5, 64, 16, 128, SIZE**-0.5)
     geometry = Geometry(
-        4, HEADS, KV_HEADS, SIZE, PAGE, 32, torch.float32, 64, 16, SIZE**-0.5, at_once=4, fp8=bool(scales)
+        4, HEADS, KV_HEADS, SIZE, PAGE, 32, torch.float32, 64, 16, SIZE**-0.5, at_once=at_once, fp8=bool(scales)
     )
     decoder = cuda.LookupDecoder(geometry, rule, None, torch.device("cpu"))
     layout = decoder.layout
@@ -78,7 +80,7 @@ def case(monkeypatch, request):
     builder = object.__new__(cuda.MacCUDAMetadataBuilder)
     vars(builder).update(
         decoder=decoder, config=layer.config, all_run=True, most=1, served=[layer],
-        _planned=MagicMock(), _least=0, _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
+        _planned=MagicMock(), _least=0, _steps=torch.arange(geometry.parts) * geometry.together, _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
         cache_config=MagicMock(), q_data_type_prefill=torch.float32, q_data_type_decode=torch.float32,
         group=group,
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(
@@ -258,6 +260,33 @@ def test_rows_that_verify_speculated_tokens_are_looked_up(case, mixed):
     counts = case.index.counts
     assert counts[Count.HIT] == 3 * HEADS and counts[Count.REQUEST] == 2 * HEADS and counts[Count.SKIPPED] > 0
     assert counts[Count.READ] + counts[Count.SKIPPED] == (500 + 300) * KV_HEADS
+
+
+@pytest.mark.parametrize("case", [12], indirect=True)
+@pytest.mark.parametrize("counts, begin, position", [
+    ((8, 3), [0, 6, 8, 11, 11], [492, 498, 297, -1]), ((12, 1), [0, 6, 12, 13, 13], [488, 494, 299, -1]),
+])  # fmt: skip
+def test_rows_of_more_tokens_than_a_program_holds_take_two_parts(case, counts, begin, position):
+    """Programs hold six tokens of three heads here, of the twelve that a row may decode."""
+    teach(case)
+    case.builder.most = 12
+    metadata = case.builder._build(case.common(False, counts), False, capture=False)
+    rows = metadata.step.rows
+    assert (rows.begin.tolist(), rows.position.tolist()) == (begin, position)
+    assert rows.ring.tolist() == [-1, -1, OPTED_OUT, OPTED_OUT] and len(rows.block_table) == 2
+    tokens = sum(counts)
+    out = torch.full_like(case.query[:tokens], torch.nan)
+    case.impl.forward(None, case.query[:tokens], None, None, case.kv, metadata, out)
+    own = lookup.decode(
+        Rows(*[torch.tensor(x) for x in (position, [-1, -1, OPTED_OUT, OPTED_OUT], position, position)],
+             case.table.repeat_interleave(2, 0), torch.tensor(begin)),
+        case.query[:tokens], numbers(case.kv), case.decoder.layout, case.index.maps, case.rule,
+    )  # fmt: skip
+    torch.testing.assert_close(out, own.out, rtol=1e-4, atol=1e-4)
+    found, read = case.index.counts, own.read.unflatten(0, (2, 2)).sum(1)  # [requests, K]
+    assert found[Count.HIT] == counts[0] * HEADS and found[Count.REQUEST] == counts[1] * HEADS
+    assert abs(found[Count.READ] - read.sum()) <= 4  # shares within rounding of the threshold
+    assert abs(found[Count.SKIPPED] - (torch.tensor([[500], [300]]) - read).clamp(min=0).sum()) <= 4
 
 
 def test_a_few_tokens_of_a_prompt_beside_rows_that_verify_are_exact(case):

@@ -49,11 +49,11 @@ FLOAT8 = [
 
 def work_of(batch: Batch, ns: int | None = None, **tuning) -> LookupWork:
     """Buffers full of what is no number. ns: programs of each (row, KV head) pair."""
-    pairs, most = len(batch.case.lengths) * batch.case.kv_heads, max(batch.case.tokens, default=1)
+    parts, pairs = batch.case.parts, len(batch.case.lengths) * batch.case.kv_heads
     rows = max(len(batch.case.lengths), -(-pairs * (ns or 1) // batch.case.kv_heads))
-    work = LookupWork.allocate(
-        batch.geometry(max_rows=rows, at_once=most), batch.layout.directions, DEVICE, Tuning(**tuning)
-    )
+    geometry = batch.geometry(max_rows=-(-rows // parts), at_once=max(batch.case.tokens, default=1) * parts)
+    assert geometry.parts == parts
+    work = LookupWork.allocate(geometry, batch.layout.directions, DEVICE, Tuning(**tuning))
     if ns:
         work.weighers = work.sms = pairs * ns  # so many fit, however they are compiled
         work.programs = dict.fromkeys(work.programs, pairs * ns)
@@ -68,7 +68,7 @@ def work_of(batch: Batch, ns: int | None = None, **tuning) -> LookupWork:
 
 def width_of(case: Case, work: LookupWork) -> int:
     """`BQ` of the kernels that decode a case's batch."""
-    return work.width(case.group * (work.at_once if case.tokens else 1))
+    return work.width(case.group * (work.together if case.tokens else 1))
 
 
 def run(batch: Batch, work: LookupWork) -> tuple[torch.Tensor, list[int]]:
@@ -91,9 +91,9 @@ def chosen(batch: Batch, row: int, work: LookupWork) -> torch.Tensor:
     far = (token >= want.begin) & (token < want.end)
     near, block = (~far).nonzero()[:, 0], work.block(width_of(c, work), c.d, c.kv_dtype.itemsize, c.page)
     blocks = -(-len(near) // block)
-    page, offset = batch.table[row].cpu().long(), torch.arange(SPAN)
+    page, offset = batch.table[row // c.parts].cpu().long(), torch.arange(SPAN)
     bits = offset // 8 * 2 + offset % 2  # of the word `offset % 8 // 2`
-    unit, several = torch.tensor(batch.kv.stride()) // 16, work.at_once if c.tokens else 1
+    unit, several = torch.tensor(batch.kv.stride()) // 16, work.together if c.tokens else 1
     slots = lambda token: page[token // c.page] * unit[0] + token % c.page * unit[2]
     for head in range(c.kv_heads):
         for program in range(some):
@@ -142,7 +142,7 @@ class Narrowed:
 
 def check(batch: Batch, work: LookupWork) -> list[torch.Tensor]:
     """Run a step twice and check it; returns what was chosen in each row that is not padding."""
-    case, tallies, read = batch.case, [0] * len(Count), []
+    case, tallies, read, numbers = batch.case, [0] * len(Count), [], {}
     run(batch, work)
     out, counts = run(batch, work)  # with the buffers as another step left them
     for row, n in enumerate(case.lengths):
@@ -157,14 +157,16 @@ def check(batch: Batch, work: LookupWork) -> list[torch.Tensor]:
         assert narrowed.undecided.sum() <= 0.03 * indexed.numel()  # few, so that the check above decides
         exact = want.attention(got, narrowed.estimate)
         assert ((own.double() - exact).abs() <= allowed(want, got, narrowed, exact)).all()
-        number = got.sum(1) + want.index_tokens  # of each KV head
+        # Of each KV head, by all parts of a request.
+        numbers[row // case.parts] = got.sum(1) + want.index_tokens + numbers.get(row // case.parts, 0)
         short = n - want.tokens + 1 < case.min_context
         kind = Count.SHORT_CONTEXT if short else Count.HIT if case.ready else Count.NO_MAPS
         kind = Count.REQUEST if row in case.opted_out else kind
         tallies[kind] += case.kv_heads * case.group * want.tokens
-        tallies[Count.READ] += int(number.sum())
-        tallies[Count.SKIPPED] += int((n - number).clamp(min=0).sum())
         read.append(got)
+    for request, number in numbers.items():
+        tallies[Count.READ] += int(number.sum())
+        tallies[Count.SKIPPED] += int((case.requests[request] - number).clamp(min=0).sum())
     assert counts == tallies
     return read
 
@@ -204,7 +206,7 @@ SEVERAL = [
     Case(lengths=(303, 40, 0, 703, 500), tokens=(4, 4, 0, 3, 1)),
     Case(lengths=(1003,), kv_heads=1, group=7, d=128, page=32, dtype=BF16, tokens=(4,)),
     Case(lengths=(502, 702), kv_heads=2, group=1, d=80, page=64, dtype=FP16, head_major=False, tokens=(3, 2)),
-    Case(lengths=(401,), kv_heads=1, group=16, d=256, page=32, dtype=BF16, head_major=False, tokens=(2,)),
+    Case(lengths=(401,), kv_heads=1, group=4, d=256, page=32, dtype=BF16, head_major=False, tokens=(2,)),
     Case(lengths=(500, 900), group=2, opted_out=(1,), dtype=BF16, tokens=(4, 4)),
     Case(lengths=(500, 0, 130), ready=False, d=32, n=32, tokens=(4, 0, 4)),
     Case(lengths=(130, 131, 450, 451), tokens=(4, 4, 4, 4), page=64),  # across `min_context`, and the end of a tile
@@ -213,9 +215,18 @@ SEVERAL = [
     Case(lengths=(400, 700), tolerance=0.0, tokens=(4, 2)),
     Case(lengths=(400, 700), tolerance=1e6, tokens=(4, 2)),
 ]
+PARTS = [
+    Case(lengths=(1003, 1005), kv_heads=1, group=7, d=128, page=32, dtype=BF16, tokens=(3, 2), parts=2),
+    Case(lengths=(503, 506, 401, 0, 0, 0, 701, 0), group=8, tokens=(3, 3, 1, 0, 0, 0, 1, 0), parts=2),
+    Case(lengths=(400, 401), kv_heads=1, group=8, d=256, page=32, dtype=BF16, tokens=(1, 1), parts=2),
+    Case(lengths=(702, 704, 706, 300, 0, 0), kv_heads=1, group=16, d=32, n=32, tokens=(2, 2, 2, 2, 0, 0), parts=3),
+    Case(lengths=(130, 133, 400, 402), kv_heads=1, group=9, tokens=(3, 3, 3, 2), opted_out=(2, 3), parts=2),
+    Case(lengths=(800, 803), group=8, tokens=(3, 3), tolerance=0.0, parts=2),  # reads everything twice
+    Case(lengths=(800, 803), kv_heads=1, group=8, tokens=(3, 3), scales=(0.05, 0.3), dtype=BF16, parts=2),
+]
 
 
-@pytest.mark.parametrize("case", SEVERAL, ids=str)
+@pytest.mark.parametrize("case", SEVERAL + PARTS, ids=str)
 def test_rows_of_several_tokens(case):
     """Each row another number of them; one has none."""
     batch = Batch(case).write()

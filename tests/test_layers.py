@@ -156,7 +156,8 @@ def test_a_draft_model_leaves_the_model_it_drafts_for_as_it_was(load, warnings, 
         ("eagle", {"v2": False}, None),
         ("eagle", {"all": [0, 1]}, None),  # all layers of the model are exact, so pages have no index
         ("eagle", {"device": "cpu"}, None),
-        ("draft_model", {"speculated": 15}, None),  # 17 tokens of a group of two heads take 34 columns of 32
+        ("draft_model", {"speculated": 15}, 17),  # 17 tokens of a group of two heads take two parts
+        ("draft_model", {"speculated": 63}, None),  # and 65 more than four
     ],
 )
 def test_which_layers_of_a_draft_run_on_macs_kernels(load, warnings, monkeypatch, method, changes, most):
@@ -174,7 +175,7 @@ def test_which_layers_of_a_draft_run_on_macs_kernels(load, warnings, monkeypatch
     assert (draft.drafting is not None) == (most is not None) and draft.apart == (method == "draft_model")
     assert most in (None, layers.at_once(draft)) and not any(x.drafting or x.apart for x in target)
     assert [text.partition(",")[0] for text in warnings] == (
-        ["MAC leaves layers of a draft model to FlashInfer"] if changes == {"speculated": 15} else []
+        ["MAC leaves layers of a draft model to FlashInfer"] if changes == {"speculated": 63} else []
     )
     before = draft.drafting
     draft.load(torch.float32, torch.device(device))
@@ -203,13 +204,13 @@ def test_a_draft_model_cannot_choose_mac(load):
     [
         ("match", 1, False, 1),
         ("index", 0, True, 1),
-        ("index", 15, True, 16),
-        ("index", 16, True, 1),
-        ("index", 16, False, 17),
+        ("index", 63, True, 64),
+        ("index", 64, True, 1),
+        ("index", 64, False, 65),
     ],
 )
 def test_how_many_tokens_of_a_row_decode_at_once(load, warnings, monkeypatch, rule, speculated, gpu, most):
-    """Two heads of a group take two columns a token on GPUs, which have 32 of them."""
+    """With two heads of a group GPUs decode 16 tokens of a part, of which a row has four."""
     monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: gpu))
     (layer,) = load(1, {"rule": rule}, speculated=speculated)
     assert layer.served and layers.at_once(layer) == most

@@ -161,7 +161,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
                 if warm:
                     warm_up_index(self.decoder, run[0].index or run[0].drafting)
             self._written = {"ring": self.decoder.ring.to("cpu", copy=True).numpy()}
-            self._least = least_tokens(self.config.min_step_mib, self.decoder.geometry)
+            geometry = self.decoder.geometry
+            self._least = least_tokens(self.config.min_step_mib, geometry)
+            self._steps = torch.arange(geometry.parts, dtype=torch.int32, device=device) * geometry.together
             return
         dtypes = self.q_data_type_prefill, self.kv_cache_dtype
         self._seeds = SeedPlanner(self.decoder.geometry, self.config.window, dtypes, self._get_workspace_buffer)
@@ -277,13 +279,18 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
 
         The GPU may wait for this before every step: where all rows decode a token, little is done.
         """
-        length, position = common.seq_lens[:decodes], decoder.position[:decodes]
+        length = common.seq_lens[:decodes]
         if count is None:
-            torch.sub(length, 1, out=position)
-        else:
-            begin = common.query_start_loc[: decodes + 1]
-            decoder.begin[: decodes + 1].copy_(begin)
-            torch.sub(length, begin.diff().clamp(min=1), out=position)
+            torch.sub(length, 1, out=decoder.position[:decodes])
+            return
+        of_all, parts = common.query_start_loc[: decodes + 1], decoder.geometry.parts
+        begin, end = of_all[:-1, None], of_all[1:, None]
+        if parts > 1:
+            begin = torch.minimum(begin + self._steps, end)  # [B, parts]
+        rows = decodes * parts
+        decoder.position[:rows].view(decodes, parts).copy_(torch.where(begin < end, length[:, None] - end + begin, -1))
+        decoder.begin[:rows].view(decodes, parts).copy_(begin)
+        decoder.begin[rows : rows + 1].copy_(of_all[-1:])
 
     def _look(
         self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int, count: np.ndarray | None
@@ -297,8 +304,10 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         if count is not None:
             ring = np.where((count > 1) & ~rings.verifies[:decodes], np.int32(PREFILLED), ring)
         if self._least and common.seq_lens_cpu_upper_bound is not None:
-            tokens = 1 if count is None else int(count.max())
+            tokens = 1 if count is None else min(int(count.max()), decoder.geometry.together)
             ring = self._worth(ring, common.seq_lens_cpu_upper_bound.numpy()[:decodes], tokens)
+        if count is not None:
+            ring = ring.repeat(decoder.geometry.parts)
         self._write("ring", ring)
         write = lambda layer, slots, cache: decoder.write(layer.index, slots, cache)
         self.group.make_maps(write)

@@ -28,7 +28,7 @@ from vllm_mac.key_index import Maps, Scales, directions, numbers, rows
 from vllm_mac.ring import ring_dtypes
 from vllm_mac.ring_room import bytes_of_ring, ring_count
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
-from vllm_mac.state import IndexRule, IndexState, LayerState, RingStore, most_columns
+from vllm_mac.state import MOST_PARTS, IndexRule, IndexState, LayerState, RingStore, most_together
 from vllm_mac.totals import allocate
 
 logger = init_logger("vllm.mac")
@@ -201,8 +201,8 @@ class MacLayer:
         fits = at_once(self) > 1
         if causal and able and not fits:
             logger.warning_once(
-                "MAC leaves layers of a draft model to FlashInfer, and steps may run outside of full CUDA graphs: query "
-                "heads of a KV head, times tokens of a step, exceed %d", most_columns(self.head_size),
+                "MAC leaves layers of a draft model to FlashInfer, and steps may run outside of full CUDA graphs: MAC decodes "
+                "at most %d tokens of a request in a step of these layers", max(_most_at_once(self), 1),
             )  # fmt: skip
         return causal and able and fits
 
@@ -244,8 +244,12 @@ def at_once(layer: MacLayer) -> int:
         return 1
     # A draft model that is planned apart reads them all again, and the token that the model wrote behind them.
     tokens = 1 + (speculation.num_speculative_tokens or 0) + layer.apart
-    columns = layer.num_heads // layer.num_kv_heads * tokens
-    return tokens if not current_platform.is_cuda() or columns <= most_columns(layer.head_size) else 1
+    return tokens if not current_platform.is_cuda() or tokens <= _most_at_once(layer) else 1
+
+
+def _most_at_once(layer: MacLayer) -> int:
+    """Tokens of a row that GPUs decode in one step by index, at most."""
+    return MOST_PARTS * most_together(layer.num_heads // layer.num_kv_heads, layer.head_size)
 
 
 def is_hybrid(vllm_config: VllmConfig) -> bool:
@@ -314,9 +318,11 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     for error, names in unknown.items():
         logger.warning("MAC leaves %s exact: %s", ", ".join(names), error)
     if vllm_config.speculative_config is not None and any(at_once(layer) == 1 for layer in served):
-        most = most_columns(served[0].head_size)
+        most = max(min(map(_most_at_once, served)), 1)
         of_index = (
-            f": query heads of a KV head, times tokens of a step, exceed {most}" if config.rule == "index" else ""
+            f": MAC decodes at most {most} tokens of a request in a step of this model"
+            if config.rule == "index"
+            else ""
         )
         logger.warning("MAC leaves steps that verify speculated tokens exact%s", of_index)
     reasons = exact_reasons(layers)

@@ -28,10 +28,10 @@ class LookupDecoder:
 
     `decode` neither allocates nor waits for the device, and may be captured in a CUDA graph. Calls must not overlap.
 
-    position: `[max_rows]` int32, position of the first token that each row decodes, -1 for padding. ring: `[max_rows]` int32,
-    `counters.OPTED_OUT` or less for rows that are read whole, -1 for others; written only where it changes. begin:
-    `[max_rows + 1]` int32, where each row's tokens begin, written for steps of several tokens a row. lessons: what maps were
-    learned from.
+    position: `[R]` int32, position of the first token that each row decodes, -1 for padding. ring: `[R]` int32,
+    `counters.OPTED_OUT` or less for rows that are read whole, -1 for others; written only where it changes. begin: `[R + 1]`
+    int32, where each row's tokens begin, written for steps of several tokens a row. In these, rows are `Geometry.parts` of
+    each request's. lessons: what maps were learned from.
     """
 
     def __init__(self, geometry: Geometry, rule: IndexRule, size: int | None, device: torch.device):
@@ -44,7 +44,7 @@ class LookupDecoder:
             geometry.kv_heads, geometry.head_size, geometry.page_size, directions(geometry.head_size, size),
             geometry.kv_dtype.itemsize,
         )  # fmt: skip
-        rows = geometry.max_rows
+        rows = geometry.max_rows * geometry.parts
         self.position = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self.ring = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self.begin = torch.zeros(rows + 1, dtype=torch.int32, device=device)
@@ -55,11 +55,11 @@ class LookupDecoder:
         return {"ring": self.ring}
 
     def rows(self, block_table: Tensor, several: bool = False) -> Rows:
-        """The first rows of the decoder's buffers, as many as `block_table` `[B, *]` int32 has.
+        """The first rows of the decoder's buffers, for a `block_table` `[B, *]` int32.
 
-        several: some of them decode several tokens, `Geometry.at_once` at most.
+        several: some requests decode several tokens, `Geometry.at_once` at most.
         """
-        n = block_table.shape[0]
+        n = block_table.shape[0] * (self.geometry.parts if several else 1)
         position = self.position[:n]
         begin = self.begin[: n + 1] if several else None
         return Rows(position, self.ring[:n], position, position, block_table, begin)

@@ -18,10 +18,12 @@ from vllm_mac.rope import Rotary
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def most_columns(head_size: int) -> int:
-    """Heads of a group times tokens of a row that GPUs decode at once by index, where there are several: registers hold no
-    more."""
-    return 32 if head_size <= 128 else 8
+MOST_PARTS = 4  # each reads the KV again
+
+
+def most_together(group: int, head_size: int) -> int:
+    """Tokens of a row that one program of the index's kernels takes, with the heads of a group each: registers hold no more."""
+    return (32 if head_size <= 128 else 8) // group
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Geometry:
 
     max_rows: most rows of a batch. max_blocks: most KV pages of one row. dtype: of queries and KV. fp8: whether KV is
     `key_index.FP8` instead, by index only. scale: factor of the scores. The first `sink` tokens and the last `band` tokens of a row are in no summary. at_once: most tokens of a
-    row that are decoded in one step, more than one by index only.
+    row that are decoded in one step, more than one by index only; kernels take `together` of them at once, in `parts`.
 
     Raises ValueError where `heads` is no multiple of `kv_heads`, and for a dtype that the kernels do not read.
     """
@@ -62,6 +64,16 @@ class Geometry:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def parts(self) -> int:
+        """Parts of a row that decodes several tokens. To the kernels each is a row, with the same pages."""
+        return -(-self.at_once // max(most_together(self.group, self.head_size), 1))
+
+    @property
+    def together(self) -> int:
+        """Tokens of a part, at most."""
+        return -(-self.at_once // self.parts)
 
     @property
     def prefix_start(self) -> int:
@@ -199,7 +211,8 @@ class Rows:
         `counters.PREFILLED` and `IN_SMALL_STEP` too.
     first: `[B]`, the oldest position of the ring that it may read, see `ring.RingTable.assign`.
     slack: `[B]` float32, the most that `(1 - threshold)^2` may be, see `limits.limit`; 1 where the layer's own counts.
-    block_table: `[B, *]` int32, the pages of each row; last dimension contiguous.
+    block_table: `[B, *]` int32, the pages of each row; last dimension contiguous. With as many rows as `position` over
+        `Geometry.parts`, each is for so many rows that follow one another; those without tokens are padding.
     begin: `[B + 1]`, where the tokens of each row begin among the queries, which follow one another; None for one token each.
         Of several tokens all but the first are speculated, and KV of all of them is in the cache. By index only.
     """

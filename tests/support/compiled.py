@@ -33,7 +33,7 @@ from vllm_mac.kernels import complete, launch
 from vllm_mac.kernels.exact import TritonExact, Tuning
 from vllm_mac.kernels.workspace import Workspace
 from vllm_mac.key_index import Maps, Scales
-from vllm_mac.state import Geometry, IndexRule, IndexState, most_columns
+from vllm_mac.state import Geometry, IndexRule, IndexState, most_together
 
 # Most shared memory of a program, and multiprocessors, by the CUDA C++ Programming Guide: A100, L4, H200, B200.
 GPUS = {80: (163 << 10, 108), 89: (99 << 10, 58), 90: (227 << 10, 132), 100: (227 << 10, 148)}
@@ -178,9 +178,9 @@ def main(arch: int, sass: bool, few: bool) -> None:
 
 def look_up(arch: int, shape: dict, page: int, fp8: bool, size: int | None = None) -> None:
     """Launch the kernels of steps that decode by the index of keys, with pages of so many tokens: one token a row, and as
-    many as a step of speculation may have, 4 at most. fp8: whether the cache is. size: of the index."""
+    many as a program takes of a step of speculation, 4 at most. fp8: whether the cache is. size: of the index."""
     rows, heads, kv_heads, d, dtype = (shape[name] for name in ("rows", "heads", "kv_heads", "d", "dtype"))
-    at_once = max(min(most_columns(d) // (heads // kv_heads), 4), 1)
+    at_once = max(min(most_together(heads // kv_heads, d), 4), 1)
     geometry = Geometry(rows, heads, kv_heads, d, page, 8, dtype, 256, 0, d**-0.5, at_once, fp8)
     decoder = lookup_decoder.LookupDecoder(geometry, IndexRule(1.5, 256, 16, 2048, d**-0.5), size, torch.device("cpu"))
     work, sms = decoder._work, GPUS[arch][1]

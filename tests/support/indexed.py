@@ -1,7 +1,7 @@
 """Batches whose keys are indexed, and what decoding by the index gives, written plainly in float64."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from vllm_mac.state import Geometry, IndexRule, Rows
 class Case:
     """A batch: `lengths` tokens per row (0: a padded row). opted_out: rows whose request wants exact decoding.
     sharp: factor of the queries, so of all logits. tokens: of each row, how many it decodes, its last ones; () for one each.
-    scales: of keys and values, for a cache in FP8; () for one in `dtype`."""
+    parts: rows that follow one another and are of one request, which has pages once, see `Geometry.parts`. scales: of keys
+    and values, for a cache in FP8; () for one in `dtype`."""
 
     lengths: tuple = (300, 40, 0, 700)
     kv_heads: int = 2
@@ -36,7 +37,13 @@ class Case:
     sharp: float = 1.5
     seed: int = 0
     tokens: tuple = ()
+    parts: int = 1
     scales: tuple = ()
+
+    @property
+    def requests(self) -> list[int]:
+        """Tokens of each."""
+        return [max(self.lengths[row : row + self.parts]) for row in range(0, len(self.lengths), self.parts)]
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -51,18 +58,18 @@ class Batch:
         self.case, item, rows = case, case.kv_dtype.itemsize, len(case.lengths)
         self.layout = PageLayout(c.kv_heads, c.d, c.page, c.n or directions(c.d), item)
         self.rule = IndexRule(c.tolerance, c.band, c.sink, c.min_context, c.d**-0.5)
-        used = [-(-n // c.page) for n in c.lengths]
+        used = [-(-n // c.page) for n in c.requests]
         blocks = sum(used) + 2
         raw = torch.full((blocks, self.layout.padded_bytes // item), math.nan).to(c.kv_dtype)
         order = torch.randperm(blocks - 1, generator=draw) + 1  # block 0 is never used
-        table = torch.zeros(rows, max(max(used), 1), dtype=torch.int32)
+        table = torch.zeros(len(used), max(max(used), 1), dtype=torch.int32)
         for row, count in enumerate(used):
             table[row, :count], order = order[:count].int(), order[count:]
         self.kv = self.pages(raw.to(DEVICE))
         # A few directions matter more, and keys lie around a mean, as those of models do.
         turn = torch.randn(c.d, c.d, generator=draw) * torch.linspace(2, 0.1, c.d) * 2 / math.sqrt(c.d)
         keys = []
-        for row, n in enumerate(c.lengths):
+        for row, n in enumerate(c.requests):
             for i in range(used[row]):
                 count = min(c.page, n - i * c.page)
                 x = torch.randn(c.kv_heads, count, 2 * c.d, generator=draw)
@@ -80,7 +87,7 @@ class Batch:
             [n - max(count, 1) for n, count in zip(c.lengths, counts, strict=True)], dtype=torch.int32, device=DEVICE
         )
         self.exact = torch.tensor([row in c.opted_out for row in range(rows)], device=DEVICE)
-        self.complete = [int(table[row, i]) for row, n in enumerate(c.lengths) for i in range(n // c.page)]
+        self.complete = [int(table[row, i]) for row, n in enumerate(c.requests) for i in range(n // c.page)]
 
     def pages(self, raw: Tensor) -> Tensor:
         """The cache `[blocks, K, P, 2 D]` in memory of `[blocks, *]`, as the case lays it out."""
@@ -104,7 +111,7 @@ class Batch:
     def geometry(self, **changes) -> Geometry:
         c = self.case
         keys = {
-            "max_rows": len(c.lengths), "heads": c.group * c.kv_heads, "kv_heads": c.kv_heads, "head_size": c.d,
+            "max_rows": len(c.requests), "heads": c.group * c.kv_heads, "kv_heads": c.kv_heads, "head_size": c.d,
             "page_size": c.page, "max_blocks": self.table.shape[1], "dtype": c.dtype, "band": c.band, "sink": c.sink,
             "scale": self.rule.scale, "fp8": bool(c.scales),
         }  # fmt: skip
@@ -117,7 +124,8 @@ class Batch:
 
     def decode(self) -> lookup.Looked:
         """What `lookup.decode` gives."""
-        return lookup.decode(self.rows(), self.query, self.kv, self.layout, self.maps, self.rule)
+        rows = replace(self.rows(), block_table=self.table.repeat_interleave(self.case.parts, 0))
+        return lookup.decode(rows, self.query, self.kv, self.layout, self.maps, self.rule)
 
     def row(self, row: int) -> "Row":
         return Row(self, row)
@@ -142,8 +150,9 @@ class Row:
         queries = batch.query[batch.first[row] : batch.first[row + 1]].cpu().double()
         self.batch, self.tokens, first = batch, len(queries), int(batch.position[row]) + 1
         self.n = n = first + self.tokens - 1
-        scale, blocks, token = c.d**-0.5, batch.table[row].tolist(), torch.arange(n)
-        page, slot = batch.table[row].cpu().long()[token // c.page], token % c.page
+        table = batch.table[row // c.parts].cpu()
+        scale, blocks, token = c.d**-0.5, table.tolist(), torch.arange(n)
+        page, slot = table.long()[token // c.page], token % c.page
         self.begin = self.end = math.ceil(c.sink / 64) * 64
         if c.ready and first >= c.min_context and row not in c.opted_out:
             self.end = max((first - c.band) // 64 * 64, self.begin)
