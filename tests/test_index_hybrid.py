@@ -118,6 +118,17 @@ def test_groups_of_layers_that_see_everything_keep_their_own_index(models, makin
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("runner", harness.RUNNERS)
+def test_maps_made_anew_index_only_blocks_that_were_given_out(models, makings, runner):
+    """Of a model with one group of layers too: most blocks of an engine that has just begun have held nothing."""
+    with harness.engine(models("llama"), runner, "MAC", {"mac": CONFIG}, rule=None, **OPTIONS) as llm:
+        harness.run_schedule(llm, events())
+        blocks = harness.worker(llm).model_runner.kv_cache_config.num_blocks
+        assert check_pages(llm) > 10 and counts(llm)["SKIPPED"] > 0
+    assert len(makings) > 2 and 0 < max(makings) < blocks / 2
+
+
+@pytest.mark.cpu
 def test_two_workers_serve_a_hybrid_model(models, monkeypatch):
     """Each has the blocks of its own heads, of the same numbers."""
     path, options = models("lfm2_deep"), OPTIONS | {"block_size": 32}

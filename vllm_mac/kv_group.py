@@ -113,8 +113,8 @@ class Group:
             )
 
     def _own_slots(self) -> Tensor | None:
-        """The last slots `[n]` int64 of the pages of the group's own blocks; None where all are its. In others lie states of
-        other layers, or indexes of other maps."""
+        """The last slots `[n]` int64 of the pages of the group's own blocks; None where nobody knows them. In others lie states
+        of other layers, indexes of other maps, or nothing yet: an engine that has just begun has little to index."""
         layer = next(layer for layer in self.layers if layer.index is not None)
         found = held_blocks(layer.name)
         if found is None:

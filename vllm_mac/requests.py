@@ -53,8 +53,7 @@ class Followed:
     that asked for something. prompts: of each running request the tokens of its prompt, and those there when it began.
     begun: where a KV connector may have written pages, the requests that begin in this step, or begin again, with tokens
     that are computed already; None where there is no connector.
-    held: by index, where KV-cache groups share their memory, `[blocks]` int16, the one that each block was last given to, -1
-    for none; else None.
+    held: by index `[blocks]` int16, the KV-cache group that each block was last given to, -1 for none yet; else None.
     """
 
     owners: RingOwners | None
@@ -161,8 +160,8 @@ def prompt_lengths(rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_blocks(name: str) -> tuple[Tensor, int] | None:
-    """The blocks `[n]` int64 of the KV-cache group of that layer, and how many blocks there are in all. None where all are its.
-    A block is that group's which it was last given to, also while it is in the prefix cache."""
+    """The blocks `[n]` int64 of the KV-cache group of that layer, and how many blocks there are in all. None where no batch of
+    requests is being executed. A block is that group's which it was last given to, also while it is in the prefix cache."""
     held = None if _batch is None else _followed[_batch.runner].held
     if held is None:
         return None
@@ -219,7 +218,7 @@ def _make(runner) -> Followed | None:
     transfer = runner.vllm_config.kv_transfer_config
     begun = set() if transfer is not None and transfer.is_kv_transfer_instance else None
     held = None
-    if served[0].index is not None and len(all_groups) > 1:
+    if served[0].index is not None:
         held = np.full(runner.kv_cache_config.num_blocks, -1, dtype=np.int16)
     return Followed(owners, groups, layers[0], served[0].config, begun=begun, held=held)
 
