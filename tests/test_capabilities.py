@@ -228,7 +228,7 @@ def test_a_served_layer_in_an_unplanned_batch_raises(classes, platform, metadata
     cls = classes[platform][1]
     impl = object.__new__(cls)
     name, index = "model.layers.3.self_attn.attn", object()
-    impl.mac = SimpleNamespace(served=True, name=name, index=index, rows=lambda kv: kv)
+    impl.mac = SimpleNamespace(served=True, name=name, index=index, by_index=index, rows=lambda kv: kv)
     counts = dict(num_decodes=0, num_prefills=0, block_table=None)
     query = torch.zeros(5, 8, 64)
     with pytest.raises(RuntimeError, match=r"MAC serves model\.layers\.3\.self_attn\.attn, but the metadata"):

@@ -94,7 +94,7 @@ def test_a_kernel_that_does_not_compile_ends_the_start(monkeypatch, tmp_path):
     cuda = gpu_backend()
     geometry = Geometry(4, 6, 2, 64, 16, 32, torch.float32, 64, 16, 0.125)
     decoder = cuda.LookupDecoder(geometry, IndexRule(1.5, 64, 16, 128, 0.125), None, torch.device("cpu"))
-    layer = SimpleNamespace(served=True, config=MacConfig(), index=MagicMock(), drafting=None, apart=False)
+    layer = SimpleNamespace(served=True, config=MacConfig(), by_index=MagicMock(), drafting=None, apart=False)
     monkeypatch.setattr(cuda, "at_once", lambda _: 1)
 
     def base(self, spec, names, vllm_config, device):

@@ -56,7 +56,7 @@ def case(monkeypatch, request):
         torch.zeros(len(Count), dtype=torch.int64),
     )
     kv = kv.view(torch.uint8) if scales else kv
-    layer = SimpleNamespace(name="layer", state=None, index=index, served=True, rows=lambda kv: kv)
+    layer = SimpleNamespace(name="layer", state=None, index=index, by_index=index, served=True, rows=lambda kv: kv)
     rings, begun = np.array([-1, OPTED_OUT, -1], dtype=np.int32), np.zeros(3, bool)
 
     def common(mixed: bool, counts: tuple = (1, 1, CHUNK)) -> CommonAttentionMetadata:
@@ -80,7 +80,7 @@ def case(monkeypatch, request):
     builder = object.__new__(cuda.MacCUDAMetadataBuilder)
     vars(builder).update(
         decoder=decoder, config=layer.config, all_run=True, most=1, served=[layer],
-        _planned=MagicMock(), _least=0, _steps=torch.arange(geometry.parts) * geometry.together, _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
+        _planned=MagicMock(), _least=0, _facts={}, device=torch.device("cpu"), _written={"ring": decoder.ring.clone().numpy()},
         cache_config=MagicMock(), q_data_type_prefill=torch.float32, q_data_type_decode=torch.float32,
         group=group,
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(
@@ -172,7 +172,7 @@ def test_rows_are_read_whole_before_maps_are_learned(case):
 def test_a_draft_s_layer_reads_everything(case, monkeypatch):
     """In the batch of the model's own layers, which verifies, and in batches of its own, while no requests are executed."""
     case.index.maps.ready.fill_(0)
-    draft = SimpleNamespace(name="draft", state=None, index=None, drafting=case.index, served=False, rows=lambda kv: kv)
+    draft = SimpleNamespace(name="draft", state=None, index=None, by_index=case.index, served=False, rows=lambda kv: kv)
     case.impl.mac, case.builder.most = draft, 4
     counts = (3, 1, CHUNK)
     metadata = case.builder._build(case.common(True, counts), False, capture=False)
@@ -279,7 +279,7 @@ def test_rows_of_more_tokens_than_a_program_holds_take_two_parts(case, counts, b
     case.impl.forward(None, case.query[:tokens], None, None, case.kv, metadata, out)
     own = lookup.decode(
         Rows(*[torch.tensor(x) for x in (position, [-1, -1, OPTED_OUT, OPTED_OUT], position, position)],
-             case.table.repeat_interleave(2, 0), torch.tensor(begin)),
+             case.table[:2], torch.tensor(begin)),
         case.query[:tokens], numbers(case.kv), case.decoder.layout, case.index.maps, case.rule,
     )  # fmt: skip
     torch.testing.assert_close(out, own.out, rtol=1e-4, atol=1e-4)

@@ -29,7 +29,7 @@ def case(monkeypatch):
     monkeypatch.setattr(cuda, "executing", lambda: True)
     batch = Batch(Case((200, 131, 90), "all", ringless=(1,)), config(miss_engine="triton", audit=0.0), "cpu")
     decoder = batch.decoder()
-    layer = SimpleNamespace(name=NAME, state=batch.layer(), index=None, drafting=None, served=True, rows=lambda kv: kv)
+    layer = SimpleNamespace(name=NAME, state=batch.layer(), index=None, by_index=None, served=True, rows=lambda kv: kv)
     rings = batch.ring.numpy()
 
     def common(mixed: bool) -> CommonAttentionMetadata:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from support.drafts import write_eagle_head, write_near_twin
 from support.engine import Add, Run
 from support.index_engine import OUTCOMES, Watch, check_pages, counts, forget, layers, watched
 from support.scenarios import text
+from vllm_mac import layers as mac_layers
+from vllm_mac import state
 
 pytestmark = pytest.mark.gpu
 DRAFTS, NEW, EXACT = 3, 32, "FLASH_ATTN"
@@ -44,13 +47,14 @@ DTYPES = {"draft_model": torch.bfloat16, "eagle": torch.bfloat16, "ngram": torch
 
 @dataclass(frozen=True)
 class Kind:
-    """An engine. ahead: whether it schedules a step before the one in front has ended."""
+    """An engine. ahead: whether it schedules a step before the one in front has ended. parts: of each row that verifies."""
 
     backend: str
     tolerance: float = 0.0
     eager: bool = True
     ahead: bool = False
     cache: str = "auto"
+    parts: int = 1
 
 
 # Graphs with and without asynchronous scheduling: one at tolerance 0, the other skips. 0.32 has none for n-grams.
@@ -105,6 +109,18 @@ class Engines:
 
     @contextmanager
     def engine(self, method: str, kind: Kind):
+        if kind.parts == 1:
+            with self._engine(method, kind) as llm:
+                yield llm
+            return
+        together = lambda *_: -(-TOKENS // kind.parts)  # as if a group had more heads
+        with patch.object(state, "most_together", together), patch.object(mac_layers, "most_together", together):
+            with self._engine(method, kind) as llm:
+                assert layers(llm)[0].group.decoder.geometry.parts == kind.parts
+                yield llm
+
+    @contextmanager
+    def _engine(self, method: str, kind: Kind):
         mac = {"mac": CONFIG | {"tolerance": kind.tolerance}} if kind.backend == "MAC" else {}
         graphs = {} if kind.eager else {"compilation_config": GRAPHS}
         with harness.engine(
@@ -198,6 +214,21 @@ def test_every_step_is_the_rule_s(engines, method):
     # Weights are rounded to the cache's dtype, the output to the model's: half a step each, twice for sums of float32.
     assert done.watch.worst <= 2 * torch.finfo(DTYPES[method]).eps
     assert min(grown(done.run)) == 1 < max(grown(done.run)), "drafts are right and wrong"
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_every_step_is_the_rule_s_in_parts(engines, parts):
+    """As those are where a group has many heads. The draft model's first step, of a token more, has parts too."""
+    eager, kind = Kind("MAC", parts=parts), Kind("MAC", 1.0, eager=False, ahead=True, parts=parts)
+    done = engines.run("draft_model", eager)
+    check_run(done, eager)
+    assert done.watch.steps > done.watch.several > NEW // 2
+    assert done.watch.worst <= 2 * torch.finfo(DTYPES["draft_model"]).eps
+    graph = engines.run("draft_model", kind)
+    check_run(graph, kind)
+    # Each part reads the KV again, but for what it skips.
+    assert graph.found["SKIPPED"] > 0 and done.found["READ"] > 1.5 * graph.found["READ"], (done.found, graph.found)
+    check_said_alike(done.run, engines.run("draft_model", Kind(EXACT)).run)
 
 
 def test_every_step_is_the_rule_s_with_an_fp8_cache(engines):

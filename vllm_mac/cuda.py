@@ -159,11 +159,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
             with torch.inference_mode(), explained():
                 self.decoder.ring.fill_(-1)
                 if warm:
-                    warm_up_index(self.decoder, run[0].index or run[0].drafting)
+                    warm_up_index(self.decoder, run[0].by_index)
             self._written = {"ring": self.decoder.ring.to("cpu", copy=True).numpy()}
-            geometry = self.decoder.geometry
-            self._least = least_tokens(self.config.min_step_mib, geometry)
-            self._steps = torch.arange(geometry.parts, dtype=torch.int32, device=device) * geometry.together
+            self._least = least_tokens(self.config.min_step_mib, self.decoder.geometry)
             return
         dtypes = self.q_data_type_prefill, self.kv_cache_dtype
         self._seeds = SeedPlanner(self.decoder.geometry, self.config.window, dtypes, self._get_workspace_buffer)
@@ -222,7 +220,9 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
                 count = count if (count > 1).any() else None
             # A draft decodes when the batch of requests has been executed.
             if real or not (self.served or capture):
-                self._place(decoder, common, decodes, count)
+                decoder.place(
+                    common.seq_lens[:decodes], None if count is None else common.query_start_loc[: decodes + 1]
+                )
             else:
                 decoder.position.fill_(-1)
             learning = self._look(decoder, common, decodes, count) if real and self.served else None
@@ -271,26 +271,6 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         """A draft's next step: vLLM's lengths have grown. Also recorded in CUDA graphs."""
         if isinstance(step := _metadata.step, LookupStep):
             torch.sub(step.length, 1, out=step.rows.position)
-
-    def _place(
-        self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int, count: np.ndarray | None
-    ) -> None:
-        """Write where the rows that decode are into the decoder's buffers. count: as in `_look`.
-
-        The GPU may wait for this before every step: where all rows decode a token, little is done.
-        """
-        length = common.seq_lens[:decodes]
-        if count is None:
-            torch.sub(length, 1, out=decoder.position[:decodes])
-            return
-        of_all, parts = common.query_start_loc[: decodes + 1], decoder.geometry.parts
-        begin, end = of_all[:-1, None], of_all[1:, None]
-        if parts > 1:
-            begin = torch.minimum(begin + self._steps, end)  # [B, parts]
-        rows = decodes * parts
-        decoder.position[:rows].view(decodes, parts).copy_(torch.where(begin < end, length[:, None] - end + begin, -1))
-        decoder.begin[:rows].view(decodes, parts).copy_(begin)
-        decoder.begin[rows : rows + 1].copy_(of_all[-1:])
 
     def _look(
         self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int, count: np.ndarray | None
@@ -431,7 +411,7 @@ class MacCUDAImpl(MacImpl, FlashInferImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         kv_cache = self.mac.rows(kv_cache)
-        index = self.mac.index or self.mac.drafting
+        index = self.mac.by_index
         if attn_metadata is None or (index is None and self.mac.state is None):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale

@@ -114,6 +114,11 @@ class MacLayer:
         return self.state is not None or self.index is not None
 
     @property
+    def by_index(self) -> IndexState | None:
+        """What MAC's kernels run the layer by with `rule: index`, a draft's included."""
+        return self.index or self.drafting
+
+    @property
     def attention(self) -> nn.Module:
         """vLLM's layer."""
         return self.vllm_config.compilation_config.static_forward_context[self.name]

@@ -74,6 +74,7 @@ def decode(rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps
     """
     out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     count = len(rows.position)
+    parts = max(count // max(len(rows.block_table), 1), 1)  # rows that have their pages in common
     read = torch.zeros(count, layout.kv_heads, dtype=torch.int64, device=query.device)
     looked = torch.zeros(count, dtype=torch.bool, device=query.device)
     codes, means = layout.views(kv)
@@ -90,7 +91,7 @@ def decode(rows: Rows, query: Tensor, kv: Tensor, layout: PageLayout, maps: Maps
         if rows.ring[row] <= OPTED_OUT or n < rule.min_context or not maps.ready.item():
             end = begin
         looked[row] = end > begin
-        blocks = rows.block_table[row].long()
+        blocks = rows.block_table[row // parts].long()
         key, value = gather(kv, blocks, torch.arange(last, device=kv.device))
         key, value = maps.keys(key), maps.values(value)
         logit = grouped @ key.transpose(1, 2) * rule.scale  # [K, T G, last]

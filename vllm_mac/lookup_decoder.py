@@ -48,6 +48,7 @@ class LookupDecoder:
         self.position = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self.ring = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self.begin = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self._steps = torch.arange(geometry.parts, dtype=torch.int32, device=device) * geometry.together
         self._work = LookupWork.allocate(geometry, self.layout.directions, device)
 
     def lasting(self) -> dict[str, Tensor]:
@@ -63,6 +64,24 @@ class LookupDecoder:
         position = self.position[:n]
         begin = self.begin[: n + 1] if several else None
         return Rows(position, self.ring[:n], position, position, block_table, begin)
+
+    def place(self, length: Tensor, begin: Tensor | None) -> None:
+        """Write where the rows of a step are. length: `[B]` int32, tokens of each request, the step's included. begin: `[B + 1]`
+        int32, where each one's tokens begin among the queries; None for one each.
+
+        The GPU may wait for this before every step: where all requests decode a token, little is done.
+        """
+        n, parts = len(length), self.geometry.parts
+        if begin is None:
+            torch.sub(length, 1, out=self.position[:n])
+            return
+        first, end = begin[:-1, None], begin[1:, None]
+        if parts > 1:
+            first = torch.minimum(first + self._steps, end)  # [B, parts]
+        rows = n * parts
+        self.position[:rows].view(n, parts).copy_(torch.where(first < end, length[:, None] - end + first, -1))
+        self.begin[:rows].view(n, parts).copy_(first)
+        self.begin[rows : rows + 1].copy_(begin[-1:])
 
     def write(self, layer: IndexState, slots: Tensor | None, kv: Tensor) -> None:
         """Index the pages of which `slots` `[n]` int64 holds the last slot, after keys and values were written; without slots

@@ -104,7 +104,8 @@ def watched() -> Iterator[Watch]:
         first = list(range(len(rows.position) + 1)) if rows.begin is None else rows.begin.tolist()
         want = lookup.decode(rows, query[: first[-1]], kv, decoder.layout, index.maps, decoder.rule)
         last = [m + first[i + 1] - first[i] - 1 for i, m in enumerate(rows.position.tolist())]
-        pages = torch.cat([rows.block_table[i, : m // kv.shape[2] + 1] for i, m in enumerate(last)])
+        parts = len(last) // len(rows.block_table)
+        pages = torch.cat([rows.block_table[i // parts, : m // kv.shape[2] + 1] for i, m in enumerate(last)])
         largest = index.maps.values(kv[pages.long()][..., kv.shape[3] // 2 :]).nan_to_num(0).abs().max()
         error = float((out[: first[-1]].float() - want.out).abs().max() / largest)
         watch.steps += 1

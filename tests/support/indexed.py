@@ -1,7 +1,7 @@
 """Batches whose keys are indexed, and what decoding by the index gives, written plainly in float64."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -124,8 +124,7 @@ class Batch:
 
     def decode(self) -> lookup.Looked:
         """What `lookup.decode` gives."""
-        rows = replace(self.rows(), block_table=self.table.repeat_interleave(self.case.parts, 0))
-        return lookup.decode(rows, self.query, self.kv, self.layout, self.maps, self.rule)
+        return lookup.decode(self.rows(), self.query, self.kv, self.layout, self.maps, self.rule)
 
     def row(self, row: int) -> "Row":
         return Row(self, row)
