@@ -142,7 +142,8 @@ OURS = {"kv_connector": "ExampleConnector"}
 CONNECTED = [
     (OURS, None),
     ({"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [OURS, OURS]}}, None),
-    ({"kv_connector": "NixlConnector"}, "NixlConnector"),
+    ({"kv_connector": "NixlConnector"}, None),
+    ({"kv_connector": "NixlPushConnector"}, "NixlPushConnector"),
     (OURS | {"kv_connector_module_path": "elsewhere"}, "ExampleConnector of elsewhere"),
     ({"kv_connector": "MultiConnector",
       "kv_connector_extra_config": {"connectors": [OURS, {"kv_connector": "MooncakeConnector"}]}}, "MooncakeConnector"),

@@ -21,7 +21,7 @@ LEVELS = {
         "capabilities", "compilers", "exporter", "kv_group", "layers", "learning", "log_line", "metrics", "per_request", "plugin", "publisher",
         "requests", "ring_room", "series", "startup",
     },
-    PLATFORMS: {"backend", "cpu", "cuda", "index_pages", "mixins", "seeding"},
+    PLATFORMS: {"backend", "cpu", "cuda", "index_pages", "mixins", "nixl", "seeding"},
     TOOLS: {"tools"},
 }  # fmt: skip
 MOST_PARAMETERS = 8

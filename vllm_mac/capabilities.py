@@ -27,10 +27,12 @@ BLOCK_SIZES = {"cpu": 32, "cuda": 16}
 INDEX_BLOCK_SIZES = {"cpu": (32, 64, 128, 256), "cuda": (16, 32, 64)}
 # What VLLM_KV_CACHE_LAYOUT may be with `rule: index`: pages in one part, and those of other layers not between them.
 INDEX_LAYOUTS = ("LBNHC", "LBHNC", "NHD", "HND")
-# KV connectors that copy pages as they lie, with room behind their keys and values. NIXL's asserts that there is none;
-# of others nobody has shown it.
+# KV connectors that copy whole pages between engines, once they are shown where those end (`nixl`).
+NIXL = ("NixlConnector", "NixlPullConnector")  # two names of one
+# KV connectors that copy pages as they lie, with room behind their keys and values. Of others nobody has shown it.
 CONNECTORS = (
-    "DecodeBenchConnector", "ExampleConnector", "MultiConnector", "OffloadingConnector", "SimpleCPUOffloadConnector",
+    "DecodeBenchConnector", "ExampleConnector", "MultiConnector", *NIXL, "OffloadingConnector",
+    "SimpleCPUOffloadConnector",
 )  # fmt: skip
 NO_CONNECTOR = "leave out --kv-transfer-config and --kv-offloading-size"
 # What to do where no index can be: its users need not know that they chose one.

@@ -11,6 +11,7 @@ from vllm_mac import capabilities
 from vllm_mac.capabilities import ATTENTION_TYPES, BACKEND, IMPL, KV_CACHE_DTYPES, pinning, refusals
 from vllm_mac.index_pages import indexing, note, with_index
 from vllm_mac.layers import MacLayer, configuration, mac_layers
+from vllm_mac.nixl import adapt
 from vllm_mac.requests import follow
 
 
@@ -101,6 +102,7 @@ class MacImpl:
         self.supports_quant_query_input = False
         vllm_config = get_current_vllm_config()
         follow(vllm_config)
+        adapt(vllm_config)
         self.mac = MacLayer(
             vllm_config,
             num_heads,

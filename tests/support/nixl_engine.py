@@ -1,0 +1,96 @@
+"""An engine of its own process, which prefills for others: `with prefills(model, backend, config, options) as prefill`.
+
+`prefill(prompt)` are the first token and the `kv_transfer_params` with which another engine's request gets the pages.
+A process may hold one engine at a time, and NIXL moves pages between two.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from support import ROOT
+
+ASK = {
+    "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
+    "remote_host": None, "remote_port": None,
+}  # fmt: skip
+# For vLLM's platform, as `discover_numa_topology`. On CPUs it gives a process with NIXL the last core alone: then two
+# engines share it, and tests after them.
+NO_CORES = classmethod(lambda cls: [])
+KEYS = "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"
+
+
+def transfer(role: str, connector: str = "NixlConnector") -> dict:
+    """vLLM's `kv_transfer_config`. role: kv_producer or kv_consumer."""
+    return {
+        "kv_connector": connector, "kv_role": role, "kv_buffer_device": "cpu", "kv_load_failure_policy": "fail",
+    }  # fmt: skip
+
+
+def side_channel() -> dict[str, str]:
+    """What the environment of an engine must have, with a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return dict(zip(KEYS, ("127.0.0.1", str(free.getsockname()[1])), strict=True))
+
+
+@contextmanager
+def prefills(model, backend: str | None, config: dict, options: dict) -> Iterator[Callable]:
+    """backend, config, options: as `support.engine.engine` takes them."""
+    path = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | side_channel() | {"PYTHONPATH": os.pathsep.join(path)}
+    asked = json.dumps({"model": str(model), "backend": backend, "config": config, "options": options})
+    command = [sys.executable, "-m", "support.nixl_engine", asked]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True) as process:
+
+        def prefill(prompt: list[int]) -> tuple[int, dict]:
+            process.stdin.write(json.dumps(prompt) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError("the engine that prefills ended: its messages are above")
+            said = json.loads(line)
+            return said["token"], said["transfer"]
+
+        try:
+            yield prefill
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def main() -> None:
+    """Prefill each line's prompt, until there are no more."""
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the engine prints
+    from support import triton_cpu
+
+    triton_cpu.enable()
+    from vllm import SamplingParams
+    from vllm.platforms import current_platform
+
+    from support import engine as harness
+
+    type(current_platform).discover_numa_topology = NO_CORES
+    asked = json.loads(sys.argv[1])
+    params = SamplingParams(
+        temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False, extra_args={"kv_transfer_params": ASK}
+    )
+    options = asked["options"] | {"kv_transfer_config": transfer("kv_producer")}
+    with harness.engine(asked["model"], "v1", asked["backend"], asked["config"], **options) as llm:
+        for line in sys.stdin:
+            (output,) = llm.generate([{"prompt_token_ids": json.loads(line)}], params, use_tqdm=False)
+            token = output.outputs[0].token_ids[0]
+            said.write(json.dumps({"token": token, "transfer": output.kv_transfer_params}) + "\n")
+            said.flush()
+
+
+if __name__ == "__main__":
+    main()
