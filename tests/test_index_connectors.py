@@ -15,7 +15,7 @@ from support.engine import Add, Limits
 from support.index_engine import CONFIG, check_pages, counts, forget, layers, set_tolerance
 from support.index_shadow import index_shadow
 from support.scenarios import text
-from vllm_mac import capabilities, kv_group
+from vllm_mac import connectors, kv_group
 from vllm_mac.key_index import PageLayout
 
 pytestmark = pytest.mark.cpu
@@ -45,7 +45,7 @@ def exact(model):
 def stored(model):
     """Fills `STORE` with three of the prompts, by an engine that has no maps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capabilities, "CONNECTORS", (*capabilities.CONNECTORS, "TestConnector"))
+        patch.setattr(connectors, "CONNECTORS", (*connectors.CONNECTORS, "TestConnector"))
         with harness.engine(model, "v1", "MAC", EXACT, **OPTIONS, kv_transfer_config=Connector.config("sync")) as llm:
             harness.run_schedule(llm, events("a", "c", "d"))
         yield dict(STORE)

@@ -27,14 +27,6 @@ BLOCK_SIZES = {"cpu": 32, "cuda": 16}
 INDEX_BLOCK_SIZES = {"cpu": (32, 64, 128, 256), "cuda": (16, 32, 64)}
 # What VLLM_KV_CACHE_LAYOUT may be with `rule: index`: pages in one part, and those of other layers not between them.
 INDEX_LAYOUTS = ("LBNHC", "LBHNC", "NHD", "HND")
-# KV connectors that copy whole pages between engines, once they are shown where those end (`nixl`).
-NIXL = ("NixlConnector", "NixlPullConnector")  # two names of one
-# KV connectors that copy pages as they lie, with room behind their keys and values. Of others nobody has shown it.
-CONNECTORS = (
-    "DecodeBenchConnector", "ExampleConnector", "MultiConnector", *NIXL, "OffloadingConnector",
-    "SimpleCPUOffloadConnector",
-)  # fmt: skip
-NO_CONNECTOR = "leave out --kv-transfer-config and --kv-offloading-size"
 # What to do where no index can be: its users need not know that they chose one.
 TO_MATCH = """set rule: match, as in --additional-config '{"mac": {"rule": "match"}}' (rule: index is the default)"""
 # Compute capabilities.
@@ -300,32 +292,6 @@ def refused_index_size(index_size: int | None, head_size: int) -> str | None:
     return (
         f"index_size: received {index_size}, more than the head size {head_size}; "
         f"must be null or a multiple of 16 from 32 to {most}"
-    )
-
-
-def refused_connector(transfer, rule: str) -> tuple[str, str] | None:
-    """Why KV blocks that a connector fills are refused, and what to do; or None.
-
-    transfer: vLLM's `KVTransferConfig`, or None.
-    """
-    if transfer is None or not transfer.is_kv_transfer_instance:
-        return None
-    chosen = [(transfer.kv_connector, transfer.kv_connector_module_path)]
-    if transfer.kv_connector == "MultiConnector":
-        several = transfer.kv_connector_extra_config.get("connectors", [])
-        chosen += [(one.get("kv_connector"), one.get("kv_connector_module_path")) for one in several]
-    others = [f"{name} of {module}" if module else name for name, module in chosen if module or name not in CONNECTORS]
-    if rule == "match":
-        reason = (
-            f"kv_connector is {transfer.kv_connector}, and with rule: match no ring has seen what a connector loads"
-        )
-        return reason, NO_CONNECTOR + ("" if others else ", or set rule: index")
-    if not others:
-        return None
-    return (
-        f"kv_connector is {others[0]}, and rule: index takes one of {', '.join(CONNECTORS)}, which copy KV pages that "
-        "have room for an index",
-        f"choose one of these, or {NO_CONNECTOR}",
     )
 
 

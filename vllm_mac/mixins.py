@@ -7,7 +7,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_mac import capabilities
+from vllm_mac import capabilities, connectors
 from vllm_mac.capabilities import ATTENTION_TYPES, BACKEND, IMPL, KV_CACHE_DTYPES, pinning, refusals
 from vllm_mac.index_pages import indexing, note, with_index
 from vllm_mac.layers import MacLayer, configuration, mac_layers
@@ -49,7 +49,8 @@ class MacSupport:
         if vllm_config is None:
             return False
         config = configuration(vllm_config)
-        return not config.enabled or capabilities.refused_connector(vllm_config.kv_transfer_config, config.rule) is None
+        transfer = vllm_config.kv_transfer_config
+        return not config.enabled or connectors.refused(transfer, config.rule, cls._platform) is None
 
     @classmethod
     def supports_combination(

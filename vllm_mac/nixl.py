@@ -15,7 +15,7 @@ import inspect
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from vllm_mac.capabilities import NIXL
+from vllm_mac.connectors import NIXL
 
 
 def whole_pages(cache: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ ways of vLLM 0.32 and 0.33, and why none of them can put a ring into the wrong h
                                             arrival, which never comes again
     preempted, resumed, prefix cache reset  the request arrives anew, with an empty ring or with its
                                             old one, taken over as above
-    swapped out, loaded by a KV connector   refused (`capabilities.refused_connector`): what was loaded
+    swapped out, loaded by a KV connector   refused (`connectors.refused`): what was loaded
                                             would look like a prefix that was found
     draft tokens rejected                   the same request; `RingTable` goes by device lengths
     discarded by sleep                      vLLM preempts all requests and clears the prefix cache: they

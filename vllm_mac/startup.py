@@ -3,7 +3,7 @@
 vLLM makes its configuration there (`EngineArgs.create_engine_config`: servers, `LLM`, headless nodes), loads plugins
 before it does, and passes the result to its engines. An engine's exception is buried under the tracebacks of the
 processes above it; an exception raised here is the last line printed. The engines check again, by the same rules
-(`config`, `capabilities`): what only a layer knows, they alone see.
+(`config`, `capabilities`, `connectors`): what only a layer knows, they alone see.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from vllm.config import AttentionConfig, VllmConfig
 from vllm.logger import init_logger
 
-from vllm_mac import capabilities, compilers
+from vllm_mac import capabilities, compilers, connectors
 from vllm_mac.config import FILE_KEY, RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.plugin import NAME
 
@@ -130,7 +130,9 @@ def refusals(
         yield "the model's attention is MLA, whose cache holds no keys and values to read in part", None
     for decision in capabilities.refusing(asked(vllm_config)):
         yield f"{decision.asked}: {decision.because}", decision.cure
-    if config.enabled and (refused := capabilities.refused_connector(vllm_config.kv_transfer_config, config.rule)):
+    transfer, windows = vllm_config.kv_transfer_config, model.get_sliding_window() or model.attention_chunk_size
+    two_sizes = bool(windows and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+    if config.enabled and (refused := connectors.refused(transfer, config.rule, platform, two_sizes)):
         yield refused
     if rule == "index":
         for key, what in (("kv_transfer_config", "a KV connector"), ("speculative_config", "speculation")):
