@@ -37,7 +37,7 @@ def events(transfers: dict[str, dict]) -> list[Add]:
 @pytest.fixture(scope="module")
 def prefill(model):
     """An engine that prefills, in a process of its own: `prefill(prompt)`."""
-    with prefills(model, "MAC", EXACT, OPTIONS) as prefill:
+    with prefills(model, EXACT, OPTIONS) as prefill:
         yield prefill
 
 

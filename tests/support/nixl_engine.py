@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from support import ROOT
 
 ASK = {
@@ -24,10 +26,10 @@ NO_CORES = classmethod(lambda cls: [])
 KEYS = "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"
 
 
-def transfer(role: str, connector: str = "NixlConnector") -> dict:
-    """vLLM's `kv_transfer_config`. role: kv_producer or kv_consumer."""
+def transfer(role: str, device: str = "cpu") -> dict:
+    """vLLM's `kv_transfer_config`. role: kv_producer or kv_consumer. device: that pages lie on."""
     return {
-        "kv_connector": connector, "kv_role": role, "kv_buffer_device": "cpu", "kv_load_failure_policy": "fail",
+        "kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": device, "kv_load_failure_policy": "fail",
     }  # fmt: skip
 
 
@@ -39,11 +41,14 @@ def side_channel() -> dict[str, str]:
 
 
 @contextmanager
-def prefills(model, backend: str | None, config: dict, options: dict) -> Iterator[Callable]:
-    """backend, config, options: as `support.engine.engine` takes them."""
+def prefills(model, config: dict, options: dict, runner: str = "v1", device: str = "cpu") -> Iterator[Callable]:
+    """With MAC. config, options, runner: as `support.engine.engine` takes them. device: that pages lie on, the last of several
+    GPUs."""
     path = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | side_channel() | {"PYTHONPATH": os.pathsep.join(path)}
-    asked = json.dumps({"model": str(model), "backend": backend, "config": config, "options": options})
+    if device != "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = str(torch.cuda.device_count() - 1)
+    asked = json.dumps({"model": str(model), "config": config, "options": options, "runner": runner, "device": device})
     command = [sys.executable, "-m", "support.nixl_engine", asked]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True) as process:
 
@@ -70,21 +75,22 @@ def main() -> None:
     """Prefill each line's prompt, until there are no more."""
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the engine prints
-    from support import triton_cpu
+    asked = json.loads(sys.argv[1])
+    if asked["device"] == "cpu":
+        from support import triton_cpu
 
-    triton_cpu.enable()
+        triton_cpu.enable()
     from vllm import SamplingParams
     from vllm.platforms import current_platform
 
     from support import engine as harness
 
     type(current_platform).discover_numa_topology = NO_CORES
-    asked = json.loads(sys.argv[1])
     params = SamplingParams(
         temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False, extra_args={"kv_transfer_params": ASK}
     )
-    options = asked["options"] | {"kv_transfer_config": transfer("kv_producer")}
-    with harness.engine(asked["model"], "v1", asked["backend"], asked["config"], **options) as llm:
+    options = asked["options"] | {"kv_transfer_config": transfer("kv_producer", asked["device"])}
+    with harness.engine(asked["model"], asked["runner"], "MAC", asked["config"], **options) as llm:
         for line in sys.stdin:
             (output,) = llm.generate([{"prompt_token_ids": json.loads(line)}], params, use_tqdm=False)
             token = output.outputs[0].token_ids[0]
