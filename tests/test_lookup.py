@@ -115,7 +115,7 @@ SEVERAL = Case(lengths=(300, 41, 0, 702, 500), tokens=(2, 4, 0, 3, 1))
 @pytest.mark.parametrize("group", range(1, 9))
 def test_rows_of_several_tokens(group):
     """Rows that verify speculated tokens, each another number of them, and one that has none."""
-    rows = check(Batch(replace(SEVERAL, group=group, seed=8 + group)).write())
+    rows = check(Batch(replace(SEVERAL, group=group, seed=40 + group)).write())
     assert [row.tokens for row in rows] == [2, 4, 3, 1] and [row.end > row.begin for row in rows] == [
         True,
         False,

@@ -25,6 +25,7 @@ REACH = 2.8  # standard deviations of a direction that its codes reach to each s
 LEAST_QUERIES, GROWTH, FEW, EVERY = 64, 1.25, 16, 16  # see `Lessons`
 SAMPLE, LAST = 16, 512  # every 16th key and query is sampled, of short texts 512 keys, and of queries the last 512
 AT_ONCE, CORES = 1 << 20, 8  # numbers of one moment that maps are made of at once; threads that solve for them
+PIECE = 256  # rows of one product of a moment
 FP8 = torch.float8_e4m3fn
 
 
@@ -193,12 +194,9 @@ class Moments:
         rows = query.float().view(len(query), kv_heads, -1, size).permute(1, 0, 2, 3).flatten(1, 2)
         key = key.float()
         mean = key.mean(1, keepdim=True)
-        centred = key - mean
-        moment = lambda x: x.transpose(1, 2) @ x / x.shape[1]
-        second = moment(rows)
-        return cls(
-            second / second.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)[:, None, None], moment(centred), mean
-        )
+        second = _moment(rows)
+        size = second.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)[:, None, None]
+        return cls(second / size, _moment(key - mean), mean)
 
     def joined(self, other: "Moments", weight: float) -> "Moments":
         """Those of both, `other` being this share of the whole: as if the keys and queries were one text's, but for the size
@@ -210,6 +208,13 @@ class Moments:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """All of them."""
         return self.second, self.spread, self.mean
+
+
+def _moment(x: Tensor) -> Tensor:
+    """The second moment `[K, D, D]` of rows `[K, n, D]`. Piece by piece: as one product it keeps few of a GPU's SMs busy."""
+    n = x.shape[1]
+    pieces = torch.nn.functional.pad(x, (0, 0, 0, -n % PIECE)).unflatten(1, (-1, PIECE))
+    return (pieces.transpose(2, 3) @ pieces).sum(1) / n
 
 
 def _finite(*tensors: Tensor) -> Tensor:
@@ -258,9 +263,9 @@ class Lessons:
     """What maps have been learned from: so many texts, their tokens, and of those in the maps the longest one's.
 
     The first `FEW` texts teach, and then every `EVERY`-th: so maps of what a server was warmed up with do not stay, and
-    learning delays few prompts. Every making of maps indexes all pages anew, so they are made after the 1st, 4th, 16th, 64th
-    text that teaches, and so on. A text of `GROWTH` times the longest one's tokens teaches and makes them at once, since
-    where keys lie depends on how far positions reach: RoPE turns them.
+    learning delays few prompts. Every making of maps indexes anew all pages that were given out, so they are made after
+    the 1st, 4th, 16th, 64th text that teaches, and so on. A text of `GROWTH` times the longest one's tokens teaches and
+    makes them at once, since where keys lie depends on how far positions reach: RoPE turns them.
 
     passed: texts that came since the last one that taught.
     """
