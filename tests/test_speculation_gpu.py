@@ -224,7 +224,7 @@ def test_every_step_is_the_rule_s_in_parts(engines, parts):
     eager, kind = Kind("MAC", parts=parts), Kind("MAC", 1.0, eager=False, ahead=True, parts=parts)
     done = engines.run("draft_model", eager)
     check_run(done, eager)
-    assert done.watch.steps > done.watch.several > NEW // 2
+    assert done.watch.steps >= done.watch.several > NEW // 2  # with four FlashInfer runs the draft's, of five tokens
     assert done.watch.worst <= 2 * torch.finfo(DTYPES["draft_model"]).eps
     graph = engines.run("draft_model", kind)
     check_run(graph, kind)
