@@ -326,7 +326,7 @@ def test_a_row_is_sampled(length, every):
         kv[blocks[t // 32], :, t % 32, :64] = key[:, t]
     query = torch.randn(100, 6, 64, generator=draw)
     maps = Maps.allocate(2, 64, 48, FP32, "cpu")
-    found = key_index.joined(maps, query, kv, blocks, length, Lessons())
+    found = key_index.moments_of(maps, query, kv, key_index.sampled_keys(blocks, length, 32))
     want = Moments.of(torch.cat((query, query[::16])), key[:, ::every])
     assert all(torch.equal(one, same) for one, same in zip(found.tensors(), want.tensors(), strict=True))
     assert len(key_index.sampled_queries(torch.zeros(1000, 1, 1))) == 512 + 63
@@ -339,8 +339,9 @@ def test_maps_of_an_fp8_cache_are_learned_from_its_keys():
     query, blocks = torch.randn(80, 4, 32, generator=draw), torch.tensor([3, 1, 0])
     maps = Maps.allocate(2, 32, 32, FP32, "cpu", Scales(torch.tensor(0.125), torch.tensor(9.0)))
     same = Maps.allocate(2, 32, 32, FP32, "cpu")
-    found = key_index.joined(maps, query, kv, blocks, 48, Lessons())
-    want = key_index.joined(same, query, torch.cat([kv.float()[..., :32] * 0.125] * 2, -1), blocks, 48, Lessons())
+    keys = key_index.sampled_keys(blocks, 48, 16)
+    found = key_index.moments_of(maps, query, kv, keys)
+    want = key_index.moments_of(same, query, torch.cat([kv.float()[..., :32] * 0.125] * 2, -1), keys)
     assert all(torch.equal(one, same) for one, same in zip(found.tensors(), want.tensors(), strict=True))
 
 
@@ -398,8 +399,9 @@ def taught(texts: list[tuple], kv: torch.Tensor, table: torch.Tensor) -> tuple[M
     maps, None where nothing was learned."""
     maps, lessons, said = Maps.allocate(2, 32, 32, torch.float16, "cpu"), Lessons(), []
     for (query, length), blocks in zip(texts, table, strict=True):
-        making, found = lessons.makes(length), key_index.joined(maps, query, kv, blocks, length, lessons)
-        (learned,) = learn([maps], [found], making)
+        found = key_index.moments_of(maps, query, kv, key_index.sampled_keys(blocks, length, kv.shape[2]))
+        making = lessons.makes(length)
+        (learned,) = learn([maps], [found], making, lessons.weight(length))
         said.append(making if learned else None)
         lessons = lessons.after(length) if learned else lessons
     return maps, said

@@ -213,7 +213,8 @@ class Moments:
 def _moment(x: Tensor) -> Tensor:
     """The second moment `[K, D, D]` of rows `[K, n, D]`. Piece by piece: as one product it keeps few of a GPU's SMs busy."""
     n = x.shape[1]
-    pieces = torch.nn.functional.pad(x, (0, 0, 0, -n % PIECE)).unflatten(1, (-1, PIECE))
+    whole = torch.nn.functional.pad(x, (0, 0, 0, -n % PIECE)) if n % PIECE else x
+    pieces = whole.unflatten(1, (-1, PIECE))
     return (pieces.transpose(2, 3) @ pieces).sum(1) / n
 
 
@@ -279,6 +280,10 @@ class Lessons:
         """Whether a row of `length` tokens is to be learned from."""
         return self.texts < FEW or self.passed >= EVERY - 1 or length >= GROWTH * self.longest
 
+    def weight(self, length: int) -> float:
+        """The share that a row of `length` tokens has of these and its own."""
+        return length / (self.tokens + length)
+
     def makes(self, length: int) -> bool:
         """Whether maps are made after a row of `length` tokens."""
         texts = self.texts + 1
@@ -296,24 +301,29 @@ class Lessons:
         return replace(self, passed=self.passed + 1)
 
 
-def joined(maps: Maps, query: Tensor, kv: Tensor, blocks: Tensor, length: int, before: Lessons) -> Moments:
-    """The moments of what a layer has learned and of a row of `length` tokens. Does not wait for the device.
+def sampled_keys(blocks: Tensor, length: int, page: int) -> tuple[Tensor, Tensor]:
+    """Where the keys of a row of `length` tokens lie that maps are learned from: their pages and places in these, `[T]` int64.
 
-    query: `[n, H, D]`, of the row's last tokens, after RoPE. before: what was learned until now.
-
-    kv: `[blocks, K, P, 2 D]`. blocks: the row's block table.
+    blocks: the row's block table. page: tokens of a page.
     """
-    token = torch.arange(0, length, min(max(length // LAST, 1), SAMPLE), device=kv.device)
-    page = blocks[token // kv.shape[2]].long()
-    key = kv[page, :, token % kv.shape[2], : kv.shape[3] // 2].transpose(0, 1)
-    own = Moments.of(sampled_queries(query), maps.keys(key))
-    return maps.moments.joined(own, length / (before.tokens + length))
+    token = torch.arange(0, length, min(max(length // LAST, 1), SAMPLE), device=blocks.device)
+    return blocks[token // page].long(), token % page
 
 
-def learn(layers: Sequence[Maps], moments: Sequence[Moments], making: bool) -> list[bool]:
+def moments_of(maps: Maps, query: Tensor, kv: Tensor, keys: tuple[Tensor, Tensor]) -> Moments:
+    """The moments of a row. Does not wait for the device: each layer of a prompt's step adds to what the host has to do.
+
+    query: `[n, H, D]`, of the row's last tokens, after RoPE. kv: `[blocks, K, P, 2 D]`. keys: of `sampled_keys`.
+    """
+    page, slot = keys
+    key = kv[page, :, slot, : kv.shape[3] // 2].transpose(0, 1)
+    return Moments.of(sampled_queries(query), maps.keys(key))
+
+
+def learn(layers: Sequence[Maps], moments: Sequence[Moments], making: bool, weight: float = 1.0) -> list[bool]:
     """Have layers of one shape learn, and make their maps where `making`. Waits for the device.
 
-    moments: of each layer, `joined` with those of a row. Returns False for layers that learn nothing, and whose maps stay
+    moments: of a row, of each layer. weight: its share of all that they have learned then. Returns False for layers that learn nothing, and whose maps stay
     as they were: the numbers are not finite, or the model's dtype cannot hold the maps.
     """
     if not layers:
@@ -322,7 +332,8 @@ def learn(layers: Sequence[Maps], moments: Sequence[Moments], making: bool) -> l
     at_once, learned = max(AT_ONCE // (heads * size * size), 1), []
     for i in range(0, len(layers), at_once):
         some, theirs = layers[i : i + at_once], moments[i : i + at_once]
-        together = Moments(*(torch.cat(parts) for parts in zip(*(one.tensors() for one in theirs), strict=True)))
+        known, new = _together([maps.moments for maps in some]), _together(theirs)
+        together = known.joined(new, weight)
         made = _made(together, n, some[0].to_key.dtype) if making else ()
         good = _finite(*together.tensors(), *made).view(-1, heads).all(1).tolist()
         for j, maps in enumerate(some):
@@ -335,6 +346,11 @@ def learn(layers: Sequence[Maps], moments: Sequence[Moments], making: bool) -> l
                     maps.ready.fill_(1)
         learned += good
     return learned
+
+
+def _together(moments: Sequence[Moments]) -> Moments:
+    """Those of all layers, as if of one with all their heads."""
+    return Moments(*(torch.cat(parts) for parts in zip(*(one.tensors() for one in moments), strict=True)))
 
 
 def _made(moments: Moments, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

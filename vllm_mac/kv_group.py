@@ -101,7 +101,8 @@ class Group:
         layers = [layer for layer in self.layers if layer.name in learning.moments]
         making = learning.before.makes(learning.length)
         moments = [learning.moments[layer.name] for layer in layers]
-        learned = learn([layer.index.maps for layer in layers], moments, making)
+        weight = learning.before.weight(learning.length)
+        learned = learn([layer.index.maps for layer in layers], moments, making, weight)
         slots = self._own_slots() if making else None
         for layer, one in zip(layers, learned, strict=True):
             if one and making:

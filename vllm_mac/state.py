@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_mac.config import MacConfig
-from vllm_mac.key_index import FP8, Lessons, Maps, Moments, joined
+from vllm_mac.key_index import FP8, Lessons, Maps, Moments, moments_of, sampled_keys
 from vllm_mac.rope import Rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -187,6 +187,7 @@ class Learning:
     """The row that the maps are learned from: its tokens `[begin, end)` of the batch, the last of `length`.
 
     blocks: `[*]` int32, its block table. before: what was learned until now. moments: by layer, what it is to learn.
+    keys: by tokens of a page, where the keys lie that teach.
     """
 
     begin: int
@@ -195,11 +196,14 @@ class Learning:
     blocks: Tensor
     before: Lessons
     moments: dict[str, Moments] = field(default_factory=dict)
+    keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def add(self, name: str, maps: Maps, query: Tensor, kv: Tensor) -> None:
-        """Note what a layer is to learn. query: `[N, H, D]` of the whole batch. kv: as `key_index.joined` takes it."""
-        own = query[self.begin : self.end]
-        self.moments[name] = joined(maps, own, kv, self.blocks, self.length, self.before)
+        """Note what a layer is to learn. query: `[N, H, D]` of the whole batch. kv: `[blocks, K, P, 2 D]`."""
+        page = kv.shape[2]
+        if page not in self.keys:
+            self.keys[page] = sampled_keys(self.blocks, self.length, page)
+        self.moments[name] = moments_of(maps, query[self.begin : self.end], kv, self.keys[page])
 
 
 @dataclass(frozen=True, slots=True)
