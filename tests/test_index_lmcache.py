@@ -3,6 +3,13 @@
 The connector is LMCache's own, as are all copies. An engine stores whole chunks of a prompt, here of one block.
 """
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from importlib.util import find_spec
 
 import pytest
@@ -11,8 +18,8 @@ from support import engine as harness
 from support.engine import Add, Limits
 from support.index_engine import CONFIG, check_pages, counts, forget, layers, set_tolerance
 from support.index_shadow import index_shadow
-from support.lmcache_server import LONG, lmcache, settle
 from support.scenarios import text
+from support.servers import environment
 from vllm_mac import kv_group
 
 pytestmark = [
@@ -23,6 +30,8 @@ pytestmark = [
 NEW, HEADS, LAYERS = 24, 8, 2
 EXACT = {"mac": CONFIG | {"tolerance": 0.0}}
 OPTIONS = {"prefix_caching": True, "chunk": 1024}
+# LMCache answers when it does, and an engine without other work steps meanwhile.
+LONG = {"max_steps": 1_000_000}
 SHARED = text("shared", 200)
 # One that ends inside a block, one whose last token alone is computed, and one of whole blocks, whose last is computed.
 PROMPTS = {
@@ -35,8 +44,48 @@ EVENTS = [Add(3 * i, name, prompt, NEW) for i, (name, prompt) in enumerate(PROMP
 
 @pytest.fixture(scope="module")
 def transfer(tmp_path_factory):
-    with lmcache(tmp_path_factory.mktemp("lmcache"), "engine_driven") as transfer:
-        yield transfer
+    """vLLM's `kv_transfer_config` for a server with 256 MB, of which nothing is left in the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "lmcache.v1.multiprocess.server", "--host", "127.0.0.1", "--port", str(port),
+        "--chunk-size", "32", "--l1-size-gb", "0.25", "--no-l1-use-lazy", "--eviction-policy", "LRU",
+        "--supported-transfer-mode", "engine_driven", "--disable-observability",
+    ]  # fmt: skip
+    log = tmp_path_factory.mktemp("lmcache") / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        # LMCache, here and there, says where it is used unless it is told not to.
+        for name in ("LMCACHE_DISABLE_BANNER", "DO_NOT_TRACK"):
+            patch.setenv(name, "1")
+        patch.setenv("LMCACHE_TRACK_USAGE", "false")
+        for name in ("LMCACHE_MP_TRANSFER_MODE", "LMCACHE_USE_UPSTREAM_MP"):
+            patch.delenv(name, raising=False)
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+            )
+        try:
+            until = time.monotonic() + 120
+            while not listening(port):
+                assert process.poll() is None and time.monotonic() < until, log.read_text()[-2000:]
+                time.sleep(0.2)
+            extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port, "lmcache.mp.mq_timeout": 60.0}
+            yield {
+                "kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra
+            }  # fmt: skip
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def listening(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +101,14 @@ def teach(llm, name: str) -> None:
     assert all(layer.index.maps.ready for layer in layers(llm))
     settle(llm)
     forget(llm)
+
+
+def settle(llm) -> None:
+    """Step until LMCache has let go of the last blocks that it stores."""
+    until = time.monotonic() + 60
+    while not llm.reset_prefix_cache():
+        assert time.monotonic() < until
+        llm.llm_engine.step()
 
 
 @pytest.fixture(scope="module")

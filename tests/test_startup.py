@@ -198,54 +198,24 @@ def test_kv_connectors_that_an_index_takes(make, transfer, other):
     make(attention_backend="MAC", additional_config={"mac": {"enabled": False}}, **options)
 
 
-MODE, KEY = "LMCACHE_MP_TRANSFER_MODE", "lmcache.mp.mp_transfer_mode"
-LMCACHE = [
-    ({}, {}, None), ({MODE: "auto"}, {}, None), ({MODE: "engine_driven"}, {KEY: "Auto"}, None),
-    ({MODE: "Engine_Driven"}, {}, f"{MODE} is Engine_Driven, and rule: index takes lmcache_driven here, which copies KV "
-     f"pages that have room for an index: unset {MODE}"),
-    ({MODE: "auto"}, {KEY: "engine_driven"}, f"{KEY} is engine_driven, and rule: index takes lmcache_driven here, which "
-     f"copies KV pages that have room for an index: leave {KEY} out of kv_connector_extra_config"),
-    ({"LMCACHE_USE_UPSTREAM_MP": "0"}, {}, "LMCACHE_USE_UPSTREAM_MP is 0, by which LMCacheMPConnector is vLLM's copy, and "
-     "rule: index takes LMCache's own: unset LMCACHE_USE_UPSTREAM_MP"),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("among", [False, True])
-@pytest.mark.parametrize("variables, extra, reason", LMCACHE)
-def test_how_lmcache_has_to_copy_pages_on_gpus(monkeypatch, variables, extra, reason, among):
+def test_lmcache_is_taken_on_cpus(monkeypatch, among):
+    """In LMCache's own connector, which says how pages lie."""
     from vllm.config import KVTransferConfig
 
-    for name in (MODE, "LMCACHE_USE_UPSTREAM_MP"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    one = {"kv_connector": "LMCacheMPConnector", "kv_connector_extra_config": extra}
+    monkeypatch.delenv("LMCACHE_USE_UPSTREAM_MP", raising=False)
+    one = {"kv_connector": "LMCacheMPConnector"}
     several = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [OURS, one]}}
     transfer = KVTransferConfig(kv_role="kv_both", **(several if among else one))
-    found = connectors.refused(transfer, "index", "cuda")
-    assert (found and ": ".join(found)) == reason
-    several_sizes = connectors.refused(transfer, "index", "cuda", two_sizes=True)
-    assert "hybrid KV cache manager is off" in several_sizes[0]
-    # On CPUs it copies by each layer's own size.
-    on_cpu = connectors.refused(transfer, "index", "cpu", two_sizes=True)
-    assert (on_cpu is None) == ("LMCACHE_USE_UPSTREAM_MP" not in variables)
-
-
-def test_how_lmcache_has_to_copy_pages_on_cpus(make, monkeypatch):
-    monkeypatch.setenv(MODE, "lmcache_driven")
-    options = {"kv_transfer_config": {"kv_role": "kv_both", "kv_connector": "LMCacheMPConnector"}}
-    message = refused(make, **options, disable_hybrid_kv_cache_manager=True)
-    assert f"{MODE} is lmcache_driven, and rule: index takes engine_driven here" in message
-
-
-def test_lmcache_needs_pages_of_one_size_on_gpus(make, monkeypatch):
-    options = {"kv_transfer_config": {"kv_role": "kv_both", "kv_connector": "LMCacheMPConnector"}}
-    asked, original = [], connectors.refused
-    monkeypatch.delenv(MODE, raising=False)
-    monkeypatch.setattr(connectors, "refused", lambda *args: asked.append(args[3]) or original(*args))
-    for family in ("llama", "gemma3"):
-        make(family, attention_backend="MAC", **options, disable_hybrid_kv_cache_manager=True)
-    assert asked == [False, True]
+    assert connectors.refused(transfer, "index", "cpu") is None
+    reason, cure = connectors.refused(transfer, "index", "cuda")
+    assert reason.startswith("kv_connector is LMCacheMPConnector, and rule: index takes one of DecodeBenchConnector, ")
+    assert "LMCache" not in reason.partition("takes")[2] and cure.startswith("choose one of these")
+    monkeypatch.setenv("LMCACHE_USE_UPSTREAM_MP", "0")
+    assert connectors.refused(transfer, "index", "cpu") == (
+        "LMCACHE_USE_UPSTREAM_MP is 0, by which LMCacheMPConnector is vLLM's copy, and rule: index takes LMCache's own",
+        "unset LMCACHE_USE_UPSTREAM_MP",
+    )
 
 
 @pytest.mark.parametrize("layout, serves", [("NHD", True), ("LBHNC", True), ("LHBNC", False), ("BLHNC", False)])

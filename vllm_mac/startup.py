@@ -130,9 +130,7 @@ def refusals(
         yield "the model's attention is MLA, whose cache holds no keys and values to read in part", None
     for decision in capabilities.refusing(asked(vllm_config)):
         yield f"{decision.asked}: {decision.because}", decision.cure
-    transfer, windows = vllm_config.kv_transfer_config, model.get_sliding_window() or model.attention_chunk_size
-    two_sizes = bool(windows and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
-    if config.enabled and (refused := connectors.refused(transfer, config.rule, platform, two_sizes)):
+    if config.enabled and (refused := connectors.refused(vllm_config.kv_transfer_config, config.rule, platform)):
         yield refused
     if rule == "index":
         for key, what in (("kv_transfer_config", "a KV connector"), ("speculative_config", "speculation")):
