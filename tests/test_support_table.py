@@ -68,7 +68,10 @@ SHOWN = {
     ),
     "KV connectors": (
         ["test_index_connectors::test_prefixes_from_vllm_s_example_connector", "test_index_connectors::test_what_was_handed_over_is_indexed",
-         "test_offload_gpu::test_what_native_offload_loads_is_indexed", "test_startup::test_kv_connectors_that_an_index_takes"],
+         "test_offload_gpu::test_what_native_offload_loads_is_indexed", "test_startup::test_kv_connectors_that_an_index_takes",
+         "test_index_nixl::test_pages_that_came_by_nixl_are_indexed", "test_index_nixl::test_pages_of_other_engines_are_refused",
+         "test_nixl_gpu::test_pages_that_came_by_nixl_are_indexed", "test_index_lmcache::test_what_lmcache_hands_over_is_indexed",
+         "test_startup::test_lmcache_is_taken_on_cpus"],
         ["test_startup::test_kv_connectors_that_an_index_takes"],
     ),
     "FP8 KV cache": (
