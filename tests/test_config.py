@@ -169,7 +169,7 @@ def test_disagreeing_fields_name_the_origin_of_each(yaml_file):
 
 # The rule that reads a key
 
-OF_INDEX = {"tolerance": 2.0, "index_size": 64, "min_step_mib": 0}
+OF_INDEX = {"tolerance": 2.0, "index_size": 64, "maps": "maps.safetensors", "min_step_mib": 0}
 OF_MATCH = {
     "window": 64, "threshold": 0.9, "distance": "relative", "lag_weight": 1.0, "reuse": "chained", "max_chain": 3,
     "mass_floor": None, "ring_dtype": "float32", "max_sequences": 2, "ring_memory_gib": 1.0, "miss_engine": "flashinfer",
@@ -409,6 +409,7 @@ CONFIGS = st.fixed_dictionaries(
         "enabled": st.booleans(),
         "tolerance": st.floats(0, **FINITE) | st.integers(0, 9),
         "index_size": st.none() | st.integers(2, 16).map(lambda n: 16 * n),
+        "maps": st.none() | st.text(min_size=1),
         "min_step_mib": st.integers(0, 10**6),
         "window": st.integers(1, 65536),
         "band": st.integers(1, 900),
@@ -485,7 +486,7 @@ def test_describe_is_one_line_with_every_key_that_the_rule_reads():
     assert line.endswith('layers.include=["0-3", 5] layers.exclude=[] layers.threshold={"5": 0.5, "0-3": 1.0}')
     assert all((f" {key}=" in line) == (key not in OF_INDEX) for key in DEFAULTS if key not in ("enabled", "layers"))
     assert resolve({}, {}).describe() == (
-        "enabled=true rule=index tolerance=0.7 index_size=null min_step_mib=48 band=256 sink=0 min_context=4096 layers.include=null "
+        "enabled=true rule=index tolerance=0.7 index_size=null min_step_mib=48 maps=null band=256 sink=0 min_context=4096 layers.include=null "
         "layers.exclude=[]"
     )
 

@@ -129,6 +129,8 @@ REFUSED = [
      "--kv-transfer-config and --kv-offloading-size, or set rule: index"),
     ({"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache", "disable_hybrid_kv_cache_manager": True,
       "additional_config": {"mac": {"rule": "match"}}}, "kv_connector is LMCacheMPConnector, and with rule: match no ring"),
+    ({"additional_config": {"mac": {"maps": "/nowhere/maps"}}},
+     "maps: received '/nowhere/maps': no folder at /nowhere; must be a file in a folder that is there, or null: choose another file"),
     ({"block_size": 48}, "--block-size is 48, and rule: index takes one of 32, 64, 128, 256: leave out --block-size"),
     ({"block_size": 48, "additional_config": {"mac": {"rule": "match"}}},
      "--block-size is 48, and MAC takes multiples of 32: leave out --block-size"),

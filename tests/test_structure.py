@@ -18,7 +18,7 @@ LEVELS = {
     KERNELS: {"kernels"},
     DECODERS: {"cpu_decoder", "cpu_lookup", "decoder", "flashinfer_exact", "lookup_decoder", "warmup"},
     WORKER: {
-        "capabilities", "compilers", "connectors", "exporter", "kv_group", "layers", "learning", "log_line", "metrics", "per_request", "plugin", "publisher",
+        "capabilities", "compilers", "connectors", "exporter", "maps_file", "kv_group", "layers", "learning", "log_line", "metrics", "per_request", "plugin", "publisher",
         "requests", "ring_room", "series", "startup",
     },
     PLATFORMS: {"backend", "cpu", "cuda", "index_pages", "mixins", "nixl", "seeding"},

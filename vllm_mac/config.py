@@ -142,6 +142,12 @@ class MacConfig(_Section):
         "Smaller steps are read whole, which is faster; 0 looks up in every step. With speculation a third more for each "
         "token beside its own that any row verifies. CPUs do not read it.",
     )
+    maps: str | None = Field(
+        None,
+        min_length=1,
+        description="index: a file that keeps what maps of the index were learned from. It is read at the start if it is "
+        "there, and written when maps are made; of several workers each has one, by its rank. null keeps nothing.",
+    )
     window: int = Field(512, ge=1, le=65536, description="match: ring length, the last tokens a query can match.")
     band: int = Field(256, ge=1, description="The most recent tokens, always attended to exactly.")
     sink: int = Field(0, ge=0, description="The leading tokens, always attended to exactly; by index 16 at least.")

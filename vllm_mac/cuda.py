@@ -156,6 +156,8 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         self._facts: dict[str, tuple[bytes, Tensor]] = {}
         warm = vllm_config.kernel_config.enable_jit_warmup or vllm_config.model_config.enforce_eager
         if isinstance(self.decoder, LookupDecoder):
+            if self.served and not self.decoder.lessons.texts:
+                self.decoder.lessons = self.group.lessons
             with torch.inference_mode(), explained():
                 self.decoder.ring.fill_(-1)
                 if warm:

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_mac import cpu_lookup
+from vllm_mac import cpu_lookup, maps_file
 from vllm_mac.audit import Audit
 from vllm_mac.key_index import Lessons, PageLayout, learn
 from vllm_mac.layers import MacLayer, mac_layers
@@ -69,7 +69,8 @@ class Group:
         for layer in self.layers:
             layer.group = self
         self.decoder = None  # on GPUs, what decodes for these layers
-        self.lessons = Lessons()  # on CPUs, what maps of the index were learned from
+        # What maps of the index were learned from: on GPUs until there is a decoder, which has it then.
+        self.lessons = next((layer.kept[1] for layer in self.layers if layer.kept is not None), Lessons())
         self.learning: Learning | None = None  # of the step before
         self.begun: Tensor | None = None  # slots that `index_begun` noted in the step before
         self._device = device
@@ -112,6 +113,8 @@ class Group:
             logger.warning_once(
                 "MAC learns nothing from a prompt whose queries or keys are not finite numbers, or too large or small"
             )
+        elif making and layers[0].config.maps is not None:
+            keep_maps(layers[0].vllm_config, layers[0].config.maps)
 
     def _own_slots(self) -> Tensor | None:
         """The last slots `[n]` int64 of the pages of the group's own blocks; None where nobody knows them. In others lie states
@@ -124,6 +127,11 @@ class Group:
         several = len(cache) // count
         pages = (blocks[:, None] * several + torch.arange(several)).flatten()
         return _last_slots(pages, cache.shape[2]).to(cache.device)
+
+    @property
+    def taught(self) -> Lessons:
+        """What maps of the index were learned from."""
+        return self._holder.lessons
 
     @property
     def _holder(self) -> Any:
@@ -228,6 +236,17 @@ class Group:
         self.context += int(length.sum(dtype=np.int64))
         for window in self.windowed:
             self.windowed[window] += int(np.minimum(length, window).sum(dtype=np.int64))
+
+
+def keep_maps(vllm_config: VllmConfig, location: str) -> None:
+    """Write what all layers of this worker have learned from into its file."""
+    learned = [layer for layer in mac_layers(vllm_config) if layer.index is not None and layer.group.taught.texts]
+    path = maps_file.own_path(vllm_config, location)
+    try:
+        kept = {layer.name: (layer.index.maps.moments, layer.group.taught) for layer in learned}
+        maps_file.write(path, maps_file.model_of(vllm_config), kept)
+    except OSError as error:
+        logger.warning_once("MAC cannot keep in %s what maps were learned from: %s", path, error)
 
 
 def _last_slots(pages: Tensor, page: int) -> Tensor:

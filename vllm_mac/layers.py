@@ -21,10 +21,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_mac import capabilities
+from vllm_mac import capabilities, maps_file
 from vllm_mac.config import RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.counters import Count
-from vllm_mac.key_index import Maps, Scales, directions, numbers, rows
+from vllm_mac.key_index import Lessons, Maps, Moments, Scales, directions, numbers, rows
 from vllm_mac.ring import ring_dtypes
 from vllm_mac.ring_room import bytes_of_ring, ring_count
 from vllm_mac.rope import Rotary, RotaryError, find_rotary
@@ -50,6 +50,7 @@ class MacLayer:
     rings: how many rings it has with `rule: match`, as many as the others; 0 before it is settled.
     counts: `[len(Count)]` int64 on the layer's device, see `counters.Count`.
     audited: the histograms of audited steps (`audit.histograms`); None where no step is audited.
+    kept: what its maps were learned from before this engine began, if anything, see `maps_file`.
     totals: `[n]` int64, the memory that `counts` and `audited` of all layers of the worker are views of.
     page: tokens of a page, where MAC splits blocks itself; set by the metadata builder.
     group: the layer's KV-cache group (`kv_group.Group`); set by the metadata builder.
@@ -100,6 +101,7 @@ class MacLayer:
         self.audited: Tensor | None = None
         self.totals: Tensor | None = None
         self.group = None
+        self.kept: tuple[Moments, Lessons] | None = None
         self.page: int | None = None
         self.decoder = None
         self.publisher = None
@@ -171,6 +173,8 @@ class MacLayer:
         if self.config.rule == "index":
             check_index_device(device, self.fp8)
             self.index = self._index_state(self.counts, dtype)
+            if self.kept is not None:
+                maps_file.remember(self.index.maps, self.kept[0], self.name, self.config.maps)
             return
         query_dtype, out_dtype = ring_dtypes(self.config, dtype)
         check_device(query_dtype, device)
@@ -313,8 +317,10 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
                 unknown.setdefault(str(error), []).append(layer.name)
         layer.holder = None
     served = [layer for layer in layers if layer.exact is None]
+    kept = maps_file.own(vllm_config, config.maps) if config.maps else {}
     for layer in served:
         layer.config = config.for_layer(layer.name, extract_layer_index(layer.name))
+        layer.kept = kept.get(layer.name)
     if config.rule == "index" and served:
         _check_index(served, vllm_config)
     logger.info("MAC configuration: %s", config.describe())

@@ -3,7 +3,7 @@
 vLLM makes its configuration there (`EngineArgs.create_engine_config`: servers, `LLM`, headless nodes), loads plugins
 before it does, and passes the result to its engines. An engine's exception is buried under the tracebacks of the
 processes above it; an exception raised here is the last line printed. The engines check again, by the same rules
-(`config`, `capabilities`, `connectors`): what only a layer knows, they alone see.
+(`config`, `capabilities`, `connectors`, `maps_file`): what only a layer knows, they alone see.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from vllm.config import AttentionConfig, VllmConfig
 from vllm.logger import init_logger
 
-from vllm_mac import capabilities, compilers, connectors
+from vllm_mac import capabilities, compilers, connectors, maps_file
 from vllm_mac.config import FILE_KEY, RING_DTYPES, MacConfig, MacConfigError, resolve
 from vllm_mac.plugin import NAME
 
@@ -138,6 +138,11 @@ def refusals(
                 yield f"the model is hybrid, and rule: index was not tried with {what} there", "start without it"
         quantised = dtype not in capabilities.KV_CACHE_DTYPES
         yield from _against_index(model, config, quantised and bool(cache.kv_cache_dtype_skip_layers))
+        parallel = vllm_config.parallel_config
+        workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        first = config.maps and maps_file.path_of(config.maps, 0, workers)
+        if first and (reason := maps_file.fault(first, maps_file.model_of(vllm_config))):
+            yield reason, "choose another file, or leave it out"
     # Which layers the list spares, they know.
     if refused_dtype is not None and not cache.kv_cache_dtype_skip_layers:
         reason, cure = refused_dtype

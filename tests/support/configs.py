@@ -10,6 +10,7 @@ DEFAULTS = {
     "tolerance": 0.7,
     "index_size": None,
     "min_step_mib": 48,
+    "maps": None,
     "window": 512,
     "band": 256,
     "sink": 0,
