@@ -113,6 +113,25 @@ def test_an_engine_knows_what_the_one_before_it_learned(model, tmp_path, monkeyp
 
 
 @pytest.mark.cpu
+def test_layers_begin_anew_where_some_have_nothing_to_begin_with(model, tmp_path):
+    """As when `layers` excluded one before. The other's maps stay until there are new ones."""
+    path = tmp_path / "maps.safetensors"
+    config = {"mac": CONFIG | {"maps": str(path)}}
+    with harness.engine(model, "v1", "MAC", config, rule=None, **OPTIONS) as llm:
+        harness.run_schedule(llm, FIRST)
+    kept = maps_file.read(path, model.name)
+    maps_file.write(path, model.name, dict(list(kept.items())[1:]))
+    with harness.engine(model, "v1", "MAC", config, rule=None, **OPTIONS) as llm:
+        assert [int(layer.index.maps.ready) for layer in layers(llm)] == [0, 1]
+        assert layers(llm)[0].group.taught == Lessons()
+        harness.run_schedule(llm, LATER)
+        assert all(layer.index.maps.ready for layer in layers(llm))
+        found = [layer.index.maps.moments for layer in layers(llm)]
+    assert all(torch.isfinite(x).all() and x.any() for one in found for x in one.tensors())
+    assert {lessons for _, lessons in maps_file.read(path, model.name).values()} == {Lessons(1, 130, 130)}
+
+
+@pytest.mark.cpu
 def test_shapes_of_another_model_are_refused(model, tmp_path):
     path, name = tmp_path / "maps.safetensors", "model.layers.0.self_attn.attn"
     one_head = Moments(*(x[:1] for x in moments(0).tensors()))

@@ -201,6 +201,17 @@ def test_kv_connectors_that_an_index_takes(make, transfer, other):
 
 
 @pytest.mark.parametrize("among", [False, True])
+def test_pages_with_an_index_are_not_permuted(among):
+    from vllm.config import KVTransferConfig
+
+    one = {"kv_connector": "NixlConnector", "enable_permute_local_kv": True}
+    several = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [OURS, one]}}
+    transfer = KVTransferConfig(kv_role="kv_both", **(several if among else one))
+    reason, cure = connectors.refused(transfer, "index", "cuda")
+    assert reason.startswith("enable_permute_local_kv is true") and cure == "leave it out of --kv-transfer-config"
+
+
+@pytest.mark.parametrize("among", [False, True])
 def test_lmcache_is_taken_on_cpus(monkeypatch, among):
     """In LMCache's own connector, which says how pages lie."""
     from vllm.config import KVTransferConfig

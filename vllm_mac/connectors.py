@@ -23,10 +23,11 @@ def refused(transfer, rule: str, platform: str | None) -> tuple[str, str] | None
     """Why KV blocks that a connector fills are refused, and what to do; or None. transfer: vLLM's `KVTransferConfig`, or None."""
     if transfer is None or not transfer.is_kv_transfer_instance:
         return None
-    chosen = [(transfer.kv_connector, transfer.kv_connector_module_path)]
+    chosen, permutes = [(transfer.kv_connector, transfer.kv_connector_module_path)], [transfer.enable_permute_local_kv]
     if transfer.kv_connector == "MultiConnector":
         several = transfer.kv_connector_extra_config.get("connectors", [])
         chosen += [(one.get("kv_connector"), one.get("kv_connector_module_path")) for one in several]
+        permutes += [one.get("enable_permute_local_kv") for one in several]
     taken = [name for name in CONNECTORS if platform != "cuda" or name not in ON_CPUS]
     others = [f"{name} of {module}" if module else name for name, module in chosen if module or name not in taken]
     if rule == "match":
@@ -39,6 +40,11 @@ def refused(transfer, rule: str, platform: str | None) -> tuple[str, str] | None
             f"kv_connector is {others[0]}, and rule: index takes one of {', '.join(taken)}, which copy KV pages that "
             "have room for an index",
             f"choose one of these, or {NONE}",
+        )
+    if any(permutes):
+        return (
+            "enable_permute_local_kv is true, which permutes keys and values by a shape that pages with an index have not",
+            "leave it out of --kv-transfer-config",
         )
     if LMCACHE in [name for name, _ in chosen] and (own := os.environ.get("LMCACHE_USE_UPSTREAM_MP")):
         return (

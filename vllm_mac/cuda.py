@@ -272,6 +272,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
     def update_draft_decode_metadata(self, _metadata: MacCUDAMetadata) -> None:
         """A draft's next step: vLLM's lengths have grown. Also recorded in CUDA graphs."""
         if isinstance(step := _metadata.step, LookupStep):
+            assert step.rows.begin is None, "a draft's further steps have one token of each row"
             torch.sub(step.length, 1, out=step.rows.position)
 
     def _look(

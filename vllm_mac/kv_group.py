@@ -70,7 +70,9 @@ class Group:
             layer.group = self
         self.decoder = None  # on GPUs, what decodes for these layers
         # What maps of the index were learned from: on GPUs until there is a decoder, which has it then.
-        self.lessons = next((layer.kept[1] for layer in self.layers if layer.kept is not None), Lessons())
+        kept = [layer.kept for layer in self.layers if layer.index is not None]
+        # Layers learn together: where some have nothing to begin with, all begin anew, and the others' maps stay meanwhile.
+        self.lessons = kept[0][1] if kept and all(kept) else Lessons()
         self.learning: Learning | None = None  # of the step before
         self.begun: Tensor | None = None  # slots that `index_begun` noted in the step before
         self._device = device
@@ -239,8 +241,9 @@ class Group:
 
 
 def keep_maps(vllm_config: VllmConfig, location: str) -> None:
-    """Write what all layers of this worker have learned from into its file."""
-    learned = [layer for layer in mac_layers(vllm_config) if layer.index is not None and layer.group.taught.texts]
+    """Write what all layers of this worker have learned from into its file. Those that are about to learn are none of them."""
+    able = [layer for layer in mac_layers(vllm_config) if layer.index is not None and layer.group.learning is None]
+    learned = [layer for layer in able if layer.index.maps.ready.item()]
     path = maps_file.own_path(vllm_config, location)
     try:
         kept = {layer.name: (layer.index.maps.moments, layer.group.taught) for layer in learned}

@@ -317,7 +317,7 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
                 unknown.setdefault(str(error), []).append(layer.name)
         layer.holder = None
     served = [layer for layer in layers if layer.exact is None]
-    kept = maps_file.own(vllm_config, config.maps) if config.maps else {}
+    kept = maps_file.own(vllm_config, config.maps) if config.maps and served else {}
     for layer in served:
         layer.config = config.for_layer(layer.name, extract_layer_index(layer.name))
         layer.kept = kept.get(layer.name)

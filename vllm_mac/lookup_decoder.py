@@ -53,7 +53,7 @@ class LookupDecoder:
 
     def lasting(self) -> dict[str, Tensor]:
         """By name, the buffers that a step must find as the step before left them; see `decoder.Decoder.lasting`."""
-        return {"ring": self.ring}
+        return {"ring": self.ring, "steps": self._steps}
 
     def rows(self, block_table: Tensor, several: bool = False) -> Rows:
         """The first rows of the decoder's buffers, for a `block_table` `[B, *]` int32.

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -94,9 +95,11 @@ def write(path: Path, model: str, kept: Mapping[str, tuple[Moments, Lessons]]) -
         for kind in Moments.__slots__
     }
     lessons = {name: asdict(one) for name, (_, one) in kept.items()}
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{uuid4().hex}")  # servers of several machines may share a folder
     try:
         save_file(tensors, part, {"format": FORMAT, "model": model, "lessons": json.dumps(lessons)})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(path)  # whoever reads meanwhile has the one or the other
     except SafetensorError as error:
         raise OSError(str(error)) from error

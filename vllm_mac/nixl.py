@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 
 from vllm_mac.connectors import NIXL
+from vllm_mac.layers import mac_layers
 
 
 def whole_pages(cache: Tensor) -> Tensor:
@@ -55,9 +56,9 @@ def adapt(vllm_config: VllmConfig) -> None:
 
     @functools.wraps(register)
     def register_kv_caches(self, kv_caches):
-        whole = {name: whole_pages(cache) for name, cache in kv_caches.items()}
-        self.mac_pages = any(whole[name] is not cache for name, cache in kv_caches.items())
-        return register(self, whole)
+        self.mac_pages = any(layer.index is not None for layer in mac_layers(self.vllm_config))
+        pages = {name: whole_pages(cache) for name, cache in kv_caches.items()} if self.mac_pages else kv_caches
+        return register(self, pages)
 
     @functools.wraps(validate)
     def validate_remote_agent_handshake(self, *args, **kwargs):
