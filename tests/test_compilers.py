@@ -14,6 +14,7 @@ from support import ROOT
 from support.stub_flashinfer import gpu_backend
 from vllm_mac import compilers, lookup_decoder, startup
 from vllm_mac.config import MacConfig
+from vllm_mac.key_index import Lessons
 from vllm_mac.state import Geometry, IndexRule
 
 pytestmark = pytest.mark.cpu
@@ -104,7 +105,7 @@ def test_a_kernel_that_does_not_compile_ends_the_start(monkeypatch, tmp_path):
         raise PermissionError(30, "Read-only file system", "/home/x/.triton/cache/A")
 
     monkeypatch.setattr(cuda.FlashInferMetadataBuilder, "__init__", base)
-    monkeypatch.setattr(cuda, "Group", lambda *_: SimpleNamespace(layers=[layer]))
+    monkeypatch.setattr(cuda, "Group", lambda *_: SimpleNamespace(layers=[layer], lessons=Lessons(3, 900, 400)))
     monkeypatch.setattr(cuda, "decoder_of", lambda *_: decoder)
     monkeypatch.setattr(torch.cuda, "Event", MagicMock)
     monkeypatch.setattr(lookup_decoder, "encode", fail)
@@ -119,3 +120,4 @@ def test_a_kernel_that_does_not_compile_ends_the_start(monkeypatch, tmp_path):
     assert "MAC's kernels cannot be compiled or launched here" in text and "Read-only file system" in text
     assert f"{tmp_path}/file/cache cannot be written, set TRITON_CACHE_DIR" in text
     assert "leave --attention-backend MAC out" in text and isinstance(caught.value.__cause__, PermissionError)
+    assert decoder.lessons == Lessons(3, 900, 400)  # what its layers began with
