@@ -118,7 +118,9 @@ def stored(model, exact, transfer):
         connector = type(llm.llm_engine.engine_core.engine_core.scheduler.connector)
         assert connector.__module__ == "lmcache.integration.vllm.lmcache_mp_connector"
         run = harness.run_schedule(llm, EVENTS, **LONG)
-        assert run.tokens == exact and not run.cached["a"] and not run.cached["c"]
+        assert (
+            run.tokens == exact and not run.cached["c"]
+        )  # "a" and "b" share a prefix, and LMCache says which comes first
         settle(llm)
     return transfer
 
