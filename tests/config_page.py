@@ -83,7 +83,7 @@ def _values(field) -> str:
     words = [f"at least {limits['ge']:g}"] if "ge" in limits else []
     words += [f"above {limits['gt']:g}"] if "gt" in limits else []
     words += [f"at most {limits['le']:g}"] if "le" in limits else []
-    name = {bool: "true, false", int: "whole number", float: "number"}.get(kinds[0])
+    name = {bool: "true, false", int: "whole number", float: "number", str: "path"}.get(kinds[0])
     words += [f"in steps of {limits['multiple_of']}"] if "multiple_of" in limits else []
     if name is None:  # the keys below `layers`
         name = (

@@ -104,6 +104,7 @@ BOUNDS = [
     ("tolerance", [0, 1.5, 40], [-0.1], "a finite number of at least 0"),
     ("index_size", [None, 32, 64, 256], [0, 16, 40], "an integer of at least 32 in steps of 16 or null"),
     ("min_step_mib", [0, 48, 4096], [-1], "an integer of at least 0"),
+    ("maps", [None, "maps.safetensors"], ["", 5], "the path of a file or null"),
     ("window", [1, 65536], [0, -1, 65537], "an integer from 1 to 65536"),
     ("band", [1, 2046], [0, -256], "an integer of at least 1"),
     ("sink", [0, 1790], [-1], "an integer of at least 0"),

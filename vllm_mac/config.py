@@ -429,7 +429,9 @@ def _in_words(schema: dict) -> str:
         return " or ".join(map(_in_words, schema["anyOf"]))
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
-    words = {"boolean": "true or false", "integer": "an integer", "number": "a finite number"}
+    words = {
+        "boolean": "true or false", "integer": "an integer", "number": "a finite number", "string": "the path of a file",
+    }  # fmt: skip
     text = words.get(schema["type"], schema["type"])
     if "maximum" in schema:
         return f"{text} from {schema['minimum']} to {schema['maximum']}"
