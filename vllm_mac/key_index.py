@@ -323,8 +323,8 @@ def moments_of(maps: Maps, query: Tensor, kv: Tensor, keys: tuple[Tensor, Tensor
 def learn(layers: Sequence[Maps], moments: Sequence[Moments], making: bool, weight: float = 1.0) -> list[bool]:
     """Have layers of one shape learn, and make their maps where `making`. Waits for the device.
 
-    moments: of a row, of each layer. weight: its share of all that they have learned then. Returns False for layers that learn nothing, and whose maps stay
-    as they were: the numbers are not finite, or the model's dtype cannot hold the maps.
+    moments: of a row, of each layer. weight: its share of all that they have learned then. Returns False for layers that
+    learn nothing, and whose maps stay as they were: the numbers are not finite, or the model's dtype cannot hold the maps.
     """
     if not layers:
         return []
