@@ -39,7 +39,7 @@ def test_what_was_written_is_read(written):
     assert {name: lessons for name, (_, lessons) in found.items()} == {name: one for name, (_, one) in kept.items()}
     for name, (tensors, _) in kept.items():
         assert all(map(torch.equal, found[name][0].tensors(), tensors.tensors()))
-    assert [x.name for x in path.parent.iterdir()] == ["maps.safetensors"]
+    assert [x.name for x in path.parent.iterdir()] == ["maps.safetensors"] and path.stat().st_mode & 0o777 == 0o644
     assert maps_file.read(path.with_name("none.safetensors"), MODEL) == {}
 
 

@@ -100,6 +100,7 @@ def write(path: Path, model: str, kept: Mapping[str, tuple[Moments, Lessons]]) -
         save_file(tensors, part, {"format": FORMAT, "model": model, "lessons": json.dumps(lessons)})
         with part.open("rb") as file:
             os.fsync(file.fileno())
+        part.chmod(0o644)  # engines of other users may read it
         part.replace(path)  # whoever reads meanwhile has the one or the other
     except SafetensorError as error:
         raise OSError(str(error)) from error
