@@ -3,13 +3,9 @@
 The connector is LMCache's own, as are all copies. An engine stores whole chunks of a prompt, here of one block.
 """
 
-import os
-import signal
 import socket
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from importlib.util import find_spec
 
 import pytest
@@ -19,7 +15,7 @@ from support.engine import Add, Limits
 from support.index_engine import CONFIG, check_pages, counts, forget, layers, set_tolerance
 from support.index_shadow import index_shadow
 from support.scenarios import text
-from support.servers import environment
+from support.servers import environment, free_port, running
 from vllm_mac import kv_group
 
 pytestmark = [
@@ -45,9 +41,7 @@ EVENTS = [Add(3 * i, name, prompt, NEW) for i, (name, prompt) in enumerate(PROMP
 @pytest.fixture(scope="module")
 def transfer(tmp_path_factory):
     """vLLM's `kv_transfer_config` for a server with 256 MB, of which nothing is left in the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-m", "lmcache.v1.multiprocess.server", "--host", "127.0.0.1", "--port", str(port),
         "--chunk-size", "32", "--l1-size-gb", "0.25", "--no-l1-use-lazy", "--eviction-policy", "LRU",
@@ -61,11 +55,7 @@ def transfer(tmp_path_factory):
         patch.setenv("LMCACHE_TRACK_USAGE", "false")
         for name in ("LMCACHE_MP_TRANSFER_MODE", "LMCACHE_USE_UPSTREAM_MP"):
             patch.delenv(name, raising=False)
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
-            )
-        try:
+        with running(log, command, environment()) as process:
             until = time.monotonic() + 120
             while not listening(port):
                 assert process.poll() is None and time.monotonic() < until, log.read_text()[-2000:]
@@ -74,10 +64,6 @@ def transfer(tmp_path_factory):
             yield {
                 "kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra
             }  # fmt: skip
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def listening(port: int) -> bool:

@@ -3,8 +3,6 @@
 NIXL copies memory between processes, on CPUs too. Pages arrive with the index that the other engine made by its own maps.
 """
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -12,11 +10,10 @@ from support import engine as harness
 from support.engine import Add
 from support.index_engine import CONFIG, check_pages, counts, forget, layers, set_tolerance
 from support.index_shadow import index_shadow
-from support.nixl_engine import NO_CORES, prefills, side_channel, transfer
+from support.nixl_engine import NO_CORES, asking, needs_nixl, prefills, side_channel, transfer
 from support.scenarios import text
 from vllm_mac import nixl
 
-needs_nixl = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="needs NIXL: pip install nixl")
 pytestmark = pytest.mark.cpu
 NEW, HEADS, LAYERS = 24, 8, 2
 EXACT = {"mac": CONFIG | {"tolerance": 0.0}}
@@ -24,14 +21,6 @@ OPTIONS = {"prefix_caching": True, "chunk": 1024}
 TEACHER = Add(0, "teacher", text("teacher", 700), 2)
 SHARED = text("shared", 200)
 PROMPTS = {"a": SHARED + text("a", 150), "b": SHARED + text("b", 61), "c": text("c", 333), "d": text("d", 30)}
-
-
-def events(transfers: dict[str, dict]) -> list[Add]:
-    """The prompts, 3 steps apart. transfers: by request, what the other engine said of its pages."""
-    return [
-        Add(3 * i, name, prompt, NEW, {"kv_transfer_params": transfers[name]} if transfers else None)
-        for i, (name, prompt) in enumerate(PROMPTS.items())
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +34,7 @@ def prefill(model):
 def exact(model):
     """What vLLM's own backend says, in one engine."""
     with harness.engine(model, **OPTIONS) as llm:
-        return harness.run_schedule(llm, events({})).tokens
+        return harness.run_schedule(llm, asking(PROMPTS, NEW, {})).tokens
 
 
 @pytest.fixture
@@ -81,7 +70,7 @@ def test_pages_that_came_by_nixl_are_indexed(prefill, exact, decodes, runner):
     assert {name: token for name, (token, _) in said.items()} == {name: exact[name][0] for name in PROMPTS}
 
     # All of a prompt comes from outside but for its last token.
-    run = harness.run_schedule(llm, events({name: params for name, (_, params) in said.items()}))
+    run = harness.run_schedule(llm, asking(PROMPTS, NEW, {name: params for name, (_, params) in said.items()}))
     assert run.cached == {name: len(prompt) - 1 for name, prompt in PROMPTS.items()}
     found = counts(llm)
     assert run.tokens == exact and found["SKIPPED"] == 0
@@ -91,7 +80,7 @@ def test_pages_that_came_by_nixl_are_indexed(prefill, exact, decodes, runner):
     set_tolerance(llm, 0.7)
     again = {name: prefill(prompt)[1] for name, prompt in PROMPTS.items()}
     with index_shadow(llm) as watch:
-        harness.run_schedule(llm, events(again))
+        harness.run_schedule(llm, asking(PROMPTS, NEW, again))
     assert watch.worst < 1e-4 and watch.looked > 50 and watch.pages > 200 and watch.first > 0
     assert counts(llm)["SKIPPED"] > 0 and check_pages(llm) > 20
 

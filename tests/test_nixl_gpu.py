@@ -11,7 +11,6 @@ python -m pytest tests/test_nixl_gpu.py -m gpu -s
 """
 
 from contextlib import nullcontext
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ import torch
 from support import engine as harness
 from support.engine import Add
 from support.index_engine import Watch, check_pages, counts, forget, layers, watched
-from support.nixl_engine import prefills, side_channel, transfer
+from support.nixl_engine import asking, needs_nixl, prefills, side_channel, transfer
 from support.scenarios import text
 
 pytestmark = pytest.mark.gpu
@@ -41,19 +40,11 @@ SHARED = text("shared", 700)
 PROMPTS = {"a": SHARED + text("a", 500), "b": SHARED + text("b", 221), "c": text("c", 1111), "d": text("d", 20 * PAGE)}
 
 
-def events(transfers: dict[str, dict]) -> list[Add]:
-    """The prompts, 3 steps apart. transfers: by request, what the other engine said of its pages."""
-    return [
-        Add(3 * i, name, prompt, NEW, {"kv_transfer_params": transfers[name]} if transfers else None)
-        for i, (name, prompt) in enumerate(PROMPTS.items())
-    ]
-
-
 @pytest.fixture(scope="module")
 def exact(byte_model):
     """What an engine says that computes the prompts, and reads everything."""
     with harness.engine(byte_model, "v2", "MAC", EXACT, **OPTIONS) as llm:
-        return harness.run_schedule(llm, events({})).tokens
+        return harness.run_schedule(llm, asking(PROMPTS, NEW, {})).tokens
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +54,7 @@ def prefill(byte_model):
         yield prefill
 
 
-@pytest.mark.skipif(find_spec("nixl") is None, reason="needs NIXL: pip install nixl")
+@needs_nixl
 @pytest.mark.parametrize("kind", KINDS)
 def test_pages_that_came_by_nixl_are_indexed(byte_model, exact, prefill, monkeypatch, kind):
     config, options = KINDS[kind]
@@ -80,7 +71,7 @@ def test_pages_that_came_by_nixl_are_indexed(byte_model, exact, prefill, monkeyp
         # All of a prompt comes from outside but for its last token.
         with watched() if kind == "eager" else nullcontext(Watch()) as watch:
             run = harness.run_schedule(
-                llm, events({name: params for name, (_, params) in said.items()}), max_steps=100_000
+                llm, asking(PROMPTS, NEW, {name: params for name, (_, params) in said.items()}), max_steps=100_000
             )
         found, heads = counts(llm), sum(layer.num_heads for layer in layers(llm))
         alike = [sum(a == b for a, b in zip(run.tokens[name], exact[name], strict=True)) for name in PROMPTS]

@@ -273,7 +273,7 @@ class MacCUDAMetadataBuilder(FlashInferMetadataBuilder):
         """A draft's next step: vLLM's lengths have grown. Also recorded in CUDA graphs."""
         if isinstance(step := _metadata.step, LookupStep):
             assert step.rows.begin is None, "a draft's further steps have one token of each row"
-            torch.sub(step.length, 1, out=step.rows.position)
+            step.decoder.place(step.length, None)
 
     def _look(
         self, decoder: LookupDecoder, common: CommonAttentionMetadata, decodes: int, count: np.ndarray | None

@@ -91,7 +91,7 @@ class Group:
         layers the first one counts."""
         if layer is next(one for one in self.layers if one.index is not None):
             self.learning = None
-            self._holder.lessons = Lessons(longest=self._holder.lessons.longest)
+            self._holder.lessons = Lessons(longest=self.taught.longest)
 
     def make_maps(self, write: Write) -> None:
         """Have the layers learn what the step before noted. Where maps are made of it, all the group's pages are indexed anew.
@@ -162,7 +162,7 @@ class Group:
         page = layers[0].cache.shape[2]
         pages = torch.cat([block_table[row, : int(length[row]) // page] for row in rows]).long()
         self.begun = _last_slots(pages, page)
-        if not self._holder.lessons.longest:
+        if not self.taught.longest:
             warn_of_none(begin, length, rows, layers[0].config.min_context)
 
     @property

@@ -211,7 +211,7 @@ class MacLayer:
         if causal and able and not fits:
             logger.warning_once(
                 "MAC leaves layers of a draft model to FlashInfer, and steps may run outside of full CUDA graphs: MAC decodes "
-                "at most %d tokens of a request in a step of these layers", max(_most_at_once(self), 1),
+                "at most %d tokens of a request in a step of these layers", _most_at_once(self),
             )  # fmt: skip
         return causal and able and fits
 
@@ -258,7 +258,7 @@ def at_once(layer: MacLayer) -> int:
 
 def _most_at_once(layer: MacLayer) -> int:
     """Tokens of a row that GPUs decode in one step by index, at most."""
-    return MOST_PARTS * most_together(layer.num_heads // layer.num_kv_heads, layer.head_size)
+    return max(MOST_PARTS * most_together(layer.num_heads // layer.num_kv_heads, layer.head_size), 1)
 
 
 def is_hybrid(vllm_config: VllmConfig) -> bool:
@@ -329,7 +329,7 @@ def settle(layers: list[MacLayer], dtype: torch.dtype) -> None:
     for error, names in unknown.items():
         logger.warning("MAC leaves %s exact: %s", ", ".join(names), error)
     if vllm_config.speculative_config is not None and any(at_once(layer) == 1 for layer in served):
-        most = max(min(map(_most_at_once, served)), 1)
+        most = min(map(_most_at_once, served))
         of_index = (
             f": MAC decodes at most {most} tokens of a request in a step of this model"
             if config.rule == "index"

@@ -138,9 +138,9 @@ def refusals(
                 yield f"the model is hybrid, and rule: index was not tried with {what} there", "start without it"
         quantised = dtype not in capabilities.KV_CACHE_DTYPES
         yield from _against_index(model, config, quantised and bool(cache.kv_cache_dtype_skip_layers))
-        parallel = vllm_config.parallel_config
-        workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-        first = config.maps and maps_file.path_of(config.maps, 0, workers)
+        first = config.maps and maps_file.own_path(
+            vllm_config, config.maps
+        )  # the first worker's: no process is one yet
         if first and (reason := maps_file.fault(first, maps_file.model_of(vllm_config))):
             yield reason, "choose another file, or leave it out"
     # Which layers the list spares, they know.

@@ -1,4 +1,4 @@
-"""An engine of its own process, which prefills for others: `with prefills(model, backend, config, options) as prefill`.
+"""An engine of its own process, which prefills for others: `with prefills(model, config, options) as prefill`.
 
 `prefill(prompt)` are the first token and the `kv_transfer_params` with which another engine's request gets the pages.
 A process may hold one engine at a time, and NIXL moves pages between two.
@@ -6,16 +6,20 @@ A process may hold one engine at a time, and NIXL moves pages between two.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
+import pytest
 import torch
 
 from support import ROOT
+from support.engine import Add
+from support.servers import free_port
 
+needs_nixl = pytest.mark.skipif(find_spec("nixl") is None, reason="needs NIXL: pip install nixl")
 ASK = {
     "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
     "remote_host": None, "remote_port": None,
@@ -35,9 +39,15 @@ def transfer(role: str, device: str = "cpu") -> dict:
 
 def side_channel() -> dict[str, str]:
     """What the environment of an engine must have, with a port of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return dict(zip(KEYS, ("127.0.0.1", str(free.getsockname()[1])), strict=True))
+    return dict(zip(KEYS, ("127.0.0.1", str(free_port())), strict=True))
+
+
+def asking(prompts: dict[str, list[int]], tokens: int, transfers: dict[str, dict]) -> list[Add]:
+    """Requests for so many tokens, 3 steps apart. transfers: by request, what the other engine said of its pages, if any."""
+    return [
+        Add(3 * i, name, prompt, tokens, {"kv_transfer_params": transfers[name]} if transfers else None)
+        for i, (name, prompt) in enumerate(prompts.items())
+    ]
 
 
 @contextmanager

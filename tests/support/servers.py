@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 
 from support.engine import ENVIRONMENT, with_rule
@@ -24,28 +25,40 @@ def environment(**changes: str) -> dict[str, str]:
     return {name: value for name, value in every.items() if name not in for_here} | changes
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def running(log, command: Sequence[str], env: dict[str, str]):
+    """The process of a command, in a session of its own, of which nothing is left in the end. log: as `served` takes it."""
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @contextmanager
 def served(log, model, *options: str, **variables: str):
     """`vllm serve` on `model`; `(process, port)` as soon as it was started, and nothing is left of it in the end.
 
     log: the file that its output goes to.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # Pages are indexed anew when maps are learned: few of them. The variable would come before the option.
     few = ["--kv-cache-memory-bytes", str(256 << 20)]
     command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *few, *options]
     own = environment(**variables)
     del own["VLLM_CPU_KVCACHE_SPACE"]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own, start_new_session=True)
-    try:
+    with running(log, command, own) as process:
         yield process, port
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def tiny(log, model, additional_config: dict, *options: str, **variables: str):
